@@ -1,0 +1,122 @@
+"""What the KV cache of one transformed model looks like: tensors, bytes, column blocks.
+
+The passes derive a `CacheSchema` from the graph; the runtime allocates tensors from it; the kernels read the tables.
+Legend: P = tokens a page, H = KV heads, D = head dim, N = agents (without `base`), r = rank.
+
+Base streams are one tensor per layer and stream, `[pages, H, P, D]`. The low-rank (LR) columns of one projection live in
+one flat tensor: block after block, each block `[pages, P, r]`. Page `p` of a block belongs to base page `p`: one page
+table serves both. Page 0 is the scratch page: a slot inside it means "do not keep".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Layout = Literal["split", "dense"]
+Columns = Literal["distinct", "per_agent"]
+
+SCRATCH_PAGE = 0
+
+# Columns of an LR table row; row index = agent id (0 = base).
+LR_OFFSET, LR_RANK, LR_SOURCE, LR_WRITES = range(4)
+
+
+@dataclass(frozen=True)
+class BaseStreams:
+    """Base K and V of one attention layer.
+
+    `index` counts attention ops in graph order.
+    """
+
+    index: int
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+
+    @property
+    def numbers_per_token(self) -> int:
+        return self.kv_heads * (self.k_dim + self.v_dim)
+
+
+@dataclass(frozen=True)
+class LowRankStream:
+    """LR columns `x A` of one projection, for every agent.
+
+    Args:
+        module: FQN of the projection, for messages and manifests.
+        ranks: rank per agent, 0 where the agent has no adapter on this projection; length N.
+        group: per agent, index of the first agent whose A is bit-equal here (itself if none); length N.
+    """
+
+    module: str
+    ranks: tuple[int, ...]
+    group: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Columns of `x @ A_cat.T`, each distinct A once."""
+        return sum(r for a, r in enumerate(self.ranks) if self.group[a] == a)
+
+    def source_columns(self) -> tuple[int, ...]:
+        """First column of each agent's A in `x @ A_cat.T`."""
+        starts: dict[int, int] = {}
+        at = 0
+        for agent, rank in enumerate(self.ranks):
+            if self.group[agent] == agent:
+                starts[agent] = at
+                at += rank
+        return tuple(starts[self.group[a]] for a in range(len(self.ranks)))
+
+    def blocks(self, columns: Columns) -> tuple[int, ...]:
+        """Agents that own a column block (and so write it)."""
+        return tuple(
+            a
+            for a, rank in enumerate(self.ranks)
+            if rank > 0 and (columns == "per_agent" or self.group[a] == a)
+        )
+
+    def table(self, columns: Columns, pages: int, page_size: int) -> torch.Tensor:
+        """Where each agent's columns lie in the flat tensor: int64 `[N + 1, 4]`.
+
+        Row = agent id (0 = base, rank 0). Fields: element offset of the block, rank, first source column in
+        `x @ A_cat.T`, and 1 if this agent's row writes the block.
+        """
+        owners = self.blocks(columns)
+        offset = 0
+        offsets: dict[int, int] = {}
+        for agent in owners:
+            offsets[agent] = offset
+            offset += pages * page_size * self.ranks[agent]
+        sources = self.source_columns()
+        rows = [[0, 0, 0, 0]]
+        for agent, rank in enumerate(self.ranks):
+            if rank == 0:
+                rows.append([0, 0, 0, 0])
+                continue
+            owner = agent if agent in offsets else self.group[agent]
+            rows.append([offsets[owner], rank, sources[agent], int(owner == agent)])
+        return torch.tensor(rows, dtype=torch.int64)
+
+    def elements(self, columns: Columns, pages: int, page_size: int) -> int:
+        """Length of the flat tensor."""
+        return pages * page_size * sum(self.ranks[a] for a in self.blocks(columns))
+
+
+@dataclass(frozen=True)
+class CacheSchema:
+    """All cache tensors of one lowered program."""
+
+    layout: Layout
+    agents: tuple[str, ...]
+    base: tuple[BaseStreams, ...]
+    low_rank: tuple[LowRankStream, ...]
+
+    def base_numbers_per_token(self) -> int:
+        return sum(layer.numbers_per_token for layer in self.base)
+
+    def lr_numbers_per_token(self, agent: int, columns: Columns) -> int:
+        """Numbers a token takes in the column block that agent (0-based, without base) owns, over all layers."""
+        return sum(s.ranks[agent] for s in self.low_rank if agent in s.blocks(columns))

@@ -1,0 +1,160 @@
+"""Definition of attention over split streams, in plain PyTorch: slow, clear, runs in float64.
+
+Legend: T = packed query tokens, S = sequences, M = page table columns, P = tokens a page, L = context length of a
+sequence, n = query rows of one group, Hq = query heads, H = KV heads (query head h reads KV head `h // (Hq // H)`),
+Dk / Dv = head dims, r = rank.
+
+Computations run in the query's dtype (float32, float64), or in float32 for bfloat16 and float16 queries; nothing else
+is rounded or upcast. Only the first `context_len` tokens of a sequence are ever read.
+
+Source: Flash-LoRA-Attention, arXiv 2602.01053; sinks as in transformers' gpt_oss, softcap as in its gemma2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lragent.kernels.cache_schema import LR_OFFSET, LR_RANK
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which attention of a query of `dtype` is computed."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def probabilities(
+    query_nHqD: Tensor,
+    key_LHD: Tensor,
+    positions_n: Tensor,
+    sinks_Hq: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Softmax weights `[Hq, n, L]`: scale, softcap, causal and window mask, sinks, in this order.
+
+    Args:
+        positions_n: index of each query in its sequence; key j is visible if `position - window < j <= position`.
+    """
+    group = query_nHqD.shape[1] // key_LHD.shape[1]
+    key_LHqD = key_LHD.repeat_interleave(group, dim=1)
+    scores = torch.einsum("nhd,lhd->hnl", query_nHqD, key_LHqD) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    j_L = torch.arange(key_LHD.shape[0], device=query_nHqD.device)
+    visible_nL = j_L <= positions_n[:, None]
+    if window > 0:
+        visible_nL &= j_L > positions_n[:, None] - window
+    scores = scores.masked_fill(~visible_nL, float("-inf"))
+    if sinks_Hq is None:
+        return torch.softmax(scores, dim=-1)
+    sinks = sinks_Hq.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
+    return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+
+
+def weighted_values(weights_HqnL: Tensor, value_LHD: Tensor) -> Tensor:
+    """Sum of values of each query head's KV head: `[n, Hq, D]`."""
+    group = weights_HqnL.shape[0] // value_LHD.shape[1]
+    return torch.einsum("hnl,lhd->nhd", weights_HqnL, value_LHD.repeat_interleave(group, dim=1))
+
+
+def causal_attention(
+    query_1HqTDk: Tensor,
+    key_1HTDk: Tensor,
+    value_1HTDv: Tensor,
+    sinks_Hq: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Causal attention of one sequence in transformers' layout: `[1, T, Hq, Dv]` in the query's dtype."""
+    dtype = compute_dtype(query_1HqTDk.dtype)
+    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query_1HqTDk, key_1HTDk, value_1HTDv))
+    positions = torch.arange(query.shape[0], device=query.device)
+    weights = probabilities(query, key, positions, sinks_Hq, scale, window, softcap)
+    return weighted_values(weights, value)[None].to(query_1HqTDk.dtype)
+
+
+def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dim."""
+    return x_D * torch.rsqrt(x_D.square().mean(dim=-1, keepdim=True) + eps) * weight_D
+
+
+def rotate(key_LHD: Tensor, cos_LD: Tensor, sin_LD: Tensor, partner_D: Tensor) -> Tensor:
+    """Rotation by table: `cos[j, d] * x[d] + sin[j, d] * x[partner[d]]` for key j."""
+    return cos_LD[:, None] * key_LHD + sin_LD[:, None] * key_LHD[..., partner_D]
+
+
+def agent_columns(lr: Tensor, row: list[int], slots_L: Tensor) -> Tensor:
+    """LR columns `[L, rank]` of one agent at given slots of its flat tensor; `row` = its LR table row."""
+    columns = torch.arange(row[LR_RANK], device=lr.device)
+    return lr[row[LR_OFFSET] + slots_L[:, None] * row[LR_RANK] + columns]
+
+
+def flash_lora_attention(
+    query_THqDk: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    agent_ids_T: Tensor,
+    seq_starts: Tensor,
+    context_lens_S: Tensor,
+    page_table_SM: Tensor,
+    lr_k: Tensor | None,
+    lr_k_table: Tensor | None,
+    b_k: Tensor | None,
+    lr_v: Tensor | None,
+    lr_v_table: Tensor | None,
+    b_v: Tensor | None,
+    rope_cos: Tensor | None,
+    rope_sin: Tensor | None,
+    rope_partner: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    key_is_final: bool,
+    sinks_Hq: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """See `lragent::flash_lora_attention` in `lragent.kernels.ops` for arguments and semantics: `[T, Hq, Dv]`."""
+    dtype = compute_dtype(query_THqDk.dtype)
+    page_size = k_cache.shape[2]
+    out = query_THqDk.new_zeros(query_THqDk.shape[0], query_THqDk.shape[1], v_cache.shape[3])
+
+    def transform(key_LHD: Tensor) -> Tensor:
+        """The key transform f of tokens 0..L-1 of a sequence."""
+        if norm_weight is not None:
+            key_LHD = rms_norm(key_LHD, norm_weight.to(dtype), norm_eps)
+        if rope_cos is not None and rope_sin is not None and rope_partner is not None:
+            length = key_LHD.shape[0]
+            key_LHD = rotate(key_LHD, rope_cos[:length].to(dtype), rope_sin[:length].to(dtype), rope_partner)
+        return key_LHD
+
+    for s in range(context_lens_S.shape[0]):
+        start, end, length = int(seq_starts[s]), int(seq_starts[s + 1]), int(context_lens_S[s])
+        index_L = torch.arange(length, device=query_THqDk.device)
+        pages_L, offsets_L = page_table_SM[s, index_L // page_size], index_L % page_size
+        slots_L = pages_L * page_size + offsets_L
+        base_k_LHD = k_cache[pages_L, :, offsets_L].to(dtype)
+        base_v_LHD = v_cache[pages_L, :, offsets_L].to(dtype)
+        for agent in agent_ids_T[start:end].unique().tolist():
+            rows_n = start + (agent_ids_T[start:end] == agent).nonzero()[:, 0]
+            key_LHD = base_k_LHD
+            if lr_k is not None and lr_k_table is not None and b_k is not None:
+                a_k_Lr = agent_columns(lr_k, lr_k_table[agent].tolist(), slots_L).to(dtype)
+                delta_LHD = torch.einsum("lr,hrd->lhd", a_k_Lr, b_k[agent, :, : a_k_Lr.shape[1]].to(dtype))
+                key_LHD = key_LHD + (transform(delta_LHD) if key_is_final else delta_LHD)
+            if not key_is_final:
+                key_LHD = transform(key_LHD)
+            weights = probabilities(
+                query_THqDk[rows_n].to(dtype), key_LHD, length - end + rows_n, sinks_Hq, scale, window, softcap
+            )
+            result = weighted_values(weights, base_v_LHD)
+            if lr_v is not None and lr_v_table is not None and b_v is not None:
+                a_v_Lr = agent_columns(lr_v, lr_v_table[agent].tolist(), slots_L).to(dtype)
+                group = result.shape[1] // v_cache.shape[1]
+                up_HqrD = b_v[agent, :, : a_v_Lr.shape[1]].to(dtype).repeat_interleave(group, dim=0)
+                result = result + torch.einsum("hnr,hrd->nhd", weights @ a_v_Lr, up_HqrD)
+            out[rows_n] = result.to(out.dtype)
+    return out

@@ -1,0 +1,1 @@
+from lragent.kernels.flash_lora_attention.reference import flash_lora_attention  # noqa

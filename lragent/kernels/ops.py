@@ -1,0 +1,195 @@
+"""Custom ops of the project: schemas, fake kernels, CPU kernels; passes and runtime meet here by name.
+
+Legend: T = packed tokens, Hq = query heads, H = KV heads, Dk / Dv = head dims, P = tokens a page, S = sequences,
+M = most pages of a sequence, N = agents, r = largest rank of a projection, R = columns of `x @ A_cat.T`.
+
+`attention_marker` stands for the model's attention in a captured graph. `write_kv` and `write_lr` put streams into the
+cache. `flash_lora_attention` reads the cache; its kernel here is the reference, which defines correctness, and
+`lower_attention` replaces it by one of the implementations in `lragent.kernels.dispatch`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.library import custom_op
+
+from lragent.kernels.flash_lora_attention import reference as attention_reference
+from lragent.kernels.flash_lora_attention import torch_paged
+from lragent.kernels.write_cache import torch_scatter
+
+
+@custom_op("lragent::attention_marker", mutates_args=())
+def attention_marker(
+    query_1HqTDk: Tensor,
+    key_1HTDk: Tensor,
+    value_1HTDv: Tensor,
+    sinks_Hq: Tensor | None,
+    layer: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Causal attention over the packed tokens of one sequence: `[1, T, Hq, Dv]`.
+
+    Runs plain attention, so that a captured graph can be executed and compared before it has a cache.
+    """
+    return attention_reference.causal_attention(
+        query_1HqTDk, key_1HTDk, value_1HTDv, sinks_Hq, scale, window, softcap
+    )
+
+
+@attention_marker.register_fake
+def _(
+    query_1HqTDk: Tensor,
+    key_1HTDk: Tensor,
+    value_1HTDv: Tensor,
+    sinks_Hq: Tensor | None,
+    layer: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    return query_1HqTDk.new_empty(
+        query_1HqTDk.shape[0], query_1HqTDk.shape[2], query_1HqTDk.shape[1], value_1HTDv.shape[3]
+    )
+
+
+@custom_op("lragent::write_kv", mutates_args=("k_cache", "v_cache"))
+def write_kv(
+    key_THDk: Tensor, value_THDv: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor
+) -> None:
+    """Writes base K and V of T tokens into pages `[pages, H, P, D]` at `slots` (page * P + offset)."""
+    torch_scatter.write_kv(key_THDk, value_THDv, k_cache, v_cache, slots_T)
+
+
+@write_kv.register_fake
+def _(key_THDk: Tensor, value_THDv: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
+    return None
+
+
+@custom_op("lragent::write_lr", mutates_args=("lr_cache",))
+def write_lr(lr_TR: Tensor, lr_cache: Tensor, lr_table: Tensor, slots_NT: Tensor) -> None:
+    """Writes LR columns of T tokens into the column blocks of a flat LR tensor (see `LowRankStream.table`).
+
+    Agent a's block takes columns `[source, source + rank)` of `lr_TR` at slot `slots_NT[a]`, if its row writes.
+    """
+    torch_scatter.write_lr(lr_TR, lr_cache, lr_table, slots_NT)
+
+
+@write_lr.register_fake
+def _(lr_TR: Tensor, lr_cache: Tensor, lr_table: Tensor, slots_NT: Tensor) -> None:
+    return None
+
+
+def _attention_fake(
+    query_THqDk: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    agent_ids_T: Tensor,
+    seq_starts: Tensor,
+    context_lens_S: Tensor,
+    page_table_SM: Tensor,
+    lr_k: Tensor | None,
+    lr_k_table: Tensor | None,
+    b_k: Tensor | None,
+    lr_v: Tensor | None,
+    lr_v_table: Tensor | None,
+    b_v: Tensor | None,
+    rope_cos: Tensor | None,
+    rope_sin: Tensor | None,
+    rope_partner: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    key_is_final: bool,
+    sinks_Hq: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    return query_THqDk.new_empty(query_THqDk.shape[0], query_THqDk.shape[1], v_cache.shape[3])
+
+
+@custom_op("lragent::flash_lora_attention", mutates_args=())
+def flash_lora_attention(
+    query_THqDk: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    agent_ids_T: Tensor,
+    seq_starts: Tensor,
+    context_lens_S: Tensor,
+    page_table_SM: Tensor,
+    lr_k: Tensor | None,
+    lr_k_table: Tensor | None,
+    b_k: Tensor | None,
+    lr_v: Tensor | None,
+    lr_v_table: Tensor | None,
+    b_v: Tensor | None,
+    rope_cos: Tensor | None,
+    rope_sin: Tensor | None,
+    rope_partner: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    key_is_final: bool,
+    sinks_Hq: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Attention of packed queries over paged base and LR streams (Flash-LoRA-Attention, arXiv 2602.01053).
+
+    For a query of agent i (row i of the tables; agent 0 has rank 0) and token j of its sequence:
+    `k_j = f(base_j + a_k_j B_k[i])`, `out = sum_j p_j v_base_j + (sum_j p_j a_v_j) B_v[i]`.
+
+    Args:
+        query_THqDk: after the query's own transform.
+        k_cache, v_cache: `[pages, H, P, Dk]`, `[pages, H, P, Dv]`; new tokens are already written.
+        agent_ids_T: agent id of every query token; tokens of one sequence may differ.
+        seq_starts: `[S + 1]`; context_lens_S, page_table_SM: see `lragent.kernels.step.StepInputs`.
+        lr_k, lr_k_table, b_k: LR columns of K (flat), their table `[N + 1, 4]`, and per-head up-projections
+            `[N + 1, H, r, Dk]` with scaling folded in, rows past an agent's rank zero; None if K has no adapter.
+        lr_v, lr_v_table, b_v: the same for V.
+        rope_cos, rope_sin: `[positions, Dk]`, rope_partner: int64 `[Dk]`: the rotation of a key at position p is
+            `cos[p, d] * x[d] + sin[p, d] * x[partner[d]]` (signs are in `sin`); None: no rotation.
+        norm_weight: `[Dk]`, RMSNorm of the key over its head dim before the rotation; None: no norm. norm_eps: its eps.
+        key_is_final: True: `k_cache` holds `f(base)` and f is linear, so the LR part is rotated and added.
+            False: `k_cache` holds the raw base key and f is applied to the sum.
+        sinks_Hq: one extra logit a head that takes part in the softmax and has no value.
+        scale: factor of the scores; window: keys visible to a query, itself included, 0 = all;
+            softcap: `softcap * tanh(score / softcap)`, 0 = none.
+
+    Returns:
+        `[T, Hq, Dv]` in the query's dtype.
+    """
+    return attention_reference.flash_lora_attention(
+        query_THqDk,
+        k_cache,
+        v_cache,
+        agent_ids_T,
+        seq_starts,
+        context_lens_S,
+        page_table_SM,
+        lr_k,
+        lr_k_table,
+        b_k,
+        lr_v,
+        lr_v_table,
+        b_v,
+        rope_cos,
+        rope_sin,
+        rope_partner,
+        norm_weight,
+        norm_eps,
+        key_is_final,
+        sinks_Hq,
+        scale,
+        window,
+        softcap,
+    )
+
+
+flash_lora_attention.register_fake(_attention_fake)
+
+flash_lora_attention_torch = custom_op(
+    "lragent::flash_lora_attention_torch", torch_paged.flash_lora_attention, mutates_args=()
+)
+flash_lora_attention_torch.register_fake(_attention_fake)

@@ -1,0 +1,20 @@
+"""All passes, in the order in which they run."""
+
+from lragent.passes.attach_cache import ATTACH_CACHE
+from lragent.passes.base import Pass
+from lragent.passes.cleanup import CLEANUP
+from lragent.passes.lower_attention import LOWER_ATTENTION
+from lragent.passes.normalize import NORMALIZE
+from lragent.passes.route_adapters import ROUTE_ADAPTERS
+from lragent.passes.select_logits import SELECT_LOGITS
+from lragent.passes.split_kv import SPLIT_KV
+
+PASSES: tuple[Pass, ...] = (
+    NORMALIZE,
+    SELECT_LOGITS,
+    ROUTE_ADAPTERS,
+    SPLIT_KV,  # cuts the routed deltas off K and V, so after route_adapters
+    ATTACH_CACHE,
+    LOWER_ATTENTION,
+    CLEANUP,
+)

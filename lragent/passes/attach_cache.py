@@ -1,0 +1,175 @@
+"""Attention over packed tokens becomes cache writes and attention over the cache; the step's inputs appear.
+
+Before:                                              After:
+    input_ids, position_ids  [1, T]                      token_ids, positions, agent_ids, ...   (STEP_INPUTS)
+                                                         k_base_0, v_base_0, lr_0, lr_table_0   (cache tensors)
+    o = attention_marker(q, k, v, sinks, ...)            write_kv(k, v, k_base_0, v_base_0, base_slots)
+        [1, T, Hq, D]                                    write_lr(lr, lr_0, lr_table_0, lr_slots)
+                                                         o = flash_lora_attention(q, k_base_0, ...)  [T, Hq, D]
+
+A projection that feeds both K and V (fused) has one LR stream.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from lragent.kernels.cache_schema import BaseStreams, CacheSchema, LowRankStream
+from lragent.kernels.markers import marker_nodes
+from lragent.kernels.step import STEP_INPUTS, cache_input_names
+from lragent.passes.base import (
+    Pass,
+    PassContext,
+    PassReport,
+    PassState,
+    RoutedLinear,
+    SplitStream,
+    add_constant,
+    add_shared_constant,
+    placeholder,
+)
+
+aten = torch.ops.aten
+lragent = torch.ops.lragent
+
+# Captured placeholders -> step inputs; the captured ones have a leading axis of one.
+_RENAMED = {"input_ids": "token_ids", "position_ids": "positions"}
+
+
+def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
+    markers = marker_nodes(graph)
+    if not markers:
+        return PassReport(0)
+    sides = [state.split.get(m.name, _whole(m)) for m in markers]
+    streams: dict[fx.Node, int] = {}
+    low_rank: list[LowRankStream] = []
+    for side in (s for pair in sides for s in pair if s.routed is not None):
+        assert side.routed is not None
+        if side.routed.low_rank not in streams:
+            streams[side.routed.low_rank] = len(low_rank)
+            low_rank.append(side.routed.stream)
+    state.base_streams = tuple(_base_streams(i, m) for i, m in enumerate(markers))
+    state.low_rank_streams = tuple(low_rank)
+    schema = CacheSchema(context.layout, context.agents, state.base_streams, state.low_rank_streams)
+    inputs = _add_inputs(graph, schema)
+    written: set[int] = set()
+    for index, (marker, pair) in enumerate(zip(markers, sides, strict=True)):
+        _rewrite(graph, inputs, index, marker, pair, streams, written)
+    return PassReport(len(markers))
+
+
+def _whole(marker: fx.Node) -> tuple[SplitStream, SplitStream]:
+    key, value = marker.args[1], marker.args[2]
+    assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    return SplitStream(key), SplitStream(value)
+
+
+def _base_streams(index: int, marker: fx.Node) -> BaseStreams:
+    key, value = marker.args[1], marker.args[2]
+    assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    k_shape, v_shape = key.meta["val"].shape, value.meta["val"].shape
+    return BaseStreams(index, int(k_shape[1]), int(k_shape[3]), int(v_shape[3]))
+
+
+def _add_inputs(graph: fx.GraphModule, schema: CacheSchema) -> dict[str, fx.Node]:
+    """Placeholders of all step and cache inputs, in their order; the captured ones are replaced."""
+    inputs: dict[str, fx.Node] = {}
+    first = next(iter(graph.graph.nodes))
+    with graph.graph.inserting_before(first):
+        for name in (*STEP_INPUTS, *cache_input_names(schema)):
+            inputs[name] = graph.graph.create_node("placeholder", name, name=f"{name}_in")
+        for old_name, name in _RENAMED.items():
+            packed = graph.graph.call_function(aten.unsqueeze.default, (inputs[name], 0))
+            old = placeholder(graph, old_name)
+            assert old is not None
+            old.replace_all_uses_with(packed)
+            graph.graph.erase_node(old)
+    for old in [n for n in graph.graph.nodes if n.op == "placeholder" and n not in inputs.values()]:
+        old.replace_all_uses_with(inputs[str(old.target)])
+        graph.graph.erase_node(old)
+    return inputs
+
+
+def _rewrite(
+    graph: fx.GraphModule,
+    inputs: dict[str, fx.Node],
+    index: int,
+    marker: fx.Node,
+    pair: tuple[SplitStream, SplitStream],
+    streams: dict[fx.Node, int],
+    written: set[int],
+) -> None:
+    query, _, _, sinks, _, scale, window, softcap = marker.args
+    key, value = pair
+    with graph.graph.inserting_before(marker):
+
+        def call(target: object, *args: object) -> fx.Node:
+            return graph.graph.call_function(target, args)  # type: ignore[arg-type]
+
+        def tokens_first(heads_first: object) -> fx.Node:
+            return call(aten.transpose.int, call(aten.squeeze.dim, heads_first, 0), 0, 1)
+
+        k_cache, v_cache = inputs[f"k_base_{index}"], inputs[f"v_base_{index}"]
+        call(
+            lragent.write_kv.default,
+            tokens_first(key.base),
+            tokens_first(value.base),
+            k_cache,
+            v_cache,
+            inputs["base_slots"],
+        )
+        low_rank: list[object] = []
+        for name, side in (("k", key), ("v", value)):
+            if side.routed is None or side.up_NHrD is None:
+                low_rank += [None, None, None]
+                continue
+            number = streams[side.routed.low_rank]
+            cache, table = inputs[f"lr_{number}"], inputs[f"lr_table_{number}"]
+            if number not in written:
+                _write_low_rank(call, side.routed, cache, table, inputs["lr_slots"])
+                written.add(number)
+            up = add_constant(graph, f"up_{name}_{index}", side.up_NHrD)
+            low_rank += [cache, table, up]
+        out = call(
+            lragent.flash_lora_attention.default,
+            tokens_first(query),
+            k_cache,
+            v_cache,
+            *(inputs[n] for n in ("agent_ids", "seq_starts", "context_lens", "page_table")),
+            *low_rank,
+            *_transform_arguments(graph, key),
+            sinks,
+            scale,
+            window,
+            softcap,
+        )
+        packed = call(aten.unsqueeze.default, out, 0)
+    marker.replace_all_uses_with(packed)
+    graph.graph.erase_node(marker)
+
+
+def _write_low_rank(
+    call: object, routed: RoutedLinear, cache: fx.Node, table: fx.Node, slots: fx.Node
+) -> None:
+    assert callable(call)
+    flat = call(aten.squeeze.dim, routed.low_rank, 0)
+    call(lragent.write_lr.default, flat, cache, table, slots)
+
+
+def _transform_arguments(graph: fx.GraphModule, key: SplitStream) -> tuple[object, ...]:
+    """rope_cos, rope_sin, rope_partner, norm_weight, norm_eps, key_is_final."""
+    transform = key.transform
+    if transform is None:
+        return (None, None, None, None, 0.0, True)
+    tables = (
+        ("rope_cos", transform.cos_PD),
+        ("rope_sin", transform.sin_PD),
+        ("rope_partner", transform.partner_D),
+        ("key_norm", transform.norm_weight_D),
+    )
+    nodes = tuple(None if t is None else add_shared_constant(graph, stem, t) for stem, t in tables)
+    return (*nodes, transform.norm_eps, transform.final)
+
+
+ATTACH_CACHE = Pass("attach_cache", _run)

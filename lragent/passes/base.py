@@ -1,0 +1,170 @@
+"""The contract of a pass: what it gets, what it reports, how it finds and adds things in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from lragent.kernels.cache_schema import BaseStreams, Layout, LowRankStream
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A place where a pass expected to match and could not."""
+
+    where: str
+    node: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason} (node {self.node})"
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What a pass did: how many places it changed, and which it refused."""
+
+    changed: int
+    misses: tuple[Miss, ...] = ()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One agent's weights on one projection: A `[r, in]`, B `[out, r]` with the scaling folded in."""
+
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """Facts that the passes read; nothing in here changes while they run.
+
+    Args:
+        agents: names in order; agent id = index + 1.
+        adapters: projection FQN -> agent name -> weights.
+        lora_parameters: FQN of a captured lora_A / lora_B weight -> (projection FQN, "a" or "b").
+        captured_scaling: projection FQN -> scalings that may stand in its captured chains.
+    """
+
+    layout: Layout
+    agents: tuple[str, ...]
+    adapters: Mapping[str, Mapping[str, Adapter]]
+    lora_parameters: Mapping[str, tuple[str, str]]
+    captured_scaling: Mapping[str, frozenset[float]]
+    max_positions: int
+    attention: str
+
+
+@dataclass(frozen=True)
+class RoutedLinear:
+    """A projection with adapters after `route_adapters`: nodes of its base output and of `x @ A_cat.T` (`[1, T, R]`)."""
+
+    module: str
+    base: fx.Node
+    low_rank: fx.Node
+    stream: LowRankStream
+
+
+@dataclass(frozen=True)
+class SplitStream:
+    """One side (K or V) of an attention op in split layout.
+
+    Args:
+        base: node of the base stream, `[1, H, T, D]`.
+        routed: the projection whose LR columns belong to it; None if it has no adapter.
+        up_NHrD: per-agent, per-head up-projections `[N + 1, H, r, D]`, row 0 zero; None without adapter.
+        transform: the key transform applied to the LR part (and to the base, if not `final`); None for V.
+    """
+
+    base: fx.Node
+    routed: RoutedLinear | None = None
+    up_NHrD: Tensor | None = None
+    transform: KeyTransform | None = None
+
+
+@dataclass(frozen=True)
+class KeyTransform:
+    """f between the K projection and attention: optional RMSNorm over the head dim, then an optional rotation.
+
+    Args:
+        kind: "linear" (no dependence on position), "rotary", "norm" or "norm+rotary".
+        final: the base key is cached after f (f is linear).
+        cos_PD, sin_PD: rotation tables `[positions, D]`; partner_D: which channel `sin` takes.
+        norm_weight_D, norm_eps: RMSNorm before the rotation.
+    """
+
+    kind: str
+    final: bool = True
+    cos_PD: Tensor | None = None
+    sin_PD: Tensor | None = None
+    partner_D: Tensor | None = None
+    norm_weight_D: Tensor | None = None
+    norm_eps: float = 0.0
+
+
+@dataclass
+class PassState:
+    """What passes hand to later ones, beside the graph itself."""
+
+    split: dict[str, tuple[SplitStream, SplitStream]] = field(default_factory=dict)  # by marker node name
+    base_streams: tuple[BaseStreams, ...] = ()
+    low_rank_streams: tuple[LowRankStream, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named rewrite of the graph in place."""
+
+    name: str
+    run: Callable[[fx.GraphModule, PassContext, PassState], PassReport]
+
+
+ROUTED = "lragent_routed"  # key in node.meta of a routed projection's output: RoutedLinear
+
+
+def routed_linear(node: fx.Node) -> RoutedLinear | None:
+    found = node.meta.get(ROUTED)
+    return found if isinstance(found, RoutedLinear) else None
+
+
+def calls(graph: fx.GraphModule, *targets: object) -> Iterable[fx.Node]:
+    """Call nodes with one of the targets, in graph order."""
+    return [n for n in graph.graph.nodes if n.op == "call_function" and n.target in targets]
+
+
+def placeholder(graph: fx.GraphModule, name: str) -> fx.Node | None:
+    return next((n for n in graph.graph.nodes if n.op == "placeholder" and n.target == name), None)
+
+
+def fetch(graph: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The tensor behind a `get_attr` node."""
+    value: object = graph
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def add_constant(graph: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    """Adds (or reuses, if name and content are there) a buffer and returns a `get_attr` node at the insertion point."""
+    held = getattr(graph, name, None)
+    if held is None:
+        graph.register_buffer(name, tensor.detach().contiguous())
+    elif held.dtype != tensor.dtype or not torch.equal(held, tensor):
+        raise ValueError(f"constant {name} exists with another content")
+    return graph.graph.get_attr(name)
+
+
+def add_shared_constant(graph: fx.GraphModule, stem: str, tensor: Tensor) -> fx.Node:
+    """As `add_constant`, under the first of `stem_0, stem_1, ...` that is free or holds the same content."""
+    index = 0
+    while True:
+        name = f"{stem}_{index}"
+        held = getattr(graph, name, None)
+        if held is None or (held.dtype == tensor.dtype and torch.equal(held, tensor)):
+            return add_constant(graph, name, tensor)
+        index += 1

@@ -1,0 +1,29 @@
+"""The last pass: nothing dead is left, and the graph holds only what a lowered program may hold."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from lragent.errors import InternalError
+from lragent.kernels.markers import marker_nodes
+from lragent.kernels.step import STEP_INPUTS
+from lragent.passes.base import Pass, PassContext, PassReport, PassState
+
+
+def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
+    before = len(graph.graph.nodes)
+    graph.graph.eliminate_dead_code()
+    graph.delete_all_unused_submodules()
+    if marker_nodes(graph):
+        raise InternalError("an attention marker is left in the lowered graph")
+    inputs = tuple(str(n.target) for n in graph.graph.nodes if n.op == "placeholder")
+    if inputs[: len(STEP_INPUTS)] != STEP_INPUTS:
+        raise InternalError(f"the lowered graph takes {inputs[: len(STEP_INPUTS)]}, not the step inputs")
+    used = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
+    left = sorted(used & set(context.lora_parameters))
+    if left:
+        raise InternalError(f"adapter weight {left[0]} is still used by the lowered graph")
+    return PassReport(before - len(graph.graph.nodes))
+
+
+CLEANUP = Pass("cleanup", _run)

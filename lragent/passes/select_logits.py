@@ -1,0 +1,75 @@
+"""Logits only for the rows that are sampled.
+
+Before:                                          After:
+    h      = mul(norm, w)          [1, T, D]         h      = mul(norm, w)              [1, T, D]
+    logits = linear(h, lm_head)    [1, T, V]         rows   = index_select(h, 1, rows)  [1, R, D]
+    return logits                                    logits = linear(rows, lm_head)     [1, R, V]
+                                                     return reshape(float(logits), [-1, V])
+
+The walk goes back from the output through ops that treat every token and logit alone (softcap, casts, scaling) to the
+linear op of the LM head. Where that is not found, rows are selected at the output: right, but every row is computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from lragent.passes.base import Miss, Pass, PassContext, PassReport, PassState, placeholder
+
+aten = torch.ops.aten
+
+ROWS = "logits_rows"
+_PROJECTIONS = (aten.linear.default, aten.matmul.default)
+_POINTWISE = (
+    aten.tanh.default,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.add.Tensor,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.clamp.default,
+    aten.neg.default,
+)
+
+
+def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
+    if placeholder(graph, ROWS) is not None:
+        return PassReport(0)
+    inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    with graph.graph.inserting_after(inputs[-1]):
+        rows = graph.graph.placeholder(ROWS)
+    output = graph.graph.output_node()
+    logits = output.args[0][0] if isinstance(output.args[0], (tuple, list)) else output.args[0]
+    head = _head(logits)
+    misses: tuple[Miss, ...] = ()
+    if head is None:
+        misses = (Miss("logits", logits.name, "no linear op found behind the logits; all rows are computed"),)
+        with graph.graph.inserting_before(output):
+            logits = graph.graph.call_function(aten.index_select.default, (logits, 1, rows))
+    else:
+        with graph.graph.inserting_before(head):
+            selected = graph.graph.call_function(aten.index_select.default, (head.args[0], 1, rows))
+        head.replace_input_with(head.args[0], selected)
+    with graph.graph.inserting_before(output):
+        wide = graph.graph.call_function(aten.to.dtype, (logits, torch.float32))
+        flat = graph.graph.call_function(aten.squeeze.dim, (wide, 0))
+    output.args = (flat,)
+    return PassReport(1, misses)
+
+
+def _head(logits: fx.Node) -> fx.Node | None:
+    """The linear op whose rows are the logits; None if something else than token-wise ops stands between."""
+    node = logits
+    while True:
+        if node.target in _PROJECTIONS:
+            return node
+        if node.target not in _POINTWISE:
+            return None
+        tensors = [a for a in node.args if isinstance(a, fx.Node) and a.op == "call_function"]
+        if len(tensors) != 1:
+            return None
+        node = tensors[0]
+
+
+SELECT_LOGITS = Pass("select_logits", _run)

@@ -1,0 +1,131 @@
+"""K and V of each attention op become a base stream and a low-rank stream.
+
+Before (split layout, K side):                   After:
+    y   = linear(x, W)                               y    = linear(x, W)              base output
+    lr  = linear(x, A_cat)                           lr   = linear(x, A_cat)          LR columns, to be cached
+    y2  = y + routed delta                           k    = f(y)                      base key
+    k   = f(y2)                                      attention(q, k, v, ...)          + lr, B per head, f
+    attention(q, k, v, ...)
+
+f is cut out of the graph, derived by probing and verified (`key_transform`). A linear f is applied to the base key
+before it is cached; a norm makes the raw base key the cached one. A projection without adapter stays as it is. In dense
+layout nothing is split: the delta is part of K and V.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from lragent.kernels.markers import marker_nodes
+from lragent.passes.base import (
+    KeyTransform,
+    Miss,
+    Pass,
+    PassContext,
+    PassReport,
+    PassState,
+    RoutedLinear,
+    SplitStream,
+    add_shared_constant,
+)
+from lragent.passes.key_transform import Probe, Underivable, derive_key, derive_value
+from lragent.passes.projection_path import ProjectionPath, adapted_path
+
+aten = torch.ops.aten
+
+
+def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
+    if context.layout == "dense":
+        return PassReport(0)
+    misses: list[Miss] = []
+    changed = 0
+    for index, marker in enumerate(marker_nodes(graph)):
+        sides: list[SplitStream] = []
+        for position, side in ((1, "key"), (2, "value")):
+            found = _split(graph, context, marker, position, f"layer {index} {side}")
+            if isinstance(found, Miss):
+                misses.append(found)
+                continue
+            sides.append(found)
+            changed += found.routed is not None
+        if len(sides) == 2:
+            state.split[marker.name] = (sides[0], sides[1])
+    # Dead code stays until the cache is attached: only then do the low-rank streams get users.
+    return PassReport(changed, tuple(misses))
+
+
+def _split(
+    graph: fx.GraphModule, context: PassContext, marker: fx.Node, position: int, where: str
+) -> SplitStream | Miss:
+    end = marker.args[position]
+    assert isinstance(end, fx.Node)
+    path = adapted_path(end, where)
+    if path is None:
+        return SplitStream(base=end)
+    if isinstance(path, Miss):
+        return path
+    adapters = context.adapters[path.routed.module]
+    any_b = next(iter(adapters.values())).b
+    probe = Probe(path.function(graph), any_b.shape[0], any_b.dtype, context.max_positions)
+    try:
+        if position == 2:
+            derive_value(probe)
+            transform, channel_HD = None, None
+        else:
+            transform, channel_HD = derive_key(probe)
+    except Underivable as reason:
+        return Miss(where, end.name, str(reason))
+    up = _up_projections(probe, path.routed, context, channel_HD)
+    base = _base_stream(graph, path, transform, channel_HD)
+    _set_arg(marker, position, base)
+    return SplitStream(base, path.routed, up, transform)
+
+
+def _set_arg(marker: fx.Node, position: int, value: fx.Node) -> None:
+    arguments = list(marker.args)
+    arguments[position] = value
+    marker.args = tuple(arguments)
+
+
+def _up_projections(
+    probe: Probe, routed: RoutedLinear, context: PassContext, channel_HD: Tensor | None
+) -> Tensor:
+    """Every agent's B per head, `[N + 1, H, r, D]`: its columns are pushed through f as if they were tokens, or picked
+    by channel where f rotates."""
+    stream = routed.stream
+    blocks: list[Tensor | None] = [None]
+    for name, rank in zip(context.agents, stream.ranks, strict=True):
+        if rank == 0:
+            blocks.append(None)
+            continue
+        rows_rC = context.adapters[routed.module][name].b.T
+        heads_rHD = rows_rC[:, channel_HD] if channel_HD is not None else probe(rows_rC, 0).to(rows_rC.dtype)
+        blocks.append(heads_rHD.transpose(0, 1))
+    heads, _, dim = next(b for b in blocks if b is not None).shape
+    some = next(b for b in blocks if b is not None)
+    up = some.new_zeros(len(blocks), heads, max(stream.ranks), dim)
+    for row, block in enumerate(blocks):
+        if block is not None:
+            up[row, :, : block.shape[1]] = block
+    return up
+
+
+def _base_stream(
+    graph: fx.GraphModule, path: ProjectionPath, transform: KeyTransform | None, channel_HD: Tensor | None
+) -> fx.Node:
+    """The node of the base stream `[1, H, T, D]`: f of the base output, or its raw channels per head."""
+    if transform is None or transform.final:
+        return path.rebuild_on(graph, path.routed.base)
+    assert channel_HD is not None
+    heads, dim = channel_HD.shape
+    with graph.graph.inserting_before(path.end):
+        channels = add_shared_constant(graph, "key_channels", channel_HD.reshape(-1))
+        picked = graph.graph.call_function(aten.index_select.default, (path.routed.base, 2, channels))
+        shaped = graph.graph.call_function(aten.unflatten.int, (picked, 2, [heads, dim]))
+        raw = graph.graph.call_function(aten.transpose.int, (shaped, 1, 2))
+    raw.meta["val"] = path.end.meta["val"]
+    return raw
+
+
+SPLIT_KV = Pass("split_kv", _run)
