@@ -9,12 +9,14 @@ from lragent.passes.route_adapters import ROUTE_ADAPTERS
 from lragent.passes.select_logits import SELECT_LOGITS
 from lragent.passes.split_kv import SPLIT_KV
 
-PASSES: tuple[Pass, ...] = (
+# The model's side: what an artifact stores.
+REWRITE: tuple[Pass, ...] = (
     NORMALIZE,
     SELECT_LOGITS,
     ROUTE_ADAPTERS,
     SPLIT_KV,  # cuts the routed deltas off K and V, so after route_adapters
     ATTACH_CACHE,
-    LOWER_ATTENTION,
-    CLEANUP,
 )
+# The target's side: run again wherever an artifact is lowered.
+LOWER: tuple[Pass, ...] = (LOWER_ATTENTION, CLEANUP)
+PASSES = REWRITE + LOWER

@@ -1,4 +1,4 @@
-"""Runs the passes: `Captured -> Transformed`."""
+"""Runs the passes: `Captured -> Transformed`, and a transformed graph -> one that is lowered for a target."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from lragent.capture import Captured
 from lragent.errors import InternalError, SplitRefused
 from lragent.kernels.cache_schema import CacheSchema, Layout
 from lragent.load import LoadedModel
-from lragent.passes import PASSES
-from lragent.passes.base import Adapter, KeyTransform, Miss, PassContext, PassReport, PassState
+from lragent.passes import LOWER, REWRITE
+from lragent.passes.base import Adapter, KeyTransform, Miss, Pass, PassContext, PassReport, PassState
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class KeyFacts:
+class LayerFacts:
     """One attention op, for reports: which projections' LR columns it reads, and its key transform."""
 
     index: int
@@ -33,17 +32,48 @@ class KeyFacts:
 
 @dataclass(frozen=True)
 class Transformed:
-    """A graph that takes the inputs of `lragent.kernels.step` and returns logits `[R, vocab]`."""
+    """A rewritten graph, not yet lowered: takes the inputs of `lragent.kernels.step`, returns logits `[R, vocab]`."""
 
     graph: fx.GraphModule
     schema: CacheSchema
-    layers: tuple[KeyFacts, ...]
+    layers: tuple[LayerFacts, ...]
     reports: Mapping[str, PassReport]
-    loaded: LoadedModel
-    attention: str
 
 
-def pass_context(loaded: LoadedModel, layout: Layout, attention: str) -> PassContext:
+def transform(captured: Captured, layout: Layout) -> Transformed:
+    """Runs the rewriting passes on a copy of the captured graph (tensors are shared).
+
+    Raises:
+        SplitRefused: an adapter's computation or a K/V stream was not recognised; names every layer, node and reason.
+    """
+    loaded = captured.loaded
+    graph = _copy(captured.graph)
+    context, state = pass_context(loaded, layout), PassState()
+    reports: dict[str, PassReport] = {}
+    for entry in REWRITE:
+        reports[entry.name] = _run(entry, graph, context, state)
+        if entry.name in ("route_adapters", "split_kv"):
+            _refuse(reports[entry.name].misses, entry.name, loaded)
+    _drop_unused(graph)
+    return Transformed(
+        graph=graph,
+        schema=CacheSchema(layout, context.agents, state.base_streams, state.low_rank_streams),
+        layers=_layer_facts(state),
+        reports=reports,
+    )
+
+
+def lower(graph: fx.GraphModule, attention: str) -> fx.GraphModule:
+    """Lowers a copy of a rewritten graph (tensors are shared) to an attention implementation."""
+    lowered = _copy(graph)
+    context = PassContext("dense", (), {}, {}, {}, 0, attention)
+    for entry in LOWER:
+        _run(entry, lowered, context, PassState())
+    lowered.recompile()
+    return lowered
+
+
+def pass_context(loaded: LoadedModel, layout: Layout, attention: str = "reference") -> PassContext:
     """What the passes must know of a loaded model."""
     return PassContext(
         layout=layout,
@@ -59,37 +89,34 @@ def pass_context(loaded: LoadedModel, layout: Layout, attention: str) -> PassCon
     )
 
 
-def transform(captured: Captured, layout: Layout, attention: str) -> Transformed:
-    """Runs all passes on a copy of the captured graph (tensors are shared).
+def _copy(graph: fx.GraphModule) -> fx.GraphModule:
+    shared = {id(t): t for t in (*graph.parameters(), *graph.buffers())}
+    copied = copy.deepcopy(graph, shared)
+    copied.graph.set_codegen(fx.graph.CodeGen())  # plain positional inputs instead of the exporter's pytrees
+    return copied
 
-    Raises:
-        SplitRefused: an adapter's computation or a K/V stream was not recognised; names every layer, node and reason.
-    """
-    loaded = captured.loaded
-    shared = {id(t): t for t in (*captured.graph.parameters(), *captured.graph.buffers())}
-    graph = copy.deepcopy(captured.graph, shared)
-    graph.graph.set_codegen(fx.graph.CodeGen())  # plain positional inputs instead of the exporter's pytrees
-    context, state = pass_context(loaded, layout, attention), PassState()
-    reports: dict[str, PassReport] = {}
-    for entry in PASSES:
-        started = time.perf_counter()
-        try:
-            reports[entry.name] = entry.run(graph, context, state)
-            graph.graph.lint()
-        except (AssertionError, KeyError, RuntimeError, ValueError) as error:
-            raise InternalError(f"pass {entry.name} failed on {loaded.architecture}: {error}") from error
-        log.info("%s: %d changed in %.2f s", entry.name, reports[entry.name].changed, time.perf_counter() - started)
-        if entry.name in ("route_adapters", "split_kv"):
-            _refuse(reports[entry.name].misses, entry.name, loaded)
+
+def _run(entry: Pass, graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
+    started = time.perf_counter()
+    try:
+        report = entry.run(graph, context, state)
+        graph.graph.lint()
+    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+        raise InternalError(f"pass {entry.name} failed: {type(error).__name__}: {error}") from error
+    log.info("%s: %d changed in %.2f s", entry.name, report.changed, time.perf_counter() - started)
+    return report
+
+
+def _drop_unused(graph: fx.GraphModule) -> None:
+    """Removes code and tensors that the rewritten graph does not use: adapters' own weights, folded deltas."""
+    graph.graph.eliminate_dead_code()
+    graph.delete_all_unused_submodules()
+    used = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
+    for prefix, module in list(graph.named_modules()):
+        for held in (module._parameters, module._buffers):
+            for name in [n for n in held if (f"{prefix}.{n}" if prefix else n) not in used]:
+                del held[name]
     graph.recompile()
-    return Transformed(
-        graph=graph,
-        schema=CacheSchema(layout, context.agents, state.base_streams, state.low_rank_streams),
-        layers=_layer_facts(state),
-        reports=reports,
-        loaded=loaded,
-        attention=attention,
-    )
 
 
 def _refuse(misses: tuple[Miss, ...], entry: str, loaded: LoadedModel) -> None:
@@ -104,12 +131,12 @@ def _refuse(misses: tuple[Miss, ...], entry: str, loaded: LoadedModel) -> None:
     raise SplitRefused(f"{loaded.architecture} can't be split: {shown}", hint, misses)
 
 
-def _layer_facts(state: PassState) -> tuple[KeyFacts, ...]:
+def _layer_facts(state: PassState) -> tuple[LayerFacts, ...]:
     facts = []
     for index, (key, value) in enumerate(state.split.values()):
         kind = key.transform.kind if isinstance(key.transform, KeyTransform) else "not needed (K has no adapter)"
         facts.append(
-            KeyFacts(
+            LayerFacts(
                 index=index,
                 k_module=key.routed.module if key.routed else None,
                 v_module=value.routed.module if value.routed else None,
@@ -117,8 +144,3 @@ def _layer_facts(state: PassState) -> tuple[KeyFacts, ...]:
             )
         )
     return tuple(facts)
-
-
-def parameters_of(graph: fx.GraphModule) -> dict[str, torch.Tensor]:
-    """All tensors that a transformed graph reads, by name."""
-    return {**dict(graph.named_parameters(remove_duplicate=False)), **dict(graph.named_buffers(remove_duplicate=False))}

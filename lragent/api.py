@@ -1,0 +1,169 @@
+"""The entry points: `convert`, `load`, `optimize`, `inspect`. Read top to bottom, this is the flow of the project."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+from lragent.errors import RequestError, SplitRefused
+from lragent.layouts import LAYOUTS, dtype_named
+from lragent.stages import Progress, Stages
+
+if TYPE_CHECKING:
+    from lragent.build_artifact import ConvertReport
+    from lragent.inspection import Inspection
+    from lragent.kernels.cache_schema import Layout
+    from lragent.runtime.engine import Engine
+
+
+def convert(
+    model_dir: str | Path,
+    adapters: Mapping[str, str | Path],
+    out: str | Path,
+    dtype: str = "auto",
+    layouts: Sequence[Layout] = ("split",),
+    attention: str = "auto",
+    overwrite: bool = False,
+    compiled: bool = True,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Model directory + adapters -> artifact.
+
+    Args:
+        adapters: agent name -> PEFT adapter directory.
+        layouts: which are compiled for this machine now; the other is compiled when it is first loaded.
+        compiled: False writes the programs only (then no C++ compiler is needed).
+        progress: is told the name of each stage as it begins.
+
+    Raises:
+        UserError: one of its kinds, which says what was found, where, and what to do; nothing is left behind.
+    """
+    from lragent.build_artifact import build
+    from lragent.load import load_directories
+
+    for layout in layouts:
+        if layout not in LAYOUTS:
+            raise RequestError(f"unknown layout {layout!r}", f"Use {' or '.join(LAYOUTS)}.")
+    stages = Stages(progress)
+    loaded = stages.run("load", lambda: load_directories(model_dir, adapters, dtype))
+    return build(loaded, Path(out), layouts if compiled else (), attention, overwrite, stages, wanted=layouts)
+
+
+def load(
+    path: str | Path,
+    sharing: str = "base_lr_shared",
+    kv_memory: int | str = "2GiB",
+    max_batch_tokens: int = 2048,
+    backend: str = "compiled",
+    attention: str = "auto",
+    device: str = "cpu",
+    threads: int | None = None,
+    kv_dtype: str = "auto",
+    allow_compiled: bool = True,
+) -> Engine:
+    """Opens an artifact as an engine.
+
+    Args:
+        sharing: sharing scheme; it decides which of the two programs is run.
+        kv_memory: bytes, or text such as "2GiB".
+        backend: "compiled", or "eager" (slower, needs no C++ compiler).
+        allow_compiled: False compiles again instead of running machine code from the artifact.
+
+    Raises:
+        ArtifactError, RequestError, CompilerMissing, SplitRefused: say what was found, where, and what to do.
+    """
+    from lragent.artifact import open_artifact
+    from lragent.kernels.dispatch import resolve
+    from lragent.open_engine import program_of_artifact, require_backend, tokenizer_of
+    from lragent.runtime.engine import Engine
+    from lragent.runtime.schemes import scheme_named
+
+    layout = scheme_named(sharing).layout
+    require_backend(backend)
+    artifact = open_artifact(path)
+    manifest = artifact.manifest
+    if layout not in manifest.layouts:
+        raise SplitRefused(
+            f"{path} has no {layout} program, which {sharing} needs: {manifest.refusal}",
+            "Use sharing non_shared or full_shared.",
+        )
+    cache_dtype = dtype_named(manifest.dtype if kv_dtype == "auto" else kv_dtype)
+    chosen = resolve(attention, device)
+    return Engine(
+        program_of_artifact(artifact, manifest.layouts[layout], backend, chosen, device, cache_dtype, allow_compiled),
+        sharing=sharing,
+        tokenizer=tokenizer_of(artifact),
+        kv_memory=kv_memory,
+        max_batch_tokens=max_batch_tokens,
+        page_size=manifest.page_size,
+        kv_dtype=cache_dtype,
+        device=device,
+        stop_token_ids=manifest.stop_token_ids,
+        threads=threads,
+    )
+
+
+def optimize(
+    peft_model: Any,
+    sharing: str = "base_lr_shared",
+    tokenizer: str | Path | None = None,
+    kv_memory: int | str = "2GiB",
+    max_batch_tokens: int = 2048,
+    backend: str = "compiled",
+    attention: str = "auto",
+    threads: int | None = None,
+) -> Engine:
+    """A live PEFT model -> an engine; the model is not changed and shares its weights with the engine.
+
+    Args:
+        tokenizer: a transformers tokenizer, or a directory with tokenizer files; None: token ids only.
+
+    Raises:
+        UserError: one of its kinds, which says what was found, where, and what to do.
+    """
+    from lragent.build_artifact import rewrite, write
+    from lragent.exported import PAGE_SIZE
+    from lragent.kernels.dispatch import resolve
+    from lragent.load import load_live
+    from lragent.open_engine import program_of_model, require_backend, tokenizer_from
+    from lragent.runtime.engine import Engine
+    from lragent.runtime.schemes import scheme_named
+
+    layout = scheme_named(sharing).layout
+    require_backend(backend)
+    chosen = resolve(attention, "cpu")
+    loaded = load_live(peft_model)
+    programs, refusal = rewrite(loaded, (layout,), Stages())
+
+    def save(out: Path) -> None:
+        compiled = (layout,) if backend == "compiled" else ()
+        write(loaded, programs, refusal, out, compiled, chosen, False, Stages())
+
+    return Engine(
+        program_of_model(loaded, programs[layout], backend, chosen, "cpu", loaded.dtype),
+        sharing=sharing,
+        tokenizer=tokenizer_from(tokenizer),
+        kv_memory=kv_memory,
+        max_batch_tokens=max_batch_tokens,
+        page_size=PAGE_SIZE,
+        kv_dtype=loaded.dtype,
+        device="cpu",
+        stop_token_ids=loaded.stop_token_ids,
+        threads=threads,
+        saver=save,
+    )
+
+
+def inspect(path: str | Path, adapters: Mapping[str, str | Path] | None = None) -> Inspection:
+    """What an artifact holds, or what a model directory with adapters would become (a dry run).
+
+    Raises:
+        UserError: one of its kinds.
+    """
+    from lragent.inspection import inspect_artifact, inspect_model
+
+    return inspect_artifact(Path(path)) if adapters is None else inspect_model(Path(path), adapters)
+
+

@@ -1,0 +1,204 @@
+"""The artifact directory: written to a temporary name and renamed, read with every file checked.
+
+    NAME.lragent/
+      manifest.json                      versions, agents, schemas, files
+      programs/{split,dense}.pt2         rewritten programs, not lowered, no weights
+      compiled/TARGET/LAYOUT-ATTENTION-KVDTYPE.pt2
+      weights/{base,adapters}.safetensors
+      tokenizer/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lragent.errors import ArtifactError, ModelError
+from lragent.manifest import FileEntry, Manifest, read_manifest, write_manifest
+
+BASE_WEIGHTS = "weights/base.safetensors"
+ADAPTER_WEIGHTS = "weights/adapters.safetensors"
+TOKENIZER = "tokenizer"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# Weight files are checked by size when an artifact is loaded; `lragent verify` hashes them too.
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact that was opened: its directory and manifest."""
+
+    directory: Path
+    manifest: Manifest
+
+    def file(self, entry: FileEntry, hashed: bool = True) -> Path:
+        """Path of a file of the artifact, checked.
+
+        Raises:
+            ArtifactError: missing, or its size or hash is not the manifest's.
+        """
+        path = self.directory / entry.path
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing", "The artifact is not whole; convert again.")
+        if path.stat().st_size != entry.size:
+            raise ArtifactError(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {entry.size}",
+                "The file is damaged; convert again.",
+            )
+        if hashed and (found := sha256_of(path)) != entry.sha256:
+            raise ArtifactError(
+                f"{path} has sha256 {found}, the manifest says {entry.sha256}",
+                "The file was changed; convert again.",
+            )
+        return path
+
+    def weights(self, hashed: bool = False) -> dict[str, Tensor]:
+        """All weights by name, as views of the mapped files; tied names share one tensor."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        tensors: dict[str, Tensor] = {}
+        for entry in self.manifest.weights:
+            path = self.file(entry, hashed)
+            try:
+                tensors.update(load_file(path))
+            except (SafetensorError, ValueError) as error:
+                raise ArtifactError(f"{path} is damaged: {error}", "Convert again.") from error
+        tensors.update({name: tensors[source] for name, source in self.manifest.aliases.items()})
+        return tensors
+
+    def add_package(self, target: str, key: str, built: Path) -> None:
+        """Keeps a package that was compiled at load time.
+
+        Raises:
+            OSError: the directory can't be written.
+        """
+        entry = place(built, self.directory, f"compiled/{target}/{key}.pt2")
+        current = read_manifest(self.directory)
+        compiled = {**current.compiled, target: {**current.compiled.get(target, {}), key: entry}}
+        write_manifest(dataclasses.replace(current, compiled=compiled), self.directory)
+
+
+def open_artifact(path: str | Path) -> Artifact:
+    """Opens an artifact without reading weights.
+
+    Raises:
+        ArtifactError: see `read_manifest`.
+    """
+    directory = Path(path)
+    return Artifact(directory, read_manifest(directory))
+
+
+def require_free(out: Path, overwrite: bool) -> None:
+    """Raises ArtifactError if `out` can't be written: it exists and may not be replaced, or is no artifact."""
+    if out.exists() and not overwrite:
+        raise ArtifactError(f"{out} exists", "Choose another name, or overwrite it (--overwrite).")
+    if out.exists() and not (out / "manifest.json").is_file():
+        raise ArtifactError(f"{out} exists and is not an artifact", "Choose another name.")
+
+
+@contextmanager
+def new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory beside `out` that takes its place once the body has finished.
+
+    Raises:
+        ArtifactError: see `require_free`.
+    """
+    require_free(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+            out.rename(old / out.name)
+            temporary.rename(out)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(out)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+
+
+def place(built: Path, directory: Path, relative: str) -> FileEntry:
+    """Copies a file into an artifact under a temporary name, renames it, and describes it."""
+    target = directory / relative
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copyfile(built, temporary)
+    temporary.replace(target)
+    return describe_file(directory, relative)
+
+
+def describe_file(directory: Path, relative: str) -> FileEntry:
+    path = directory / relative
+    return FileEntry(relative, path.stat().st_size, sha256_of(path))
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_weights(
+    directory: Path, tensors: Mapping[str, Tensor], adapter_names: frozenset[str]
+) -> tuple[tuple[FileEntry, ...], dict[str, str]]:
+    """Writes every tensor once: base weights and what the adapters became in separate files.
+
+    Returns:
+        The files, and aliases: name of a tied tensor -> the name under which it is stored.
+    """
+    from safetensors.torch import save_file
+
+    stored: dict[tuple[int, torch.dtype, torch.Size, tuple[int, ...]], str] = {}
+    aliases: dict[str, str] = {}
+    files: dict[str, dict[str, Tensor]] = {BASE_WEIGHTS: {}, ADAPTER_WEIGHTS: {}}
+    for name, tensor in tensors.items():
+        identity = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if identity in stored and tensor.numel() > 0:
+            aliases[name] = stored[identity]
+            continue
+        stored[identity] = name
+        file = ADAPTER_WEIGHTS if name in adapter_names else BASE_WEIGHTS
+        files[file][name] = tensor.detach().contiguous()
+    (directory / "weights").mkdir()
+    entries = []
+    for relative, contents in files.items():
+        if contents:
+            save_file(contents, directory / relative)
+            (directory / relative).chmod(0o644)
+            entries.append(describe_file(directory, relative))
+    return tuple(entries), aliases
+
+
+def write_tokenizer(source: str | None, directory: Path) -> bool:
+    """Saves the model's tokenizer; False if it has none.
+
+    Raises:
+        ModelError: there are tokenizer files, but they can't be read.
+    """
+    if source is None or not (Path(source) / "tokenizer_config.json").is_file():
+        held = Path(source) / "tokenizer.json" if source else None
+        if held is None or not held.is_file():
+            return False
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer.save_pretrained(directory / TOKENIZER)
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer in {source} can't be read: {error}", "Mend it, or remove its files."
+        ) from error
+    return (directory / TOKENIZER / "tokenizer.json").is_file()

@@ -1,0 +1,169 @@
+"""`LoadedModel -> artifact directory`: capture, rewrite for both layouts, save, compile for this machine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lragent import artifact as files
+from lragent.capture import capture
+from lragent.compile import compile_package, require_compiler, target_name
+from lragent.errors import SplitRefused
+from lragent.exported import PAGE_SIZE, export_graph, save_without_weights, tensors_of
+from lragent.kernels.cache_schema import Layout
+from lragent.kernels.dispatch import resolve
+from lragent.layouts import LAYOUTS, dtype_name
+from lragent.load import LoadedModel
+from lragent.manifest import AgentEntry, FileEntry, LayerEntry, LayoutEntry, Manifest, write_manifest
+from lragent.passes.pipeline import Transformed, lower, transform
+from lragent.stages import Stages
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What `convert` did: seconds by stage, compiled packages, and why split layout was refused ("" if it was not)."""
+
+    out: Path
+    agents: tuple[str, ...]
+    seconds: Mapping[str, float]
+    compiled: tuple[str, ...]
+    refusal: str
+
+
+def rewrite(loaded: LoadedModel, wanted: Sequence[Layout], stages: Stages) -> tuple[dict[Layout, Transformed], str]:
+    """Captures the model and rewrites it for every layout that its graph allows.
+
+    Returns:
+        The programs, and why split layout was refused ("" if it was not).
+
+    Raises:
+        SplitRefused: a layout in `wanted` is refused.
+    """
+    captured = stages.run("capture", lambda: capture(loaded))
+    programs: dict[Layout, Transformed] = {}
+    refusal = ""
+    for layout in LAYOUTS:
+        try:
+            programs[layout] = stages.run(f"rewrite {layout}", partial(transform, captured, layout))
+        except SplitRefused as error:
+            if layout in wanted or layout == "dense":
+                raise
+            refusal = error.message
+    return programs, refusal
+
+
+def build(
+    loaded: LoadedModel,
+    out: Path,
+    compile_layouts: Sequence[Layout],
+    attention: str,
+    overwrite: bool,
+    stages: Stages,
+    wanted: Sequence[Layout] | None = None,
+) -> ConvertReport:
+    """Captures a loaded model and writes its artifact.
+
+    Args:
+        compile_layouts: layouts compiled for this machine.
+        wanted: layouts that must not be refused; `compile_layouts` if None.
+
+    Raises:
+        UserError: a kind that says what was found; nothing is left behind.
+    """
+    files.require_free(out, overwrite)
+    programs, refusal = rewrite(loaded, compile_layouts if wanted is None else wanted, stages)
+    return write(loaded, programs, refusal, out, compile_layouts, attention, overwrite, stages)
+
+
+def write(
+    loaded: LoadedModel,
+    programs: Mapping[Layout, Transformed],
+    refusal: str,
+    out: Path,
+    compile_layouts: Sequence[Layout],
+    attention: str,
+    overwrite: bool,
+    stages: Stages,
+) -> ConvertReport:
+    """Writes rewritten programs as an artifact and compiles some of them for this machine."""
+    chosen = resolve(attention, "cpu")
+    if compile_layouts:
+        require_compiler()
+    with files.new_directory(out, overwrite) as directory:
+        manifest = write_programs(loaded, programs, refusal, directory, stages)
+        packages: dict[str, FileEntry] = {}
+        for layout in compile_layouts:
+            key = f"{layout}-{chosen}-{dtype_name(loaded.dtype)}"
+            work = partial(_compile, programs[layout], loaded.dtype, chosen, directory, key)
+            packages[key] = stages.run(f"compile {layout}", work)
+        if packages:
+            manifest.compiled[target_name()] = packages
+        write_manifest(manifest, directory)
+    agents = tuple(agent.name for agent in loaded.agents)
+    return ConvertReport(out, agents, dict(stages.seconds), tuple(packages), refusal)
+
+
+def write_programs(
+    loaded: LoadedModel, programs: Mapping[Layout, Transformed], refusal: str, directory: Path, stages: Stages
+) -> Manifest:
+    """Writes programs, weights and tokenizer; returns the manifest, which is not written yet."""
+    tensors: dict[str, Tensor] = {}
+    layouts: dict[str, LayoutEntry] = {}
+    model_names = {f"model.{name}" for name, _ in loaded.model.named_parameters(remove_duplicate=False)}
+    (directory / "programs").mkdir()
+    for layout, program in programs.items():
+        relative = f"programs/{layout}.pt2"
+        stages.run(f"export {layout}", partial(_export, program, loaded.dtype, directory / relative))
+        tensors.update(tensors_of(program.graph))
+        layouts[layout] = LayoutEntry(
+            program=files.describe_file(directory, relative),
+            schema=program.schema,
+            layers=tuple(
+                LayerEntry(layer.index, layer.k_module, layer.v_module, layer.key_transform)
+                for layer in program.layers
+            ),
+        )
+    from_adapters = frozenset(name for name in tensors if name not in model_names and name.startswith(("lora_", "up_")))
+    weights, aliases = stages.run("write weights", lambda: files.write_weights(directory, tensors, from_adapters))
+    return Manifest(
+        versions={name: version(name) for name in ("lragent", "torch", "transformers", "peft")},
+        architecture=loaded.architecture,
+        max_positions=loaded.max_positions,
+        vocab_size=loaded.vocab_size,
+        stop_token_ids=loaded.stop_token_ids,
+        dtype=dtype_name(loaded.dtype),
+        page_size=PAGE_SIZE,
+        agents=tuple(
+            AgentEntry(
+                agent.name,
+                agent.digest,
+                agent.rank,
+                tuple(sorted({loaded.lora[m][agent.name].scaling for m in agent.targets})),
+                agent.targets,
+            )
+            for agent in loaded.agents
+        ),
+        layouts=layouts,
+        refusal=refusal,
+        weights=weights,
+        aliases=aliases,
+        tokenizer=files.write_tokenizer(loaded.tokenizer_source, directory),
+    )
+
+
+def _export(program: Transformed, dtype: torch.dtype, path: Path) -> None:
+    save_without_weights(export_graph(program.graph, program.schema, dtype), path)
+
+
+def _compile(program: Transformed, dtype: torch.dtype, attention: str, directory: Path, key: str) -> FileEntry:
+    with tempfile.TemporaryDirectory() as scratch:
+        built = Path(scratch) / "program.pt2"
+        compile_package(lower(program.graph, attention), program.schema, dtype, built)
+        return files.place(built, directory, f"compiled/{target_name()}/{key}.pt2")

@@ -1,0 +1,121 @@
+"""Stage 4a: a transformed graph as an `ExportedProgram` with dynamic shapes, with or without its weights.
+
+The exported form is what AOTInductor compiles and what an artifact stores. Legend: T = packed tokens of a step, S =
+sequences, M = page table columns, R = logits rows; page count and LR lengths depend on the memory given at load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lragent.kernels import ops  # registers the ops that exported programs call
+from lragent.kernels.cache_schema import CacheSchema
+from lragent.kernels.step import CacheTensors, StepInputs
+
+PAGE_SIZE = 32
+assert ops.flash_lora_attention is not None
+
+
+def example_step(agents: int) -> StepInputs:
+    """A step of two sequences of three tokens: sizes differ from each other and from 0 and 1."""
+    tokens = torch.arange(6)
+    slots = torch.tensor([32, 33, 34, 64, 65, 66])
+    return StepInputs(
+        token_ids=torch.zeros(6, dtype=torch.int64),
+        positions=tokens % 3,
+        agent_ids=torch.zeros(6, dtype=torch.int64),
+        logits_rows=torch.tensor([2, 5]),
+        base_slots=slots,
+        lr_slots=slots.repeat(agents, 1),
+        seq_starts=torch.tensor([0, 3, 6]),
+        context_lens=torch.tensor([3, 3]),
+        page_table=torch.tensor([[1, 0, 0, 0], [2, 0, 0, 0]]),
+    )
+
+
+def example_cache(schema: CacheSchema, dtype: torch.dtype) -> CacheTensors:
+    """Three pages of every stream."""
+    pages = 3
+    return CacheTensors(
+        k_base=tuple(torch.zeros(pages, b.kv_heads, PAGE_SIZE, b.k_dim, dtype=dtype) for b in schema.base),
+        v_base=tuple(torch.zeros(pages, b.kv_heads, PAGE_SIZE, b.v_dim, dtype=dtype) for b in schema.base),
+        low_rank=tuple(
+            torch.zeros(s.elements("per_agent", pages, PAGE_SIZE), dtype=dtype) for s in schema.low_rank
+        ),
+        tables=tuple(s.table("per_agent", pages, PAGE_SIZE) for s in schema.low_rank),
+    )
+
+
+def export_graph(graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.dtype) -> torch.export.ExportedProgram:
+    """Exports a transformed graph; every size that a step or the cache memory decides is dynamic from 1 (pages: 2)."""
+    dim = torch.export.Dim
+    tokens, seqs = dim("tokens", min=1, max=1 << 20), dim("seqs", min=1, max=1 << 16)
+    columns, rows = dim("columns", min=1, max=1 << 20), dim("rows", min=1, max=1 << 20)
+    pages = dim("pages", min=2, max=1 << 30)
+    step_shapes: list[Any] = [
+        {0: tokens},
+        {0: tokens},
+        {0: tokens},
+        {0: rows},
+        {0: tokens},
+        {1: tokens},
+        {0: seqs + 1},
+        {0: seqs},
+        {0: seqs, 1: columns},
+    ]
+    base_shapes: list[Any] = [{0: pages} for _ in range(2 * len(schema.base))]
+    low_rank: list[Any] = [{0: dim(f"elements_{j}", min=2, max=1 << 40)} for j in range(len(schema.low_rank))]
+    tables: list[Any] = [None for _ in schema.low_rank]
+    inputs = (*example_step(len(schema.agents)).tensors(), *example_cache(schema, kv_dtype).tensors())
+    with torch.no_grad():
+        return torch.export.export(
+            graph, inputs, dynamic_shapes=(*step_shapes, *base_shapes, *low_rank, *tables), strict=False
+        )
+
+
+def tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name; names of one tied tensor all appear."""
+    return {
+        **dict(graph.named_parameters(remove_duplicate=False)),
+        **dict(graph.named_buffers(remove_duplicate=False)),
+    }
+
+
+def save_without_weights(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Saves the graph with one stored number in place of each weight."""
+    weights, constants, inputs = program.state_dict, program.constants, program.example_inputs
+    program._state_dict = {name: _hollow(t) for name, t in weights.items()}
+    program._constants = {name: _hollow(t) for name, t in constants.items()}
+    program._example_inputs = None  # they would be stored pickled
+    try:
+        torch.export.save(program, path)
+    finally:
+        program._state_dict, program._constants, program._example_inputs = weights, constants, inputs
+
+
+def _hollow(value: Any) -> Any:
+    """A tensor of the same shape and kind over a single stored number."""
+    if not isinstance(value, Tensor):
+        return value
+    hollow = torch.zeros((), dtype=value.dtype).expand(value.shape)
+    return torch.nn.Parameter(hollow, requires_grad=False) if isinstance(value, torch.nn.Parameter) else hollow
+
+
+def load_with_weights(path: Path, weights: Mapping[str, Tensor]) -> fx.GraphModule:
+    """The graph saved by `save_without_weights`, reading `weights` in place (they are not copied)."""
+    graph = torch.export.load(path).module(check_guards=False)
+    assert isinstance(graph, fx.GraphModule)
+    for name in tensors_of(graph):
+        owner_name, _, leaf = name.rpartition(".")
+        owner = graph.get_submodule(owner_name)
+        weight = weights[name]
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = torch.nn.Parameter(weight, requires_grad=False)
+        else:
+            owner._buffers[leaf] = weight
+    return graph

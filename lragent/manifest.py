@@ -1,0 +1,156 @@
+"""`manifest.json` of an artifact: what is in the directory, for which versions, and how to read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lragent.errors import ArtifactError
+from lragent.kernels.cache_schema import BaseStreams, CacheSchema, Layout, LowRankStream
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class AgentEntry:
+    """One agent: sha256 of its adapter weights, largest rank, scalings in use, adapted modules."""
+
+    name: str
+    digest: str
+    rank: int
+    scalings: tuple[float, ...]
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One attention op: the projections whose LR columns it reads (None: no adapter) and its key transform."""
+
+    index: int
+    k_module: str | None
+    v_module: str | None
+    key_transform: str
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the artifact, its size and, for all but large weight files, what it must hash to when it is read."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class LayoutEntry:
+    """One rewritten program and its cache schema."""
+
+    program: FileEntry
+    schema: CacheSchema
+    layers: tuple[LayerEntry, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """See the field names; `compiled` maps target -> "layout-attention-kvdtype" -> package."""
+
+    versions: dict[str, str]
+    architecture: str
+    max_positions: int
+    vocab_size: int
+    stop_token_ids: tuple[int, ...]
+    dtype: str
+    page_size: int
+    agents: tuple[AgentEntry, ...]
+    layouts: dict[str, LayoutEntry]
+    refusal: str
+    weights: tuple[FileEntry, ...]
+    aliases: dict[str, str]
+    tokenizer: bool
+    compiled: dict[str, dict[str, FileEntry]] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+def write_manifest(manifest: Manifest, directory: Path) -> None:
+    """Replaces the manifest in one step."""
+    temporary = directory / f".{MANIFEST}.new"
+    temporary.write_text(manifest.to_json(), encoding="utf-8")
+    temporary.replace(directory / MANIFEST)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads and checks `manifest.json`.
+
+    Raises:
+        ArtifactError: no artifact there, another format version (names both), or a damaged manifest.
+    """
+    file = directory / MANIFEST
+    if not directory.is_dir():
+        raise ArtifactError(f"no artifact directory at {directory}", "Make one with `lragent convert`.")
+    if not file.is_file():
+        raise ArtifactError(f"{directory} has no {MANIFEST}", "It is not an artifact; make one with `lragent convert`.")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{file} is not JSON: {error}", "The artifact is damaged; convert again.") from error
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != FORMAT:
+        raise ArtifactError(
+            f"{file} has format version {found!r}, this lragent reads version {FORMAT}",
+            "Convert the model again with this version.",
+        )
+    try:
+        return _from_json(raw)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{file} is damaged: {type(error).__name__}: {error}", "Convert the model again."
+        ) from error
+
+
+def _from_json(raw: dict[str, Any]) -> Manifest:
+    known = {f.name for f in dataclasses.fields(Manifest)}
+    unknown = sorted(set(raw) - known)
+    if unknown:
+        raise ValueError(f"unknown entries {unknown}")
+    return Manifest(
+        **{
+            **raw,
+            "stop_token_ids": tuple(raw["stop_token_ids"]),
+            "agents": tuple(_agent(entry) for entry in raw["agents"]),
+            "layouts": {name: _layout(entry) for name, entry in raw["layouts"].items()},
+            "weights": tuple(FileEntry(**entry) for entry in raw["weights"]),
+            "compiled": {
+                target: {key: FileEntry(**entry) for key, entry in packages.items()}
+                for target, packages in raw["compiled"].items()
+            },
+        }
+    )
+
+
+def _agent(raw: dict[str, Any]) -> AgentEntry:
+    return AgentEntry(**{**raw, "scalings": tuple(raw["scalings"]), "targets": tuple(raw["targets"])})
+
+
+def _layout(raw: dict[str, Any]) -> LayoutEntry:
+    schema = raw["schema"]
+    layout: Layout = schema["layout"]
+    return LayoutEntry(
+        program=FileEntry(**raw["program"]),
+        schema=CacheSchema(
+            layout=layout,
+            agents=tuple(schema["agents"]),
+            base=tuple(BaseStreams(**entry) for entry in schema["base"]),
+            low_rank=tuple(
+                LowRankStream(entry["module"], tuple(entry["ranks"]), tuple(entry["group"]))
+                for entry in schema["low_rank"]
+            ),
+        ),
+        layers=tuple(LayerEntry(**entry) for entry in raw["layers"]),
+    )

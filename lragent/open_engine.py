@@ -1,0 +1,140 @@
+"""Artifact or live model -> `Engine`: picks the program of the sharing scheme, its weights and its compiled package."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from lragent.artifact import TOKENIZER, Artifact
+from lragent.compile import ProgramFacts, compile_package, eager_call, load_package, program, target_name
+from lragent.errors import RequestError
+from lragent.exported import load_with_weights, tensors_of
+from lragent.kernels.step import AgentFacts, Program
+from lragent.layouts import dtype_name, dtype_named
+from lragent.manifest import LayoutEntry
+from lragent.runtime.tokenizer import TokenizerFile, Tokenizer
+
+if TYPE_CHECKING:
+    from lragent.load import LoadedModel
+    from lragent.passes.pipeline import Transformed
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("compiled", "eager")
+
+
+def require_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise RequestError(f"unknown backend {backend!r}", f"Use {' or '.join(BACKENDS)}.")
+
+
+def program_of_artifact(
+    artifact: Artifact,
+    entry: LayoutEntry,
+    backend: str,
+    attention: str,
+    device: str,
+    kv_dtype: torch.dtype,
+    allow_compiled: bool,
+) -> Program:
+    """The runnable program of one layout of an artifact."""
+    weights = artifact.weights()
+    if backend == "eager":
+        call = eager_call(_lowered(artifact, entry, weights, attention))
+    else:
+        call = load_package(_package(artifact, entry, weights, attention, kv_dtype, allow_compiled), weights)
+    manifest = artifact.manifest
+    facts = ProgramFacts(
+        schema=entry.schema,
+        agents=tuple(AgentFacts(agent.name, agent.digest) for agent in manifest.agents),
+        max_positions=manifest.max_positions,
+        vocab_size=manifest.vocab_size,
+        dtype=dtype_named(manifest.dtype),
+        attention=attention,
+    )
+    return program(call, facts, backend, device)
+
+
+def program_of_model(
+    loaded: LoadedModel, transformed: Transformed, backend: str, attention: str, device: str, kv_dtype: torch.dtype
+) -> Program:
+    """The runnable program of a model in memory."""
+    from lragent.passes.pipeline import lower
+
+    graph = lower(transformed.graph, attention)
+    if backend == "eager":
+        call = eager_call(graph)
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            built = Path(scratch) / "program.pt2"
+            compile_package(graph, transformed.schema, kv_dtype, built)
+            call = load_package(built, tensors_of(transformed.graph))
+    facts = ProgramFacts(
+        schema=transformed.schema,
+        agents=tuple(AgentFacts(agent.name, agent.digest) for agent in loaded.agents),
+        max_positions=loaded.max_positions,
+        vocab_size=loaded.vocab_size,
+        dtype=loaded.dtype,
+        attention=attention,
+    )
+    return program(call, facts, backend, device)
+
+
+def tokenizer_of(artifact: Artifact) -> Tokenizer | None:
+    if not artifact.manifest.tokenizer:
+        return None
+    return TokenizerFile(artifact.directory / TOKENIZER / "tokenizer.json")
+
+
+def tokenizer_from(source: Any) -> Tokenizer | None:
+    """A tokenizer from a directory, or from a live transformers tokenizer (anything with `save_pretrained`)."""
+    if source is None:
+        return None
+    if isinstance(source, (str, Path)):
+        file = Path(source) / "tokenizer.json"
+        if not file.is_file():
+            raise RequestError(f"no tokenizer.json in {source}", "Give a folder saved with save_pretrained.")
+        return TokenizerFile(file)
+    with tempfile.TemporaryDirectory() as scratch:
+        source.save_pretrained(scratch)
+        return TokenizerFile(Path(scratch) / "tokenizer.json")
+
+
+def _lowered(
+    artifact: Artifact, entry: LayoutEntry, weights: Mapping[str, Tensor], attention: str
+) -> fx.GraphModule:
+    from lragent.passes.pipeline import lower
+
+    return lower(load_with_weights(artifact.file(entry.program), weights), attention)
+
+
+def _package(
+    artifact: Artifact,
+    entry: LayoutEntry,
+    weights: Mapping[str, Tensor],
+    attention: str,
+    kv_dtype: torch.dtype,
+    allow_compiled: bool,
+) -> Path:
+    """The compiled package for this machine: the artifact's, or one lowered now and kept there."""
+    key, target = f"{entry.schema.layout}-{attention}-{dtype_name(kv_dtype)}", target_name()
+    held = artifact.manifest.compiled.get(target, {}).get(key)
+    if held is not None and allow_compiled:
+        return artifact.file(held)
+    log.warning("compiling %s for %s; this takes a minute or more for a real model", key, target)
+    built = Path(tempfile.mkdtemp(prefix="lragent-")) / "program.pt2"
+    compile_package(_lowered(artifact, entry, weights, attention), entry.schema, kv_dtype, built)
+    if allow_compiled:
+        try:
+            artifact.add_package(target, key, built)
+        except OSError as error:
+            log.warning("the package can't be kept in %s (%s): the next load compiles again", artifact.directory, error)
+    return built
+
+

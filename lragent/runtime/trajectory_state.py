@@ -1,0 +1,75 @@
+"""What the engine holds of one trajectory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lragent.runtime.page_table import PageTable
+from lragent.runtime.pages import PagePool
+from lragent.runtime.usage import Usage
+
+if TYPE_CHECKING:
+    from lragent.runtime.turn import Request
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens `[start, end)` that one agent generated, or that were appended (`agent` is None)."""
+
+    agent: str | None
+    start: int
+    end: int
+
+
+@dataclass(eq=False)
+class TrajectoryState:
+    """Tokens, who they are from, and the page tables: one per agent id in `non_shared`, else one under key 0."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)  # None where a token was appended
+    segments: list[Segment] = field(default_factory=list)
+    tables: dict[int, PageTable] = field(default_factory=dict)
+    usage: Usage = field(default_factory=Usage)  # of all requests, those of forks included
+    active: Request | None = None
+    closed: bool = False
+
+    def table_for(self, owner: int, agents: int) -> PageTable:
+        if owner not in self.tables:
+            self.tables[owner] = PageTable(agents)
+        return self.tables[owner]
+
+    def add_tokens(self, ids: list[int], agent: str | None, logprobs: list[float] | None = None) -> None:
+        start = len(self.tokens)
+        if not ids:
+            return
+        self.tokens += ids
+        self.logprobs += logprobs if logprobs is not None else [None] * len(ids)
+        self.segments.append(Segment(agent, start, len(self.tokens)))
+
+    def cut(self, length: int, pool: PagePool, page_size: int) -> None:
+        """Forgets all tokens from `length` on."""
+        del self.tokens[length:]
+        del self.logprobs[length:]
+        self.segments = [
+            Segment(part.agent, part.start, min(part.end, length)) for part in self.segments if part.start < length
+        ]
+        for table in self.tables.values():
+            table.cut(length, pool, page_size)
+
+    def fork(self, pool: PagePool) -> TrajectoryState:
+        """The same trajectory again, sharing all pages and the usage account."""
+        return TrajectoryState(
+            list(self.tokens),
+            list(self.logprobs),
+            list(self.segments),
+            {owner: table.fork(pool) for owner, table in self.tables.items()},
+            self.usage,
+        )
+
+    def close(self, pool: PagePool) -> None:
+        """Gives all pages back."""
+        for table in self.tables.values():
+            table.drop(pool)
+        self.tables.clear()
+        self.closed = True

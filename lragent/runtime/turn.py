@@ -1,0 +1,143 @@
+"""A request to the engine (a turn, a score, or settling a trajectory), and what a turn gives back.
+
+Life of a `Request`: made by trajectory.py -> queued by scheduler.py -> admitted (lookup.py finds reusable pages, schemes.py
+plans spans) -> stepped (batch.py packs spans, progress.py books what they wrote, outcome.py samples) -> done, with
+`error` set or not. Losing its pages sends it back to the queue.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lragent.errors import RequestError
+from lragent.runtime.page_table import PageTable
+from lragent.runtime.schemes import Span
+from lragent.runtime.stops import StopWatch
+from lragent.runtime.trajectory_state import TrajectoryState
+from lragent.runtime.usage import Usage
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class TurnOptions:
+    """How a turn samples and when it stops.
+
+    Args:
+        max_new_tokens: most tokens of the turn; ignored with `forced`.
+        stop: strings that end the turn; they stay out of `Turn.text`.
+        stop_token_ids: ids that end the turn, besides the model's own.
+        temperature: 0 is greedy.
+        top_k, top_p, min_p: filters, applied in this order after temperature; 0, 1.0 and 0.0 are off.
+        seed: samples depend on it, on the position and on the logits, and on nothing else.
+        ignore_eos: the model's own stop tokens don't end the turn; those given still do.
+        forced: take these tokens instead of sampling; their log-probabilities are still given, stops don't apply.
+    """
+
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    ignore_eos: bool = False
+    forced: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}, must be at least 1"),
+            (self.temperature >= 0, f"temperature is {self.temperature}, must not be negative"),
+            (self.top_k >= 0, f"top_k is {self.top_k}, must not be negative (0 is off)"),
+            (0 < self.top_p <= 1, f"top_p is {self.top_p}, must be above 0 and at most 1"),
+            (0 <= self.min_p <= 1, f"min_p is {self.min_p}, must be between 0 and 1"),
+            (self.forced is None or len(self.forced) > 0, "forced is empty, give at least one token"),
+            (all(self.stop), "stop contains an empty string"),
+        )
+        for holds, message in checks:
+            if not holds:
+                raise RequestError(message)
+
+    @property
+    def length(self) -> int:
+        return self.max_new_tokens if self.forced is None else len(self.forced)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a turn gave.
+
+    Args:
+        token_ids: every sampled token, a stop token included.
+        text: without stop string and special tokens; empty if the engine has no tokenizer.
+        logprobs: natural log-probability of each token under the unfiltered distribution.
+        finish_reason: "stop" (a stop string or token) or "length" (max_new_tokens, or the model's last position).
+    """
+
+    agent: str
+    token_ids: list[int]
+    text: str
+    logprobs: list[float]
+    finish_reason: FinishReason
+    usage: Usage
+
+
+@dataclass(eq=False)
+class Request:
+    """One unit of work on one trajectory.
+
+    Args:
+        agent: agent id; None only makes processed tokens final (`rebase_shared`).
+        logits_from: first position whose logits are wanted.
+        score: tokens `[logits_from + 1, ...)` are given and their log-probabilities wanted; nothing is sampled.
+    """
+
+    state: TrajectoryState
+    table: PageTable
+    agent: int | None
+    options: TurnOptions
+    watch: StopWatch
+    prompt: int  # tokens when the turn began
+    turn_start: int  # processed tokens when the turn began
+    logits_from: int
+    score: bool = False
+    arrival: int = 0
+    spans: list[Span] = field(default_factory=list)  # what is left of the plan
+    claims: set[bytes] = field(default_factory=set)  # keys of pages that this request is about to compute
+    blocked_on: bytes | None = None  # key of a page that another request is about to compute
+    usage: Usage = field(default_factory=Usage)
+    planned: bool = False  # has been admitted once
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+    error: Exception | None = None
+    done: bool = False
+    on_done: Callable[[], None] | None = None
+    submitted: float = field(default_factory=time.perf_counter)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether one token at a time is left to run."""
+        return len(self.spans) == 1 and self.spans[0].kind == "decode"
+
+    def finish(self, error: Exception | None = None) -> None:
+        self.done, self.error = True, error
+        if self.on_done is not None:
+            self.on_done()
+
+
+def as_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Checked token ids.
+
+    Raises:
+        RequestError: an id outside the vocabulary.
+    """
+    listed = [int(token) for token in ids]
+    for token in listed:
+        if not 0 <= token < vocab_size:
+            raise RequestError(f"token id {token} is outside the vocabulary of {vocab_size} tokens")
+    return listed
