@@ -118,4 +118,9 @@ def load_with_weights(path: Path, weights: Mapping[str, Tensor]) -> fx.GraphModu
             owner._parameters[leaf] = torch.nn.Parameter(weight, requires_grad=False)
         else:
             owner._buffers[leaf] = weight
+    output = graph.graph.output_node()
+    if isinstance(output.args[0], (tuple, list)):  # the exporter packs a single output
+        output.args = (output.args[0][0],)
+        graph.graph.set_codegen(fx.graph.CodeGen())
+        graph.recompile()
     return graph

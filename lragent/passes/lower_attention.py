@@ -6,15 +6,24 @@ Before:                                    After (attention="torch"):
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import fx
 
-from lragent.kernels.dispatch import implementation
+from lragent.kernels import ops
 from lragent.passes.base import Pass, PassContext, PassReport, PassState, calls
+
+# Implementation name -> what the node calls; a plain function is traced into the graph when it is exported.
+TARGETS: dict[str, Callable[..., Any]] = {
+    "reference": ops.flash_lora_attention._opoverload,
+    "torch": ops.flash_lora_attention_torch._opoverload,
+}
 
 
 def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
-    chosen = implementation(context.attention)
+    chosen = TARGETS[context.attention]
     nodes = list(calls(graph, torch.ops.lragent.flash_lora_attention.default))
     for node in nodes:
         node.target = chosen

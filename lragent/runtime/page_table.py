@@ -62,8 +62,9 @@ class PageTable:
         del self.keys[length // page_size :]
         self._release_from(-(-self.computed // page_size), pool)
 
-    def drop(self, pool: PagePool) -> None:
+    def drop(self, pool: PagePool, page_size: int) -> None:
         """Gives all pages back; the record stays."""
+        self.columns_before = list(map(max, self.columns_before, self.columns(pool, page_size)))
         self.computed = self.settled = 0
         self._release_from(0, pool)
 

@@ -73,8 +73,11 @@ def _draw(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     least_R1 = column([row.min_p for row in rows]) * probs_RV.amax(dim=1, keepdim=True)
     probs_RV = probs_RV.masked_fill(probs_RV < least_R1, 0.0)
     cumulative_RV = probs_RV.cumsum(dim=1)
-    target_R1 = column([uniform(row.seed, row.position) for row in rows]) * cumulative_RV[:, -1:]
-    return torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0].clamp(max=logits_RV.shape[1] - 1)
+    total_R1 = cumulative_RV[:, -1:]
+    # Rounding must not put the target at the total, past the last token that has any probability.
+    below_R1 = total_R1.nextafter(torch.zeros_like(total_R1))
+    target_R1 = torch.minimum(column([uniform(row.seed, row.position) for row in rows]) * total_R1, below_R1)
+    return torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0]
 
 
 def _top_filters(scaled_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:

@@ -67,9 +67,9 @@ class TrajectoryState:
             self.usage,
         )
 
-    def close(self, pool: PagePool) -> None:
+    def close(self, pool: PagePool, page_size: int) -> None:
         """Gives all pages back."""
         for table in self.tables.values():
-            table.drop(pool)
+            table.drop(pool, page_size)
         self.tables.clear()
         self.closed = True

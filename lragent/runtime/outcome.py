@@ -1,0 +1,69 @@
+"""From the logits of a step to sampled tokens and scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from lragent.runtime.batch import Entry
+from lragent.runtime.sampling import SamplingRow, log_probabilities, sample
+from lragent.runtime.schemes import Scheme, View, acting_span
+from lragent.runtime.turn import Request
+
+
+def take_logits(
+    entries: Sequence[Entry], logits_RV: torch.Tensor, scheme: Scheme, agents: int, max_positions: int
+) -> list[Request]:
+    """Hands every logits row to its request; returns the requests that are done with it.
+
+    Args:
+        logits_RV: rows in the order of the entries' `Piece.rows`.
+        agents: N.
+        max_positions: a turn ends when its trajectory has that many tokens.
+    """
+    wanted = [(entry.request, at) for entry in entries for piece in entry.pieces for at in piece.rows]
+    if not wanted:
+        return []
+    chosen = sample(logits_RV, [_sampling_row(request, at) for request, at in wanted])
+    logprobs = log_probabilities(logits_RV, chosen)
+    done: list[Request] = []
+    for (request, _), token, logprob in zip(wanted, chosen.tolist(), logprobs, strict=True):
+        request.logprobs.append(logprob)
+        if request.score:
+            if request.logits_from + len(request.logprobs) == len(request.state.tokens):
+                done.append(request)
+        elif _take_token(request, token, scheme, agents, max_positions):
+            done.append(request)
+    return done
+
+
+def _sampling_row(request: Request, position: int) -> SamplingRow:
+    options = request.options
+    forced: int | None = None
+    if request.score:
+        forced = options.forced[position - request.logits_from] if options.forced else None
+    elif options.forced is not None:
+        forced = options.forced[len(request.token_ids)]
+    return SamplingRow(
+        options.temperature, options.top_k, options.top_p, options.min_p, options.seed, position + 1, forced
+    )
+
+
+def _take_token(request: Request, token: int, scheme: Scheme, agents: int, max_positions: int) -> bool:
+    """Appends a sampled token and plans its decode; True if the turn ends with it."""
+    state, options = request.state, request.options
+    if not request.token_ids:
+        request.usage.ttft = time.perf_counter() - request.submitted
+    state.tokens.append(token)
+    state.logprobs.append(request.logprobs[-1])
+    request.token_ids.append(token)
+    request.logits_from = len(state.tokens) - 1
+    if options.forced is None and request.watch.push(token):
+        request.finish_reason = "stop"
+        return True
+    if len(request.token_ids) == options.length or len(state.tokens) >= max_positions:
+        return True
+    request.spans = [decode_span(request, scheme, agents)]
+    return False
