@@ -21,6 +21,7 @@ from lragent.errors import ModelError
 from lragent.kernels import ops
 from lragent.kernels.markers import marker_nodes
 from lragent.load import LoadedModel
+from lragent.plain_graph import plain_graph
 
 ATTENTION_NAME = "lragent_marker"
 # Packed tokens a step may hold; only an upper bound for the exported dimension.
@@ -76,9 +77,7 @@ def capture(loaded: LoadedModel) -> Captured:
                 f"torch.export can't capture {loaded.architecture}: {_first_line(error)}",
                 "This architecture needs support in capture; please report it with the model's config.json.",
             ) from error
-    graph = program.module(check_guards=False)
-    assert isinstance(graph, fx.GraphModule)
-    captured = Captured(graph=graph, loaded=loaded)
+    captured = Captured(graph=plain_graph(program), loaded=loaded)
     _require_markers(captured)
     _require_same_logits(captured)
     _require_token_wise(captured)

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from lragent.kernels import ops  # registers the ops that exported programs call
 from lragent.kernels.cache_schema import CacheSchema
 from lragent.kernels.step import CacheTensors, StepInputs
+from lragent.plain_graph import plain_graph
 
 PAGE_SIZE = 32
 assert ops.flash_lora_attention is not None
@@ -108,8 +109,7 @@ def _hollow(value: Any) -> Any:
 
 def load_with_weights(path: Path, weights: Mapping[str, Tensor]) -> fx.GraphModule:
     """The graph saved by `save_without_weights`, reading `weights` in place (they are not copied)."""
-    graph = torch.export.load(path).module(check_guards=False)
-    assert isinstance(graph, fx.GraphModule)
+    graph = plain_graph(torch.export.load(path))
     for name in tensors_of(graph):
         owner_name, _, leaf = name.rpartition(".")
         owner = graph.get_submodule(owner_name)
@@ -118,9 +118,4 @@ def load_with_weights(path: Path, weights: Mapping[str, Tensor]) -> fx.GraphModu
             owner._parameters[leaf] = torch.nn.Parameter(weight, requires_grad=False)
         else:
             owner._buffers[leaf] = weight
-    output = graph.graph.output_node()
-    if isinstance(output.args[0], (tuple, list)):  # the exporter packs a single output
-        output.args = (output.args[0][0],)
-        graph.graph.set_codegen(fx.graph.CodeGen())
-        graph.recompile()
     return graph

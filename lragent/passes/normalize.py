@@ -33,12 +33,9 @@ _SAME = (aten.alias.default, aten.detach.default, aten.detach_.default, aten.lif
 def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
     changed = 0
     for node in list(graph.graph.nodes):
-        if node.op == "call_module" and not node.users:  # the exporter's guard function
-            graph.graph.erase_node(node)
-            changed += 1
-        elif node.op != "call_function":
+        if node.op != "call_function":
             continue
-        elif node.target in _ASSERTS:
+        if node.target in _ASSERTS:
             graph.graph.erase_node(node)
             changed += 1
         elif _is_identity(node):

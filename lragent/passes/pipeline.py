@@ -91,9 +91,7 @@ def pass_context(loaded: LoadedModel, layout: Layout, attention: str = "referenc
 
 def _copy(graph: fx.GraphModule) -> fx.GraphModule:
     shared = {id(t): t for t in (*graph.parameters(), *graph.buffers())}
-    copied = copy.deepcopy(graph, shared)
-    copied.graph.set_codegen(fx.graph.CodeGen())  # plain positional inputs instead of the exporter's pytrees
-    return copied
+    return copy.deepcopy(graph, shared)
 
 
 def _run(entry: Pass, graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:

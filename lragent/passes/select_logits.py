@@ -40,7 +40,8 @@ def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassR
     with graph.graph.inserting_after(inputs[-1]):
         rows = graph.graph.placeholder(ROWS)
     output = graph.graph.output_node()
-    logits = output.args[0][0] if isinstance(output.args[0], (tuple, list)) else output.args[0]
+    logits = output.args[0]
+    assert isinstance(logits, fx.Node)
     head = _head(logits)
     misses: tuple[Miss, ...] = ()
     if head is None:

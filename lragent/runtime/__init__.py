@@ -1,0 +1,26 @@
+"""Runs agents' turns over shared pages: pages, prefix reuse, sharing schemes, scheduling, sampling, rollouts."""
+
+from lragent.runtime.engine import Engine
+from lragent.runtime.rollout import RolloutResult, TaskError, Workflow
+from lragent.runtime.schemes import SCHEMES
+from lragent.runtime.stats import EngineStats
+from lragent.runtime.tokenizer import Tokenizer, TokenizerFile
+from lragent.runtime.trajectory import Trajectory
+from lragent.runtime.trajectory_state import Segment
+from lragent.runtime.turn import Turn
+from lragent.runtime.usage import Usage
+
+__all__ = [
+    "SCHEMES",
+    "Engine",
+    "EngineStats",
+    "RolloutResult",
+    "Segment",
+    "TaskError",
+    "Tokenizer",
+    "TokenizerFile",
+    "Trajectory",
+    "Turn",
+    "Usage",
+    "Workflow",
+]

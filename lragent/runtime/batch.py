@@ -1,6 +1,6 @@
 """One step's work, and the step inputs built from it with few tensor operations.
 
-Legend as in kernels/step.py: T = packed tokens, S = sequences, M = most pages of a sequence, R = logits rows, N = agents.
+Legend as in kernels/step.py: T = packed tokens, S = sequences, M = most pages of a sequence, N = agents.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Entry:
 def take(spans: Sequence[Span], budget: int, most_rows: int) -> list[Piece]:
     """The next pieces of a plan, at most `budget` tokens and `most_rows` logits rows.
 
-    Spans that follow each other in position may share a step, whatever their agents: in each layer all cache writes come
-    before the attention. A span that goes back (a replayed pass over tokens that the one before wrote) waits.
+    Spans that follow each other in position may share a step, whatever their agents: in each layer all cache writes
+    come before the attention. A span that goes back (a replayed pass over tokens that the one before wrote) waits.
     """
     taken: list[Piece] = []
     for span in spans:

@@ -78,7 +78,9 @@ def find(
             if pool.filled(page, request.agent) < page_size:
                 blocked_on = blocked_on or _claimed(columns_key(key, request.agent), claims, request)
         pages.append(page)
-    reach = _without_half_turns(len(pages) * page_size, request, runs) if scheme.adapter_free else len(pages) * page_size
+    reach = len(pages) * page_size
+    if scheme.adapter_free:
+        reach = _without_half_turns(reach, request, runs)
     return Match(pages, reach, keys, blocked_on)
 
 
@@ -94,8 +96,8 @@ def _fuller(own: int, other: int | None, agent: int, pool: PagePool) -> int:
 def _without_half_turns(reach: int, request: Request, runs: tuple[Run, ...]) -> int:
     """Cuts `reach` back to where a replay can go on.
 
-    In the middle of a finished turn that hasn't been replayed it can't: the rest of that turn attended to open pages, and
-    the pages found are final.
+    In the middle of a finished turn that hasn't been replayed it can't: the rest of that turn attended to open pages,
+    and the pages found are final.
     """
     for run in runs:
         in_progress = request.agent is not None and run.start >= request.turn_start

@@ -29,7 +29,9 @@ def parse_bytes(amount: int | str) -> int:
         return amount
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", amount)
     if match is None or match[2].upper() not in _UNITS:
-        raise RequestError(f"kv_memory {amount!r} is not an amount of memory", 'Write it like "2GiB", "512MB" or 1048576.')
+        raise RequestError(
+            f"kv_memory {amount!r} is not an amount of memory", 'Write it like "2GiB", "512MB" or 1048576.'
+        )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from lragent.runtime.batch import Entry
 from lragent.runtime.sampling import SamplingRow, log_probabilities, sample
-from lragent.runtime.schemes import Scheme, View, acting_span
+from lragent.runtime.schemes import Scheme, acting_span
 from lragent.runtime.turn import Request
 
 
@@ -20,7 +21,7 @@ def take_logits(
 
     Args:
         logits_RV: rows in the order of the entries' `Piece.rows`.
-        agents: N.
+        agents: N + 1.
         max_positions: a turn ends when its trajectory has that many tokens.
     """
     wanted = [(entry.request, at) for entry in entries for piece in entry.pieces for at in piece.rows]
@@ -32,7 +33,8 @@ def take_logits(
     for (request, _), token, logprob in zip(wanted, chosen.tolist(), logprobs, strict=True):
         request.logprobs.append(logprob)
         if request.score:
-            if request.logits_from + len(request.logprobs) == len(request.state.tokens):
+            request.logits_from += 1
+            if len(request.logprobs) == request.options.length:
                 done.append(request)
         elif _take_token(request, token, scheme, agents, max_positions):
             done.append(request)
@@ -42,10 +44,10 @@ def take_logits(
 def _sampling_row(request: Request, position: int) -> SamplingRow:
     options = request.options
     forced: int | None = None
-    if request.score:
-        forced = options.forced[position - request.logits_from] if options.forced else None
-    elif options.forced is not None:
-        forced = options.forced[len(request.token_ids)]
+    if options.forced is not None:
+        # A score's tokens are in its trajectory already, all but the last.
+        first = request.prompt - options.length if request.score else request.prompt - 1
+        forced = options.forced[position - first]
     return SamplingRow(
         options.temperature, options.top_k, options.top_p, options.min_p, options.seed, position + 1, forced
     )
@@ -65,5 +67,7 @@ def _take_token(request: Request, token: int, scheme: Scheme, agents: int, max_p
         return True
     if len(request.token_ids) == options.length or len(state.tokens) >= max_positions:
         return True
-    request.spans = [decode_span(request, scheme, agents)]
+    at = len(state.tokens)
+    span = acting_span(scheme, agents, request.agent or 0, at - 1, at, "decode")
+    request.spans = [replace(span, logits_from=at - 1)]
     return False

@@ -1,7 +1,7 @@
 """A page table: the pages of one owner's tokens, how far they are filled, and the record of who filled them.
 
-The owner is a trajectory, or (trajectory, agent) in `non_shared`. Tables never outlive `drop`: their pages may go at any
-time while no turn runs on them; the record stays, and a later turn replays it.
+The owner is a trajectory, or (trajectory, agent) in `non_shared`. A table may lose its pages at any time while no turn
+runs on it; the record stays, and a later turn replays it.
 """
 
 from __future__ import annotations

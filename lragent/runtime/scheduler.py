@@ -232,12 +232,7 @@ class Scheduler:
         """
         busy = {request.table for request in self.running} | {keep}
         queued = {request.table for request in self.waiting}
-        idle = [
-            table
-            for state in self.states
-            for table in state.tables.values()
-            if table.pages and table not in busy
-        ]
+        idle = [table for state in self.states for table in state.tables.values() if table.pages and table not in busy]
         if not idle:
             return False
 

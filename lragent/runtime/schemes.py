@@ -68,18 +68,23 @@ class View:
     agent: int | None
     turn_start: int
 
-
-def _all_columns(view: View) -> tuple[bool, ...]:
-    return (False, *(True for _ in view.columns[1:]))
-
-
-def _own_columns(view: View, agent: int) -> tuple[bool, ...]:
-    return tuple(index == agent and index > 0 for index in range(len(view.columns)))
+    @property
+    def agents(self) -> int:
+        """N + 1."""
+        return len(self.columns)
 
 
-def acting_span(scheme: Scheme, view: View, agent: int, start: int, end: int, kind: Kind) -> Span:
-    """The span in which `agent` is the writer of its tokens."""
-    columns = _own_columns(view, agent) if scheme.own_columns else _all_columns(view)
+def _all_columns(agents: int) -> tuple[bool, ...]:
+    return (False, *(True for _ in range(1, agents)))
+
+
+def _own_columns(agents: int, agent: int) -> tuple[bool, ...]:
+    return tuple(index == agent and index > 0 for index in range(agents))
+
+
+def acting_span(scheme: Scheme, agents: int, agent: int, start: int, end: int, kind: Kind) -> Span:
+    """The span in which `agent` is the writer of its tokens; `agents` counts `base`."""
+    columns = _own_columns(agents, agent) if scheme.own_columns else _all_columns(agents)
     return Span(start, end, agent, kind, writes_base=True, columns=columns, logits_from=end)
 
 
@@ -92,13 +97,13 @@ def _pending(scheme: Scheme, view: View) -> list[Span]:
         (start, min(view.tokens, view.prompt), "prefill"),
         (max(start, view.prompt), view.tokens, "decode"),
     ]
-    return [acting_span(scheme, view, view.agent, low, high, kind) for low, high, kind in bounds if low < high]
+    return [acting_span(scheme, view.agents, view.agent, low, high, kind) for low, high, kind in bounds if low < high]
 
 
 def _plan_written_once(scheme: Scheme, view: View) -> list[Span]:
     """`non_shared` (on the agent's own table), `full_shared`, `base_lr_shared`: the writer's pass is all there is."""
     replays = [
-        acting_span(scheme, view, run.agent, max(run.start, view.computed), run.end, "replay")
+        acting_span(scheme, view.agents, run.agent, max(run.start, view.computed), run.end, "replay")
         for run in view.runs
         if run.end > view.computed
     ]
@@ -116,7 +121,7 @@ def _plan_base_shared(scheme: Scheme, view: View) -> list[Span]:
         bounds: list[tuple[int, Kind]] = [(known, "replay"), (end, "catch_up")]
         for high, kind in bounds:
             if agent > 0 and have[agent] < high:
-                span = Span(have[agent], high, agent, kind, False, _own_columns(view, agent), high)
+                span = Span(have[agent], high, agent, kind, False, _own_columns(view.agents, agent), high)
                 spans.append(span)
                 have[agent] = high
 
@@ -124,7 +129,7 @@ def _plan_base_shared(scheme: Scheme, view: View) -> list[Span]:
         if run.end > view.computed:
             start = max(run.start, view.computed)
             catch_up(run.agent, start, replayed=True)
-            spans.append(acting_span(scheme, view, run.agent, start, run.end, "replay"))
+            spans.append(acting_span(scheme, view.agents, run.agent, start, run.end, "replay"))
             have[run.agent] = run.end
     if view.agent is not None:
         catch_up(view.agent, extent(view.runs), replayed=False)
@@ -137,12 +142,12 @@ def _plan_rebase(scheme: Scheme, view: View) -> list[Span]:
     for run in view.runs:
         if run.end > view.computed:
             start = max(run.start, view.computed)
-            spans.append(acting_span(scheme, view, run.agent, start, run.end, "replay"))
+            spans.append(acting_span(scheme, view.agents, run.agent, start, run.end, "replay"))
         in_progress = view.agent is not None and run.start >= view.turn_start
         if run.agent == 0 or in_progress:
             continue
         # The writer keeps its own columns.
-        others = tuple(flag and agent != run.agent for agent, flag in enumerate(_all_columns(view)))
+        others = tuple(flag and agent != run.agent for agent, flag in enumerate(_all_columns(view.agents)))
         start = max(run.start, view.settled)
         middle = min(max(start, view.settled_before), run.end)
         bounds: list[tuple[int, int, Kind]] = [(start, middle, "replay"), (middle, run.end, "adapter_free")]
@@ -215,6 +220,6 @@ def with_logits(spans: Sequence[Span], view: View, agent: int, logits_from: int)
         tail -= 1
         covered = spans[tail].start
     marked = [replace(span, logits_from=min(max(span.start, logits_from), span.end)) for span in spans[tail:]]
-    nothing = tuple(False for _ in view.columns)
+    nothing = (False,) * view.agents
     rerun = [Span(logits_from, covered, agent, "rerun", False, nothing, logits_from)] if logits_from < covered else []
     return [*spans[:tail], *rerun, *marked]

@@ -1,8 +1,8 @@
 """A request to the engine (a turn, a score, or settling a trajectory), and what a turn gives back.
 
-Life of a `Request`: made by trajectory.py -> queued by scheduler.py -> admitted (lookup.py finds reusable pages, schemes.py
-plans spans) -> stepped (batch.py packs spans, progress.py books what they wrote, outcome.py samples) -> done, with
-`error` set or not. Losing its pages sends it back to the queue.
+Life of a `Request`: made by trajectory.py -> queued by scheduler.py -> admitted (lookup.py finds reusable pages,
+schemes.py plans spans) -> stepped (batch.py packs spans, progress.py books what they wrote, outcome.py samples) ->
+done, with `error` set or not. Losing its pages sends it back to the queue.
 """
 
 from __future__ import annotations

@@ -1,0 +1,207 @@
+"""The engine: a program, a cache, a sharing scheme, and the trajectories that agents work on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lragent.errors import InternalError, RequestError
+from lragent.kernels.step import Program
+from lragent.runtime import memory
+from lragent.runtime.loop import EngineLoop
+from lragent.runtime.pages import PagePool
+from lragent.runtime.prefix_index import KeyRules
+from lragent.runtime.record import extent
+from lragent.runtime.rollout import RolloutResult, Workflow, arun_workflow, run_workflow
+from lragent.runtime.schemes import Scheme, scheme_named
+from lragent.runtime.stats import EngineStats
+from lragent.runtime.tokenizer import Tokenizer
+from lragent.runtime.trajectory import Trajectory
+from lragent.runtime.trajectory_state import TrajectoryState
+from lragent.runtime.usage import Usage
+
+BASE = "base"
+
+
+class Engine:
+    """Runs turns of agents over shared cache pages.
+
+    Args:
+        program: the lowered model; its schema's layout has to be the scheme's.
+        sharing: name of the sharing scheme (runtime/schemes.py).
+        tokenizer: needed for text and stop strings.
+        kv_memory: bytes of cache, or text like "2GiB"; rounded down to whole pages.
+        max_batch_tokens: most tokens of a step.
+        page_size: tokens a page.
+        kv_dtype: of all cache tensors.
+        stop_token_ids: the model's own stop tokens.
+        threads: for torch, which has one setting a process; None leaves it.
+
+    Raises:
+        RequestError: unknown scheme, a program of another layout, bad sizes.
+        CacheMemoryError: `kv_memory` holds no page.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        sharing: str,
+        tokenizer: Tokenizer | None = None,
+        kv_memory: int | str = "1GiB",
+        max_batch_tokens: int = 2048,
+        page_size: int = 32,
+        kv_dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        stop_token_ids: Sequence[int] = (),
+        threads: int | None = None,
+    ) -> None:
+        scheme = scheme_named(sharing)
+        _check_program(program, scheme)
+        for name, value in (("max_batch_tokens", max_batch_tokens), ("page_size", page_size)):
+            if value < 1:
+                raise RequestError(f"{name} is {value}, must be at least 1")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        device = torch.device(device)
+        sizes = memory.page_bytes(program.schema, scheme.columns, page_size, kv_dtype)
+        pages = memory.pages_that_fit(kv_memory, sizes)
+        self._loop = EngineLoop(
+            program=program,
+            scheme=scheme,
+            cache=memory.allocate(program.schema, scheme.columns, pages, page_size, kv_dtype, device),
+            pool=PagePool(pages, sizes, track_columns=scheme.own_columns),
+            tokenizer=tokenizer,
+            stop_token_ids=frozenset(stop_token_ids),
+            rules=_key_rules(program, scheme),
+            names=(BASE, *program.schema.agents),
+            max_batch_tokens=max_batch_tokens,
+            device=device,
+        )
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """Names of all agents, `base` first."""
+        return self._loop.names
+
+    @property
+    def sharing(self) -> str:
+        return self._loop.scheme.name
+
+    @property
+    def program(self) -> Program:
+        return self._loop.program
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._loop.tokenizer
+
+    @property
+    def on_step(self) -> Callable[[], None] | None:
+        """Called after every step, for tests and monitors."""
+        return self._loop.on_step
+
+    @on_step.setter
+    def on_step(self, hook: Callable[[], None] | None) -> None:
+        self._loop.on_step = hook
+
+    def trajectory(self, start: str | Sequence[int] | None = None) -> Trajectory:
+        """A new trajectory that starts with text (special tokens are added), token ids, or nothing.
+
+        Close it, or use it as a context manager, to give its pages back.
+        """
+        state = TrajectoryState()
+        trajectory = Trajectory(self._loop, state)
+        if start is not None:
+            state.add_tokens(trajectory.encode(start, special=True), agent=None)
+        self._loop.states[state] = None
+        return trajectory
+
+    def run(
+        self, workflow: Workflow, tasks: Iterable[dict[str, Any]], concurrency: int = 32
+    ) -> Iterator[RolloutResult]:
+        """Runs a workflow over tasks, `concurrency` at a time, and yields results as they finish.
+
+        Raises:
+            RequestError: called where an event loop is running; use `arun` there.
+        """
+        return run_workflow(self.trajectory, workflow, tasks, concurrency)
+
+    def arun(
+        self, workflow: Workflow, tasks: Iterable[dict[str, Any]], concurrency: int = 32
+    ) -> AsyncIterator[RolloutResult]:
+        """As `run`, from asynchronous code."""
+        return arun_workflow(self.trajectory, workflow, tasks, concurrency)
+
+    def stats(self) -> EngineStats:
+        loop, pool = self._loop, self._loop.pool
+        tokens = Usage()
+        tokens.add(loop.usage)
+        return EngineStats(
+            tokens=tokens,
+            turns=loop.turns,
+            steps=loop.steps,
+            held_bytes=pool.held_bytes,
+            peak_held_bytes=pool.peak_bytes,
+            cached_bytes=pool.cached * pool.sizes.total,
+            pages=pool.total,
+            pages_free=pool.free,
+            pages_held=pool.held,
+            pages_cached=pool.cached,
+            page_size=loop.cache.page_size,
+            page_bytes=pool.sizes.total,
+            preemptions=loop.scheduler.preemptions,
+            dropped_tables=loop.scheduler.dropped_tables,
+            evictions=pool.evictions,
+        )
+
+    def check_integrity(self) -> None:
+        """Proves that pages, holders, index, page tables and claims agree.
+
+        Raises:
+            InternalError: with the sum that fails.
+        """
+        loop = self._loop
+        tables = [table for state in loop.states for table in state.tables.values()]
+        loop.pool.check(table.pages for table in tables)
+        for table in tables:
+            wanted = -(-table.computed // loop.cache.page_size)
+            if len(table.pages) != wanted:
+                raise InternalError(f"{table.computed} computed tokens in {len(table.pages)} != {wanted} pages")
+            if not table.settled <= table.computed <= extent(table.runs):
+                raise InternalError(f"not settled {table.settled} <= computed {table.computed} <= record {table.runs}")
+        running = loop.scheduler.running
+        for key, request in loop.scheduler.claims.items():
+            if request not in running or key not in request.claims:
+                raise InternalError("a page is claimed by a request that isn't running")
+
+
+def _check_program(program: Program, scheme: Scheme) -> None:
+    if program.schema.layout != scheme.layout:
+        raise RequestError(
+            f"sharing scheme {scheme.name} needs the {scheme.layout} cache layout, the program has "
+            f"{program.schema.layout}",
+            f"Lower the model for the {scheme.layout} layout.",
+        )
+    names = tuple(agent.name for agent in program.agents)
+    if names != program.schema.agents:
+        raise InternalError(f"the program's agents {names} aren't those of its cache schema {program.schema.agents}")
+    if BASE in names or len(set(names)) != len(names):
+        raise RequestError(f"agent names {names} must differ from each other and from {BASE!r}")
+
+
+def _key_rules(program: Program, scheme: Scheme) -> tuple[KeyRules, ...]:
+    """Key rules by owner of page tables (see `EngineLoop`)."""
+    digests = (BASE.encode(), *(b"adapter:" + agent.digest.encode() for agent in program.agents))
+    if scheme.agent_tables:
+        return tuple(KeyRules(_root(scheme, digest), None, turn_starts=False) for digest in digests)
+    if scheme.adapter_free:
+        # A writer keeps its own columns in its own block, so which of two agents with equal weights it was matters.
+        digests = tuple(digest + b"#%d" % index for index, digest in enumerate(digests))
+    return (KeyRules(_root(scheme, b""), digests, turn_starts=scheme.adapter_free),)
+
+
+def _root(scheme: Scheme, owner: bytes) -> bytes:
+    return hashlib.blake2b(scheme.name.encode() + b"/" + owner, digest_size=32).digest()

@@ -1,0 +1,192 @@
+"""The engine's loop: one `step` schedules, runs the program, books and samples; everything else drives it.
+
+Stepping happens in one place and one thread. A synchronous call steps until its own request is done, serving everybody
+else on the way; asynchronous calls share one task that steps while there is work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from lragent.errors import InternalError, RequestError
+from lragent.kernels.step import Program
+from lragent.runtime.batch import build_step
+from lragent.runtime.memory import Cache
+from lragent.runtime.outcome import take_logits
+from lragent.runtime.pages import PagePool
+from lragent.runtime.prefix_index import KeyRules
+from lragent.runtime.progress import book
+from lragent.runtime.scheduler import Scheduler
+from lragent.runtime.schemes import Scheme
+from lragent.runtime.tokenizer import Tokenizer
+from lragent.runtime.trajectory_state import Segment, TrajectoryState
+from lragent.runtime.turn import Request
+from lragent.runtime.usage import Usage
+
+
+@dataclass(eq=False)
+class EngineLoop:
+    """State of an engine and its step.
+
+    Args:
+        rules: key rules by owner of page tables: by agent id in `non_shared`, else one under key 0.
+        names: agent names by agent id.
+        on_step: called after every step, for tests and monitors.
+    """
+
+    program: Program
+    scheme: Scheme
+    cache: Cache
+    pool: PagePool
+    tokenizer: Tokenizer | None
+    stop_token_ids: frozenset[int]
+    rules: tuple[KeyRules, ...]
+    names: tuple[str, ...]
+    max_batch_tokens: int
+    device: torch.device
+    on_step: Callable[[], None] | None = None
+    states: dict[TrajectoryState, None] = field(default_factory=dict)  # open ones, in order of creation
+    usage: Usage = field(default_factory=Usage)
+    turns: int = 0
+    steps: int = 0
+    pump: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(
+            self.scheme, self.pool, self.cache.page_size, self.max_batch_tokens, self.rules_for, self.states.keys()
+        )
+
+    def owner(self, agent: int | None) -> int:
+        """Key of the page table that an agent works on."""
+        return agent if self.scheme.agent_tables and agent is not None else 0
+
+    def rules_for(self, request: Request) -> KeyRules:
+        return self.rules[self.owner(request.agent)]
+
+    def submit(self, request: Request) -> None:
+        request.state.active = request
+        self.scheduler.submit(request)
+
+    def step(self) -> None:
+        """Runs one step.
+
+        Raises:
+            Exception: whatever the program raises, or InternalError; all requests in progress end with it.
+        """
+        try:
+            self._step()
+        except Exception as error:
+            for request in [*self.scheduler.running, *self.scheduler.waiting]:
+                self.end(request, error)
+            raise
+        if self.on_step is not None:
+            self.on_step()
+
+    def _step(self) -> None:
+        entries = self.scheduler.schedule()
+        failed = [request for request in self.scheduler.running if request.error is not None]
+        for request in failed:
+            self.end(request, request.error)
+        if not entries:
+            if not self._end_settled() and not failed:
+                raise InternalError(
+                    f"nothing to run with {len(self.scheduler.waiting)} requests waiting and "
+                    f"{len(self.scheduler.running)} running"
+                )
+            return
+        sources, targets = [], []
+        for entry in entries:
+            sources += [source for source, _ in entry.copies]
+            targets += [target for _, target in entry.copies]
+        self.cache.copy_pages(sources, targets)
+        page_size = self.cache.page_size
+        step = build_step(entries, len(self.names) - 1, page_size, self.device)
+        with torch.inference_mode():
+            logits_RV = self.program.run(step, self.cache.tensors)
+        self.steps += 1
+        for entry in entries:
+            for piece in entry.pieces:
+                rules = self.rules_for(entry.request)
+                book(entry.request, piece, self.scheme, rules, self.pool, self.scheduler.claims, page_size)
+        self.pool.note_peak()
+        done = take_logits(entries, logits_RV, self.scheme, len(self.names), self.program.max_positions)
+        for request in done:
+            self.end(request)
+        self._end_settled()
+
+    def _end_settled(self) -> bool:
+        """Ends requests that want no logits and have nothing left to run; False if there are none."""
+        settled = [request for request in self.scheduler.running if request.agent is None and not request.spans]
+        for request in settled:
+            self.end(request)
+        return bool(settled)
+
+    def end(self, request: Request, error: Exception | None = None) -> None:
+        """Takes a request out; after an error its trajectory is as before the turn."""
+        if request.done and request.state.active is not request:
+            return
+        self.scheduler.leave(request)
+        state = request.state
+        state.active = None
+        if error is not None:
+            state.cut(request.prompt, self.pool, self.cache.page_size)
+            # The turn never was: whoever comes next is the writer of what it processed. Its pages may be half written.
+            request.table.cut(request.turn_start, self.pool, self.cache.page_size)
+            request.table.drop(self.pool, self.cache.page_size)
+        elif request.token_ids:
+            state.segments.append(Segment(self.names[request.agent or 0], request.prompt, len(state.tokens)))
+            self.turns += 1
+        self.usage.add(request.usage)
+        state.usage.add(request.usage)
+        request.finish(error)
+
+    def close(self, state: TrajectoryState) -> None:
+        """Gives a trajectory's pages back."""
+        state.close(self.pool, self.cache.page_size)
+        self.states.pop(state, None)
+
+    def drive(self, request: Request) -> None:
+        """Steps until a request is done; raises its error."""
+        while not request.done:
+            self.step()
+        if request.error is not None:
+            raise request.error
+
+    async def wait(self, request: Request) -> None:
+        """Waits until a request is done, with all others that are waited for; raises its error.
+
+        A caller that is cancelled takes its request back.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+
+        def wake() -> None:
+            if not future.done():
+                future.set_result(None)
+
+        request.on_done = wake
+        if request.done:
+            wake()
+        elif self.pump is None or self.pump.done() or self.pump.get_loop() is not loop:
+            self.pump = loop.create_task(self._pump())
+        try:
+            await future
+        except asyncio.CancelledError:
+            if not request.done:
+                self.end(request, RequestError("the turn was cancelled"))
+            raise
+        if request.error is not None:
+            raise request.error
+
+    async def _pump(self) -> None:
+        while self.scheduler.waiting or self.scheduler.running:
+            try:
+                self.step()
+            except Exception:
+                continue  # every request in progress has ended with this error, its caller gets it
+            # Callers that have their turn may ask for the next one before the next step.
+            await asyncio.sleep(0)

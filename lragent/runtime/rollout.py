@@ -1,0 +1,126 @@
+"""Rollouts: a workflow run over many tasks at once, so that all their pending turns share the engine's steps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lragent.errors import RequestError
+from lragent.runtime.trajectory import Trajectory
+from lragent.runtime.trajectory_state import Segment
+from lragent.runtime.usage import Usage
+
+Workflow = Callable[[dict[str, Any], Trajectory], Awaitable[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class TaskError:
+    """An exception that a workflow raised."""
+
+    type: str
+    message: str
+
+
+@dataclass(frozen=True)
+class RolloutResult:
+    """What became of one task.
+
+    Args:
+        index: place of the task in the input.
+        task_id: the task's "id", or its index where it has none.
+        result: what the workflow returned; None if it raised.
+        segments, token_ids, logprobs: the trajectory as it was at the end (`Trajectory`).
+        usage: of the trajectory and its forks.
+    """
+
+    index: int
+    task_id: Any
+    result: dict[str, Any] | None
+    error: TaskError | None
+    segments: list[Segment]
+    token_ids: list[int]
+    logprobs: list[float | None]
+    usage: Usage
+
+
+async def run_task(
+    new_trajectory: Callable[[], Trajectory], workflow: Workflow, index: int, task: dict[str, Any]
+) -> RolloutResult:
+    """Runs one task; an exception of the workflow becomes the result's error."""
+    result: dict[str, Any] | None = None
+    error: TaskError | None = None
+    with new_trajectory() as trajectory:
+        try:
+            result = await workflow(task, trajectory)
+        except Exception as raised:
+            error = TaskError(type(raised).__name__, str(raised))
+        return RolloutResult(
+            index,
+            task.get("id", index),
+            result,
+            error,
+            trajectory.segments(),
+            trajectory.token_ids,
+            trajectory.logprobs,
+            trajectory.usage,
+        )
+
+
+async def arun_workflow(
+    new_trajectory: Callable[[], Trajectory],
+    workflow: Workflow,
+    tasks: Iterable[dict[str, Any]],
+    concurrency: int,
+) -> AsyncGenerator[RolloutResult, None]:
+    """Results as tasks finish; at most `concurrency` tasks are in progress, and tasks are read as they start."""
+    if concurrency < 1:
+        raise RequestError(f"concurrency is {concurrency}, must be at least 1")
+    source = enumerate(tasks)
+    pending: set[asyncio.Task[RolloutResult]] = set()
+    try:
+        while True:
+            while len(pending) < concurrency:
+                following = next(source, None)
+                if following is None:
+                    break
+                pending.add(asyncio.ensure_future(run_task(new_trajectory, workflow, *following)))
+            if not pending:
+                return
+            finished, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in finished:
+                yield task.result()
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+
+def run_workflow(
+    new_trajectory: Callable[[], Trajectory],
+    workflow: Workflow,
+    tasks: Iterable[dict[str, Any]],
+    concurrency: int,
+) -> Iterator[RolloutResult]:
+    """As `arun_workflow`, from synchronous code, on an event loop of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass
+    else:
+        raise RequestError("run was called where an event loop is running", "Use arun there.")
+    results = arun_workflow(new_trajectory, workflow, tasks, concurrency)
+    loop = asyncio.new_event_loop()
+    try:
+        while True:
+            try:
+                result = loop.run_until_complete(anext(results))
+            except StopAsyncIteration:
+                return
+            yield result
+    finally:
+        # A caller that stops early leaves tasks in progress: they are cancelled and give their pages back.
+        loop.run_until_complete(results.aclose())
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()

@@ -1,0 +1,46 @@
+"""lower_attention: the attention op becomes the chosen implementation, with the same result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lragent.passes.base import PassState, calls
+from lragent.passes.lower_attention import LOWER_ATTENTION, TARGETS
+from lragent.passes.pipeline import lower, transform
+from tests.passes.stages import captured, peft_logits, run_cached
+from tests.passes.tiny_lm import Tiny
+
+IDS = (torch.arange(40) * 7 + 3) % 64
+OP = torch.ops.lragent.flash_lora_attention.default
+
+
+@pytest.mark.parametrize("attention", ["reference", "torch"])
+def test_match_and_output(attention: str) -> None:
+    model = Tiny().build()
+    program = transform(captured(model), "split")
+    graph = lower(program.graph, attention)
+    assert len(list(calls(graph, TARGETS[attention]))) == 2
+    found = run_cached(graph, program.schema, IDS, 2, cut=19)
+    torch.testing.assert_close(found, peft_logits(model, IDS, "action"), rtol=1e-5, atol=2e-5)
+
+
+def test_the_rewritten_graph_is_not_changed() -> None:
+    program = transform(captured(Tiny().build()), "split")
+    lower(program.graph, "torch")
+    assert len(list(calls(program.graph, OP))) == 2
+
+
+def test_near_miss_a_lowered_graph_has_nothing_to_lower() -> None:
+    source = captured(Tiny().build())
+    program = transform(source, "split")
+    graph = lower(program.graph, "torch")
+    from lragent.passes.pipeline import pass_context
+
+    assert LOWER_ATTENTION.run(graph, pass_context(source.loaded, "split", "torch"), PassState()).changed == 0
+
+
+def test_graph_without_lora_is_lowered_too() -> None:
+    base = Tiny().build().unload()
+    program = transform(captured(base), "split")
+    assert len(list(calls(lower(program.graph, "torch"), TARGETS["torch"]))) == 2

@@ -1,0 +1,99 @@
+"""route_adapters: every captured chain becomes two GEMMs for all agents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lragent.passes.base import calls
+from tests.passes.stages import allowed, call, captured, peft_logits, run_until
+from tests.passes.tiny_lm import Tiny
+
+aten = torch.ops.aten
+IDS = torch.arange(3, 20) % 64
+
+
+def _logits(graph: Any, agents: torch.Tensor) -> torch.Tensor:
+    """Routed graphs still have their attention markers, so they run without a cache."""
+    positions = torch.arange(len(IDS))
+    return call(
+        graph,
+        input_ids=IDS[None],
+        position_ids=positions[None],
+        agent_ids=agents,
+        logits_rows=positions,
+    )
+
+
+@pytest.mark.parametrize("shared_a", [False, True])
+def test_match_and_output_agent_by_agent(shared_a: bool) -> None:
+    model = Tiny(shared_a=shared_a, ranks={"plan": 4, "action": 4, "reflect": 4}).build()
+    graph, report, _, _ = run_until(captured(model), "route_adapters")
+    assert (report.changed, report.misses) == (2 * 3, ())  # two layers, three projections
+    for agent_id, agent in enumerate([None, "plan", "action", "reflect"]):
+        found = _logits(graph, torch.full_like(IDS, agent_id))
+        expected = peft_logits(model, IDS, agent)
+        assert float((found - expected).abs().max()) <= allowed(model, IDS, agent)
+
+
+def test_distinct_a_is_multiplied_once() -> None:
+    def width(shared_a: bool) -> int:
+        model = Tiny(shared_a=shared_a, ranks={"plan": 4, "action": 4}).build()
+        graph, _, _, _ = run_until(captured(model), "route_adapters")
+        return graph.lora_a_0.shape[0]
+
+    assert (width(False), width(True)) == (8, 4)
+
+
+def test_tokens_of_one_sequence_may_have_different_agents() -> None:
+    model = Tiny().build()
+    graph, _, _, _ = run_until(captured(model), "route_adapters")
+    mixed = _logits(graph, torch.tensor([1] * 10 + [2] * 7))
+    assert torch.equal(mixed[:10], _logits(graph, torch.full_like(IDS, 1))[:10])
+    assert not torch.equal(mixed[10:], _logits(graph, torch.full_like(IDS, 2))[10:])
+
+
+def test_different_targets_and_ranks_per_agent() -> None:
+    from peft import LoraConfig
+
+    model = Tiny(ranks={"plan": 2}).build()
+    model.add_adapter("wide", LoraConfig(r=6, lora_alpha=3, target_modules=["gamma", "delta"]))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B.wide" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    graph, report, _, _ = run_until(captured(model.eval()), "route_adapters")
+    assert report.changed == 2 * 4
+    for agent_id, agent in enumerate([None, "plan", "wide"]):
+        found = _logits(graph, torch.full_like(IDS, agent_id))
+        assert float((found - peft_logits(model, IDS, agent)).abs().max()) <= allowed(model, IDS, agent)
+
+
+def _lora_b_doubled(graph: torch.fx.GraphModule) -> None:
+    """The one change: something between lora_B and its scaling."""
+    up = next(n for n in calls(graph, aten.linear.default) if "lora_B" in str(n.args[1].target))
+    with graph.graph.inserting_after(up):
+        between = graph.graph.call_function(aten.relu.default, (up,))
+    up.replace_all_uses_with(between)
+    between.args = (up,)
+
+
+def test_near_miss_names_module_node_and_reason() -> None:
+    model = Tiny().build()
+    source = captured(model)
+    _lora_b_doubled(source.graph)
+    _, report, _, _ = run_until(source, "route_adapters")
+    assert len(report.misses) == 1
+    miss = report.misses[0]
+    assert miss.where == "blocks.0.alpha"
+    assert "not multiplied by a constant" in miss.reason
+    assert "relu" in miss.node
+
+
+def test_graph_without_lora_is_unchanged() -> None:
+    base = Tiny().build().unload()
+    graph, report, _, _ = run_until(captured(base), "route_adapters")
+    assert report.changed == 0
+    assert not any(n.op == "placeholder" and n.target == "agent_ids" for n in graph.graph.nodes)

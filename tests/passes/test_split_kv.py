@@ -1,0 +1,187 @@
+"""split_kv: base and low-rank streams; every refusal next to a near miss in which one line changes and it splits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.passes.stages import allowed, call, captured, peft_logits, run_until
+from tests.passes import tiny_lm as tiny
+from tests.passes.tiny_lm import DIM, Path, Tiny, keep, rms_norm, rotate
+
+IDS = torch.arange(3, 20) % 64
+
+
+def _report(**paths: Any) -> Any:
+    _, report, _, state = run_until(captured(Tiny(**paths).build()), "split_kv")
+    return report, state
+
+
+def test_match_counts_each_split_stream() -> None:
+    report, state = _report()
+    assert (report.changed, report.misses) == (4, ())  # K and V of two layers
+    key, value = next(iter(state.split.values()))
+    assert key.transform.kind == "rotary" and key.transform.final
+    assert key.up_NHrD.shape == (3, 2, 4, DIM)
+    assert value.transform is None
+
+
+def interleaved(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
+    frequencies = 100.0 ** (-torch.arange(0, DIM, 2).float() / DIM)
+    angles = (positions[..., None].float() * frequencies).repeat_interleave(2, -1)[:, :, None]
+    swapped = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return x * angles.cos() + swapped * angles.sin()
+
+
+def partial(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
+    angles = positions[..., None].float() * torch.tensor([1.0, 0.1])
+    cos, sin = torch.cat([angles.cos()] * 2, -1)[:, :, None], torch.cat([angles.sin()] * 2, -1)[:, :, None]
+    turned, kept = x[..., :4], x[..., 4:]
+    left, right = turned.chunk(2, -1)
+    return torch.cat([turned * cos + torch.cat([-right, left], -1) * sin, kept], -1)
+
+
+def scaled_rotation(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
+    return 1.25 * rotate(x, positions, module)
+
+
+def norm_then_rotate(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
+    return rotate(rms_norm(x, positions, module), positions, module)
+
+
+@pytest.mark.parametrize(
+    ("key_path", "kind"),
+    [
+        (keep, "linear"),
+        (rotate, "rotary"),
+        (interleaved, "rotary"),
+        (partial, "rotary"),
+        (scaled_rotation, "rotary"),
+        (rms_norm, "norm"),
+        (norm_then_rotate, "norm+rotary"),
+    ],
+    ids=lambda p: p.__name__ if callable(p) else p,
+)
+def test_key_transforms_are_derived(key_path: Path, kind: str) -> None:
+    report, state = _report(key_path=key_path)
+    assert report.misses == ()
+    key, _ = next(iter(state.split.values()))
+    assert key.transform.kind == kind
+    assert key.transform.final == ("norm" not in kind)
+
+
+def clipped(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
+    return x.clamp(-0.5, 0.5)
+
+
+def norm_over_heads(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
+    return rms_norm(x.flatten(-2).unflatten(-1, (1, -1)), positions, _Ones()).unflatten(-1, (2, DIM)).squeeze(2)
+
+
+class _Ones(nn.Module):
+    key_norm = 1.0
+
+
+def head_mixing(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
+    return rotate(x + x.flip(-1), positions, module)
+
+
+@pytest.mark.parametrize(
+    ("refused", "reason", "splits"),
+    [
+        (clipped, "not linear, and not a norm of each head", keep),
+        (norm_over_heads, "norm spans more than one head", rms_norm),
+        (head_mixing, "is not one channel of the projection", rotate),
+    ],
+    ids=lambda p: p.__name__ if callable(p) else None,
+)
+def test_refused_keys_and_their_near_miss(refused: Path, reason: str, splits: Path) -> None:
+    report, _ = _report(key_path=refused)
+    assert [miss.where for miss in report.misses] == ["layer 0 key", "layer 1 key"]
+    assert all(reason in miss.reason and miss.node for miss in report.misses)
+    near, _ = _report(key_path=splits)
+    assert near.misses == ()
+
+
+@pytest.mark.parametrize(
+    ("refused", "reason", "splits"),
+    [
+        (clipped, "a computation that is not linear", lambda x, p, m: 2.0 * x),
+        (rotate, "the value depends on the position", keep),
+    ],
+    ids=["clipped", "rotated"],
+)
+def test_refused_values_and_their_near_miss(refused: Path, reason: str, splits: Path) -> None:
+    report, _ = _report(value_path=refused)
+    assert [miss.where for miss in report.misses] == ["layer 0 value", "layer 1 value"]
+    assert all(reason in miss.reason for miss in report.misses)
+    near, _ = _report(value_path=splits)
+    assert near.misses == ()
+
+
+def test_key_from_two_adapted_projections_is_refused_and_near_miss_splits() -> None:
+    class TwoSources(tiny.TinyAttention):
+        def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+            k2 = self.gamma(x).unflatten(-1, (tiny.KV_HEADS, DIM))
+            self.key_path = lambda k, p, m: rotate(k, p, m) + (k2 if self.two else 0)
+            return super().forward(x, positions)
+
+    def report(two: bool) -> Any:
+        model = Tiny().build()
+        for block in model.get_base_model().blocks:
+            block.__class__ = TwoSources
+            block.two = two
+        return run_until(captured(model), "split_kv")[1]
+
+    refused = report(two=True)
+    assert "computed from 2 projections" in refused.misses[0].reason
+    assert report(two=False).misses == ()
+
+
+def test_projection_without_adapter_stays_as_it_is() -> None:
+    report, state = _report(key_path=clipped, targets=("alpha", "gamma"))  # any key path will do
+    assert (report.changed, report.misses) == (2, ())
+    key, _ = next(iter(state.split.values()))
+    assert key.routed is None
+
+
+def test_graph_without_lora_is_unchanged() -> None:
+    base = Tiny().build().unload()
+    source = captured(base)
+    nodes = [n.name for n in run_until(source, "route_adapters")[0].graph.nodes]
+    graph, report, _, _ = run_until(captured(base), "split_kv")
+    assert report.changed == 0
+    assert [n.name for n in graph.graph.nodes] == nodes
+
+
+def test_dense_layout_is_left_alone_and_equal_to_peft() -> None:
+    model = Tiny().build()
+    graph, report, _, _ = run_until(captured(model), "split_kv", layout="dense")
+    assert report.changed == 0
+    positions = torch.arange(len(IDS))
+    found = call(
+        graph,
+        input_ids=IDS[None],
+        position_ids=positions[None],
+        agent_ids=torch.full_like(IDS, 1),
+        logits_rows=positions,
+    )
+    assert float((found - peft_logits(model, IDS, "plan")).abs().max()) <= allowed(model, IDS, "plan")
+
+
+def test_split_graph_attends_to_base_streams_only() -> None:
+    """Until the cache is attached, a split graph's K and V are the base model's, whoever acts."""
+    model = Tiny(targets=("beta", "gamma")).build()
+    graph, _, _, _ = run_until(captured(model), "split_kv")
+    positions = torch.arange(len(IDS))
+    found = call(
+        graph,
+        input_ids=IDS[None],
+        position_ids=positions[None],
+        agent_ids=torch.full_like(IDS, 2),
+        logits_rows=positions,
+    )
+    assert float((found - peft_logits(model, IDS, None)).abs().max()) <= allowed(model, IDS, None)
