@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lragent.errors import ModelError
+from lragent.exporter_noise import without_exporter_noise
 from lragent.kernels import ops
 from lragent.kernels.markers import marker_nodes
 from lragent.load import LoadedModel
@@ -62,7 +63,7 @@ def capture(loaded: LoadedModel) -> Captured:
     """
     ids, positions = _example(loaded, EXAMPLE_TOKENS)
     tokens = torch.export.Dim("T", min=1, max=MAX_PACKED_TOKENS)
-    with _marker_attention(loaded.model), _exportable_experts(loaded.model), torch.no_grad():
+    with without_exporter_noise(), _marker_attention(loaded.model), _exportable_experts(loaded.model), torch.no_grad():
         try:
             program = torch.export.export(
                 _LogitsOnly(loaded.model),
@@ -77,7 +78,8 @@ def capture(loaded: LoadedModel) -> Captured:
                 f"torch.export can't capture {loaded.architecture}: {_first_line(error)}",
                 "This architecture needs support in capture; please report it with the model's config.json.",
             ) from error
-    captured = Captured(graph=plain_graph(program), loaded=loaded)
+    with without_exporter_noise():
+        captured = Captured(graph=plain_graph(program), loaded=loaded)
     _require_markers(captured)
     _require_same_logits(captured)
     _require_token_wise(captured)

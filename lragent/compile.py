@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from lragent.errors import CompilerMissing, InternalError
 from lragent.exported import export_graph
+from lragent.exporter_noise import without_exporter_noise
 from lragent.kernels.cache_schema import CacheSchema
 from lragent.kernels.step import AgentFacts, Program, run_flat
 
@@ -67,11 +68,12 @@ def compile_package(graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.
     """
     require_compiler()
     program = export_graph(graph, schema, kv_dtype)
-    torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(path),
-        inductor_configs={"aot_inductor.package_constants_in_so": False},
-    )
+    with without_exporter_noise():
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(path),
+            inductor_configs={"aot_inductor.package_constants_in_so": False},
+        )
 
 
 def load_package(path: Path, weights: Mapping[str, Tensor]) -> Callable[..., Tensor]:

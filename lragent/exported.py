@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lragent.exporter_noise import without_exporter_noise
 from lragent.kernels import ops  # registers the ops that exported programs call
 from lragent.kernels.cache_schema import CacheSchema
 from lragent.kernels.step import CacheTensors, StepInputs
@@ -73,7 +74,7 @@ def export_graph(graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.dty
     low_rank: list[Any] = [{0: dim(f"elements_{j}", min=2, max=1 << 40)} for j in range(len(schema.low_rank))]
     tables: list[Any] = [None for _ in schema.low_rank]
     inputs = (*example_step(len(schema.agents)).tensors(), *example_cache(schema, kv_dtype).tensors())
-    with torch.no_grad():
+    with without_exporter_noise(), torch.no_grad():
         return torch.export.export(
             graph, inputs, dynamic_shapes=(*step_shapes, *base_shapes, *low_rank, *tables), strict=False
         )
@@ -94,7 +95,8 @@ def save_without_weights(program: torch.export.ExportedProgram, path: Path) -> N
     program._constants = {name: _hollow(t) for name, t in constants.items()}
     program._example_inputs = None  # they would be stored pickled
     try:
-        torch.export.save(program, path)
+        with without_exporter_noise():
+            torch.export.save(program, path)
     finally:
         program._state_dict, program._constants, program._example_inputs = weights, constants, inputs
 
@@ -109,7 +111,8 @@ def _hollow(value: Any) -> Any:
 
 def load_with_weights(path: Path, weights: Mapping[str, Tensor]) -> fx.GraphModule:
     """The graph saved by `save_without_weights`, reading `weights` in place (they are not copied)."""
-    graph = plain_graph(torch.export.load(path))
+    with without_exporter_noise():
+        graph = plain_graph(torch.export.load(path))
     for name in tensors_of(graph):
         owner_name, _, leaf = name.rpartition(".")
         owner = graph.get_submodule(owner_name)

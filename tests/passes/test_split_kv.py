@@ -185,3 +185,26 @@ def test_split_graph_attends_to_base_streams_only() -> None:
         logits_rows=positions,
     )
     assert float((found - peft_logits(model, IDS, None)).abs().max()) <= allowed(model, IDS, None)
+
+
+class MisleadinglyNamed(tiny.TinyAttention):
+    """Every projection under the name that another one usually has."""
+
+    def rename(self) -> None:
+        for new, old in (("v_proj", "alpha"), ("q_proj", "beta"), ("k_proj", "gamma"), ("up_proj", "delta")):
+            self.add_module(new, self._modules.pop(old))
+
+    def __getattr__(self, name: str) -> Any:
+        usual = {"alpha": "v_proj", "beta": "q_proj", "gamma": "k_proj", "delta": "up_proj"}
+        return super().__getattr__(usual.get(name, name) if name not in self._modules else name)
+
+
+def test_names_of_modules_do_not_matter() -> None:
+    model = Tiny().build()
+    for block in model.get_base_model().blocks:
+        block.__class__ = MisleadinglyNamed
+        block.rename()
+    _, report, _, state = run_until(captured(model), "split_kv")
+    assert (report.changed, report.misses) == (4, ())
+    key, value = next(iter(state.split.values()))
+    assert (key.routed.module, value.routed.module) == ("blocks.0.q_proj", "blocks.0.k_proj")
