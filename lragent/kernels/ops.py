@@ -35,7 +35,7 @@ def attention_marker(
     """
     return attention_reference.causal_attention(
         query_1HqTDk, key_1HTDk, value_1HTDv, sinks_Hq, scale, window, softcap
-    )
+    ).contiguous()
 
 
 @attention_marker.register_fake

@@ -1,1 +1,283 @@
-from lragent.kernels.flash_lora_attention.reference import flash_lora_attention  # noqa
+"""Attention over split streams in plain PyTorch, for any device: whole pages are gathered once, nothing is repeated.
+
+Sequences with one query token (decodes) of one agent run as a batch over page-shaped tiles; a sequence with more query
+tokens (a prefill chunk) runs alone, in blocks of query rows. V's LR part is never expanded: `(p @ a_v) @ B_v`. K's is
+expanded for the acting agent only.
+
+Legend: T = packed query tokens, S = sequences, M = pages of the longest one, P = tokens a page, L = M * P, n = query
+rows, Hq = query heads, H = KV heads, G = Hq / H, Dk / Dv = head dims, r = rank.
+
+Semantics: `lragent.kernels.ops.flash_lora_attention`; definition: `reference.py` beside this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lragent.kernels.cache_schema import LR_OFFSET, LR_RANK
+from lragent.kernels.flash_lora_attention.reference import compute_dtype
+
+# Bytes of scores of a block of prefill rows: what stays in a core's cache; 64 MiB is two to three times slower.
+SCORE_BYTES = 1 << 20
+# A batch of decodes is padded to its longest member: members are at most this much longer than the shortest, in pages.
+PADDING = 1.25
+PADDING_PAGES = 2
+
+
+@dataclass(frozen=True)
+class _LowRank:
+    """LR columns of one side (K or V) for one agent: its block `[pages, P, r]` and up-projection `[H, r, D]`."""
+
+    block: Tensor
+    up_HrD: Tensor
+
+    def pages(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.block.index_select(0, index).to(dtype)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """Everything that one call has in common over sequences."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+    rope: tuple[Tensor, Tensor, Tensor] | None
+    norm_weight: Tensor | None
+    norm_eps: float
+    key_is_final: bool
+    sinks_Hq: Tensor | None
+    scale: float
+    window: int
+    softcap: float
+    dtype: torch.dtype
+
+    def transform(self, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The key transform f; cos and sin broadcast against `key [..., Dk]`."""
+        if self.norm_weight is not None:
+            mean = key.square().mean(-1, keepdim=True)
+            key = key * torch.rsqrt(mean + self.norm_eps) * self.norm_weight.to(key.dtype)
+        if self.rope is not None:
+            key = key * cos + key[..., self.rope[2]] * sin
+        return key
+
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions 0..length-1, `[length, Dk]`; zeros follow where the tables end (padding only)."""
+        if self.rope is None:
+            nothing = self.k_cache.new_empty(0)
+            return nothing, nothing
+        cos, sin = (t[:length].to(self.dtype) for t in self.rope[:2])
+        if cos.shape[0] < length:
+            rest = (0, 0, 0, length - cos.shape[0])
+            cos, sin = torch.nn.functional.pad(cos, rest), torch.nn.functional.pad(sin, rest)
+        return cos, sin
+
+    def weights(self, scores: Tensor, hidden: Tensor) -> Tensor:
+        """Softmax of scaled scores `[..., H, G, n, L]`; `hidden` is True where a key is not visible."""
+        if self.softcap > 0:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if self.sinks_Hq is None:
+            return torch.softmax(scores, -1)
+        heads, group, rows = scores.shape[-4:-1]
+        sinks = self.sinks_Hq.to(scores.dtype).view(heads, group, 1, 1).expand(*scores.shape[:-1], 1)
+        assert sinks.shape[-2] == rows
+        return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
+
+
+def flash_lora_attention(
+    query_THqDk: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    agent_ids_T: Tensor,
+    seq_starts: Tensor,
+    context_lens_S: Tensor,
+    page_table_SM: Tensor,
+    lr_k: Tensor | None,
+    lr_k_table: Tensor | None,
+    b_k: Tensor | None,
+    lr_v: Tensor | None,
+    lr_v_table: Tensor | None,
+    b_v: Tensor | None,
+    rope_cos: Tensor | None,
+    rope_sin: Tensor | None,
+    rope_partner: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    key_is_final: bool,
+    sinks_Hq: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """See `lragent::flash_lora_attention` in `lragent.kernels.ops`: `[T, Hq, Dv]`."""
+    dtype = compute_dtype(query_THqDk.dtype)
+    rope = None
+    if rope_cos is not None and rope_sin is not None and rope_partner is not None:
+        rope = (rope_cos, rope_sin, rope_partner)
+    call = _Attention(
+        k_cache, v_cache, rope, norm_weight, norm_eps, key_is_final, sinks_Hq, scale, window, softcap, dtype
+    )
+    page_size = k_cache.shape[2]
+    starts, lengths, agents = seq_starts.tolist(), context_lens_S.tolist(), agent_ids_T.tolist()
+    tables = [t.tolist() if t is not None else None for t in (lr_k_table, lr_v_table)]
+    query = query_THqDk.to(dtype)
+    out = query.new_empty(query.shape[0], query.shape[1], v_cache.shape[3])
+
+    def low_rank(agent: int) -> tuple[_LowRank | None, _LowRank | None]:
+        k_side = _low_rank(lr_k, tables[0], b_k, agent, k_cache.shape[0], page_size, dtype)
+        return k_side, _low_rank(lr_v, tables[1], b_v, agent, k_cache.shape[0], page_size, dtype)
+
+    decodes: dict[int, list[int]] = {}
+    for s, length in enumerate(lengths):
+        start, end = starts[s], starts[s + 1]
+        if end - start == 1:
+            decodes.setdefault(agents[start], []).append(s)
+            continue
+        pages = page_table_SM[s, : -(-length // page_size)]
+        for first, last in _runs(agents, start, end):
+            out[first:last] = _prefill(call, query[first:last], pages, length - end + first, low_rank(agents[first]))
+    for agent, members in decodes.items():
+        for batch in _batches(members, [-(-lengths[s] // page_size) for s in members]):
+            rows = torch.tensor([starts[s] for s in batch], device=query.device)
+            chosen = torch.tensor(batch, device=query.device)
+            columns = max(-(-lengths[s] // page_size) for s in batch)
+            pages = page_table_SM.index_select(0, chosen)[:, :columns]
+            context = context_lens_S.index_select(0, chosen)
+            out[rows] = _decode(call, query.index_select(0, rows), pages, context, low_rank(agent))
+    return out.to(query_THqDk.dtype)
+
+
+def _runs(agents: list[int], start: int, end: int) -> list[tuple[int, int]]:
+    """Ranges of consecutive tokens of one agent."""
+    cuts = [start, *(t for t in range(start + 1, end) if agents[t] != agents[t - 1]), end]
+    return list(zip(cuts[:-1], cuts[1:], strict=True))
+
+
+def _batches(members: list[int], pages: list[int]) -> list[list[int]]:
+    """Members grouped by similar page counts, so that padding stays small."""
+    batches: list[list[int]] = []
+    limit = 0.0
+    for count, member in sorted(zip(pages, members, strict=True)):
+        if not batches or count > limit:
+            batches.append([])
+            limit = count * PADDING + PADDING_PAGES
+        batches[-1].append(member)
+    return batches
+
+
+def _low_rank(
+    cache: Tensor | None,
+    table: list[list[int]] | None,
+    up_NHrD: Tensor | None,
+    agent: int,
+    pages: int,
+    page_size: int,
+    dtype: torch.dtype,
+) -> _LowRank | None:
+    """An agent's block as pages; None if it has no columns here."""
+    if cache is None or table is None or up_NHrD is None or table[agent][LR_RANK] == 0:
+        return None
+    offset, rank = table[agent][LR_OFFSET], table[agent][LR_RANK]
+    block = cache[offset : offset + pages * page_size * rank].view(pages, page_size, rank)
+    return _LowRank(block, up_NHrD[agent, :, :rank].to(dtype))
+
+
+def _decode(
+    call: _Attention,
+    query_SHqDk: Tensor,
+    pages_SM: Tensor,
+    context_S: Tensor,
+    low_rank: tuple[_LowRank | None, _LowRank | None],
+) -> Tensor:
+    """One query a sequence, all of one agent: `[S, Hq, Dv]`. Padding pages are the scratch page."""
+    k_low, v_low = low_rank
+    seqs, columns = pages_SM.shape
+    _, heads, page_size, _ = call.k_cache.shape
+    group = query_SHqDk.shape[1] // heads
+    index = pages_SM.reshape(-1)
+    tiles = (seqs, columns, heads, page_size)
+    key = call.k_cache.index_select(0, index).to(call.dtype).view(*tiles, -1)
+    value = call.v_cache.index_select(0, index).to(call.dtype).view(*tiles, -1)
+    cos, sin = call.tables(columns * page_size) if k_low is not None or not call.key_is_final else (key, key)
+    if call.rope is not None and (k_low is not None or not call.key_is_final):
+        cos, sin = cos.view(columns, 1, page_size, -1), sin.view(columns, 1, page_size, -1)
+    if k_low is not None:
+        columns_SM1Pr = k_low.pages(index, call.dtype).view(seqs, columns, 1, page_size, -1)
+        delta = columns_SM1Pr @ k_low.up_HrD
+        key = key + (call.transform(delta, cos, sin) if call.key_is_final else delta)
+    if not call.key_is_final:
+        key = call.transform(key, cos, sin)
+    positions_L = torch.arange(columns * page_size, device=index.device)
+    past_SL = positions_L >= context_S[:, None]
+    hidden_SL = past_SL
+    if call.window > 0:
+        hidden_SL = past_SL | (positions_L < context_S[:, None] - call.window)
+    grouped = query_SHqDk.view(seqs, 1, heads, group, -1) * call.scale
+    scores_SMHGP = grouped @ key.transpose(-1, -2)
+    scores_SHGL = scores_SMHGP.permute(0, 2, 3, 1, 4).reshape(seqs, heads, group, 1, -1)
+    weights = call.weights(scores_SHGL, hidden_SL[:, None, None, None])
+    weights_SMHGP = weights.view(seqs, heads, group, columns, page_size).permute(0, 3, 1, 2, 4)
+    past_SMP = past_SL.view(seqs, columns, page_size)
+    # Rows past the context were never written for this sequence: 0 times what stands there may be NaN.
+    value.transpose(2, 3)[past_SMP] = 0
+    out = (weights_SMHGP @ value).sum(1)
+    if v_low is not None:
+        columns_SMPr = v_low.pages(index, call.dtype).view(seqs, columns, page_size, -1)
+        columns_SMPr[past_SMP] = 0
+        reduced_SHGr = (weights_SMHGP @ columns_SMPr[:, :, None]).sum(1)
+        out = out + reduced_SHGr @ v_low.up_HrD
+    return out.reshape(seqs, heads * group, -1)
+
+
+def _prefill(
+    call: _Attention,
+    query_nHqDk: Tensor,
+    pages_M: Tensor,
+    first_position: int,
+    low_rank: tuple[_LowRank | None, _LowRank | None],
+) -> Tensor:
+    """Consecutive query rows of one sequence and one agent: `[n, Hq, Dv]`."""
+    k_low, v_low = low_rank
+    rows = query_nHqDk.shape[0]
+    heads = call.k_cache.shape[1]
+    group = query_nHqDk.shape[1] // heads
+    length = first_position + rows  # causal: later keys of the sequence are another agent's business
+    key_HLD = _gathered(call.k_cache, pages_M, length).to(call.dtype)
+    value_HLD = _gathered(call.v_cache, pages_M, length).to(call.dtype)
+    cos, sin = call.tables(length)
+    if k_low is not None:
+        delta = k_low.pages(pages_M, call.dtype).flatten(0, 1)[:length] @ k_low.up_HrD
+        key_HLD = key_HLD + (call.transform(delta, cos, sin) if call.key_is_final else delta)
+    if not call.key_is_final:
+        key_HLD = call.transform(key_HLD, cos, sin)
+    columns_Lr = v_low.pages(pages_M, call.dtype).flatten(0, 1)[:length] if v_low is not None else None
+    positions_L = torch.arange(length, device=pages_M.device)
+    grouped_HGnD = query_nHqDk.view(rows, heads, group, -1).permute(1, 2, 0, 3) * call.scale
+    out = query_nHqDk.new_empty(rows, heads, group, value_HLD.shape[-1])
+    block = max(1, SCORE_BYTES // (heads * group * length * key_HLD.element_size()))
+    for start in range(0, rows, block):
+        stop = min(start + block, rows)
+        low = max(0, first_position + start - call.window + 1) if call.window > 0 else 0
+        high = first_position + stop
+        at_n1 = positions_L[first_position + start : high, None]
+        hidden_nL = positions_L[low:high] > at_n1
+        if call.window > 0:
+            hidden_nL = hidden_nL | (positions_L[low:high] <= at_n1 - call.window)
+        queries = grouped_HGnD[:, :, start:stop].reshape(heads, group * (stop - start), -1)
+        scores = queries @ key_HLD[:, low:high].transpose(-1, -2)
+        weights = call.weights(scores.view(heads, group, stop - start, -1), hidden_nL)
+        flat = weights.view(heads, group * (stop - start), -1)
+        result = flat @ value_HLD[:, low:high]
+        if v_low is not None and columns_Lr is not None:
+            result = result + (flat @ columns_Lr[low:high]) @ v_low.up_HrD
+        out[start:stop] = result.view(heads, group, stop - start, -1).permute(2, 0, 1, 3)
+    return out.flatten(1, 2)
+
+
+def _gathered(cache: Tensor, pages_M: Tensor, length: int) -> Tensor:
+    """The first `length` tokens of a sequence: `[H, length, D]`."""
+    tiles_MHPD = cache.index_select(0, pages_M)
+    return tiles_MHPD.transpose(0, 1).flatten(1, 2)[:, :length]

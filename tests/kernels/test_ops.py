@@ -1,0 +1,33 @@
+"""The ops' schemas, fakes and mutation marks are what PyTorch's checks expect."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lragent.kernels import ops
+from tests.kernels.attention_cases import ARGUMENTS, CASES, Case
+from tests.kernels.test_write_cache import PAGE, PAGES
+
+CHECKS = ("test_schema", "test_faketensor")
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[13]], ids=lambda case: case.name)
+@pytest.mark.parametrize("op", [ops.flash_lora_attention, ops.flash_lora_attention_torch], ids=["reference", "torch"])
+def test_attention_ops(op: object, case: Case) -> None:
+    values = case.build()
+    torch.library.opcheck(op, tuple(values[name] for name in ARGUMENTS), test_utils=CHECKS)  # type: ignore[arg-type]
+
+
+def test_marker() -> None:
+    args = (torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), None, 0, 0.3, 0, 0.0)
+    torch.library.opcheck(ops.attention_marker, args, test_utils=CHECKS)
+
+
+def test_writes() -> None:
+    k_cache, v_cache = torch.zeros(PAGES, 2, PAGE, 4), torch.zeros(PAGES, 2, PAGE, 4)
+    args = (torch.randn(3, 2, 4), torch.randn(3, 2, 4), k_cache, v_cache, torch.tensor([8, 9, 10]))
+    torch.library.opcheck(ops.write_kv, args, test_utils=CHECKS)
+    table = torch.tensor([[0, 0, 0, 0], [0, 2, 0, 1]])
+    lr_args = (torch.randn(3, 2), torch.zeros(PAGES * PAGE * 2), table, torch.tensor([[8, 9, 10]]))
+    torch.library.opcheck(ops.write_lr, lr_args, test_utils=CHECKS)

@@ -1,0 +1,84 @@
+"""The reference against token-by-token dot products in float64, and against PyTorch's own attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lragent.kernels.flash_lora_attention import reference
+from tests.kernels.attention_cases import CASES, Case, call, in_double
+
+
+def _key(v: dict[str, Any], agent: int, head: int, slot: tuple[int, int], position: int, page_size: int) -> Tensor:
+    page, offset = slot
+    base = v["k_cache"][page, head, offset]
+    delta = torch.zeros_like(base)
+    if v["lr_k"] is not None:
+        start, rank, _, _ = v["lr_k_table"][agent].tolist()
+        columns = v["lr_k"][start + (page * page_size + offset) * rank :][:rank]
+        for c in range(rank):
+            delta = delta + columns[c] * v["b_k"][agent, head, c]
+
+    def f(x: Tensor) -> Tensor:
+        if v["norm_weight"] is not None:
+            x = x / math.sqrt(float((x * x).mean()) + v["norm_eps"]) * v["norm_weight"]
+        if v["rope_cos"] is not None:
+            x = v["rope_cos"][position] * x + v["rope_sin"][position] * x[v["rope_partner"]]
+        return x
+
+    return base + f(delta) if v["key_is_final"] else f(base + delta)
+
+
+def _naive(case: Case, v: dict[str, Any]) -> Tensor:
+    rows = []
+    for s, (length, count, _) in enumerate(case.sequences):
+        for i in range(count):
+            row = int(v["seq_starts"][s]) + i
+            position, agent = length - count + i, int(v["agent_ids"][row])
+            low = max(0, position - case.window + 1) if case.window else 0
+            heads = []
+            for h in range(case.heads * case.group):
+                kv = h // case.group
+                scores, values = [], []
+                for j in range(low, position + 1):
+                    slot = (int(v["page_table"][s, j // case.page_size]), j % case.page_size)
+                    score = float(v["query"][row, h] @ _key(v, agent, kv, slot, j, case.page_size)) * v["scale"]
+                    scores.append(case.softcap * math.tanh(score / case.softcap) if case.softcap else score)
+                    value = v["v_cache"][slot[0], kv, slot[1]]
+                    if v["lr_v"] is not None:
+                        start, rank, _, _ = v["lr_v_table"][agent].tolist()
+                        columns = v["lr_v"][start + (slot[0] * case.page_size + slot[1]) * rank :][:rank]
+                        value = value + columns @ v["b_v"][agent, kv, :rank]
+                    values.append(value)
+                total = sum(math.exp(x) for x in scores)
+                if v["sinks"] is not None:
+                    total += math.exp(float(v["sinks"][h]))
+                weighted = [math.exp(x) / total * y for x, y in zip(scores, values, strict=True)]
+                heads.append(torch.stack(weighted).sum(0))
+            rows.append(torch.stack(heads))
+    return torch.stack(rows)
+
+
+SHORT = ((9, 4, (1, 3, 3, 0)), (17, 1, 2), (18, 2, 3))
+
+
+@pytest.mark.parametrize("case", CASES[:18], ids=lambda case: case.name)
+def test_reference_is_the_definition(case: Case) -> None:
+    from dataclasses import replace
+
+    short = replace(case, sequences=SHORT)
+    values = in_double(short.build())
+    torch.testing.assert_close(
+        call(reference.flash_lora_attention, values), _naive(short, values), rtol=1e-11, atol=1e-11
+    )
+
+
+def test_plain_causal_attention_is_pytorchs() -> None:
+    q, k, v = torch.randn(1, 6, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    found = reference.causal_attention(q, k, v, None, 8**-0.5, 0, 0.0)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
