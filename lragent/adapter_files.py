@@ -15,7 +15,7 @@ from torch import Tensor
 from lragent.errors import AdapterError
 
 if TYPE_CHECKING:
-    from lragent.load import LoraWeights
+    from lragent.loading import LoraWeights
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -117,30 +117,37 @@ def read_weights(name: str, path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def linear_sizes(base: torch.nn.Module) -> dict[str, tuple[int, int] | None]:
+    """Every module of the base: input and output width where it is linear, else None."""
+    return {fqn: _in_out(module) for fqn, module in base.named_modules()}
+
+
 def require_fits(
-    name: str, path: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], base: torch.nn.Module
+    name: str,
+    path: Path,
+    weights: Mapping[str, Tensor],
+    sizes: Mapping[str, tuple[int, int] | None],
+    architecture: str,
 ) -> None:
-    """Every LoRA weight must belong to a linear module of the base, with its shape.
+    """Every LoRA weight must belong to a module of the base (`sizes`, see `linear_sizes`), with its shape.
 
     Raises:
         AdapterError: names adapter, module, shapes.
     """
-    modules = dict(base.named_modules())
     for key, tensor in weights.items():
         if ".lora_A." not in key and ".lora_B." not in key:
             continue
         part = "lora_A" if ".lora_A." in key else "lora_B"
         fqn = key.removeprefix(PEFT_PREFIX).split(f".{part}.")[0]
-        module = modules.get(fqn)
-        if module is None:
+        if fqn not in sizes:
             raise AdapterError(
-                f"adapter {name} ({path}) adapts module {fqn}, which {type(base).__name__} does not have",
+                f"adapter {name} ({path}) adapts module {fqn}, which {architecture} does not have",
                 "The adapter was trained on another architecture; use the base model that it was trained on.",
             )
-        sizes = _in_out(module)
-        if sizes is None:
+        in_out = sizes[fqn]
+        if in_out is None:
             continue
-        expected = sizes[0] if part == "lora_A" else sizes[1]
+        expected = in_out[0] if part == "lora_A" else in_out[1]
         found = tensor.shape[1] if part == "lora_A" else tensor.shape[0]
         if found != expected:
             raise AdapterError(

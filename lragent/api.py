@@ -41,7 +41,7 @@ def convert(
         UserError: one of its kinds, which says what was found, where, and what to do; nothing is left behind.
     """
     from lragent.build_artifact import build
-    from lragent.load import load_directories
+    from lragent.loading import load_directories
 
     for layout in layouts:
         if layout not in LAYOUTS:
@@ -126,7 +126,7 @@ def optimize(
     from lragent.build_artifact import rewrite, write
     from lragent.exported import PAGE_SIZE
     from lragent.kernels.dispatch import resolve
-    from lragent.load import load_live
+    from lragent.loading import load_live
     from lragent.open_engine import program_of_model, require_backend, tokenizer_from
     from lragent.runtime.engine import Engine
     from lragent.runtime.schemes import scheme_named

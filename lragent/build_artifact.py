@@ -20,7 +20,7 @@ from lragent.exported import PAGE_SIZE, export_graph, save_without_weights, tens
 from lragent.kernels.cache_schema import Layout
 from lragent.kernels.dispatch import resolve
 from lragent.layouts import LAYOUTS, dtype_name
-from lragent.load import LoadedModel
+from lragent.loading import LoadedModel
 from lragent.manifest import AgentEntry, FileEntry, LayerEntry, LayoutEntry, Manifest, write_manifest
 from lragent.passes.pipeline import Transformed, lower, transform
 from lragent.stages import Stages
@@ -78,6 +78,8 @@ def build(
         UserError: a kind that says what was found; nothing is left behind.
     """
     files.require_free(out, overwrite)
+    if compile_layouts:
+        require_compiler()
     programs, refusal = rewrite(loaded, compile_layouts if wanted is None else wanted, stages)
     return write(loaded, programs, refusal, out, compile_layouts, attention, overwrite, stages)
 
@@ -94,8 +96,6 @@ def write(
 ) -> ConvertReport:
     """Writes rewritten programs as an artifact and compiles some of them for this machine."""
     chosen = resolve(attention, "cpu")
-    if compile_layouts:
-        require_compiler()
     with files.new_directory(out, overwrite) as directory:
         manifest = write_programs(loaded, programs, refusal, directory, stages)
         packages: dict[str, FileEntry] = {}

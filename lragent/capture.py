@@ -21,7 +21,7 @@ from lragent.errors import ModelError
 from lragent.exporter_noise import without_exporter_noise
 from lragent.kernels import ops
 from lragent.kernels.markers import marker_nodes
-from lragent.load import LoadedModel
+from lragent.loading import LoadedModel
 from lragent.plain_graph import plain_graph
 
 ATTENTION_NAME = "lragent_marker"

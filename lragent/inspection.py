@@ -85,7 +85,7 @@ def inspect_artifact(path: Path) -> Inspection:
 def inspect_model(model_dir: Path, adapters: Mapping[str, str | Path]) -> Inspection:
     """Loads, captures and rewrites, but writes and compiles nothing."""
     from lragent.build_artifact import rewrite
-    from lragent.load import load_directories
+    from lragent.loading import load_directories
     from lragent.stages import Stages
 
     loaded = load_directories(model_dir, adapters)

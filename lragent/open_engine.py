@@ -21,7 +21,7 @@ from lragent.manifest import LayoutEntry
 from lragent.runtime.tokenizer import TokenizerFile, Tokenizer
 
 if TYPE_CHECKING:
-    from lragent.load import LoadedModel
+    from lragent.loading import LoadedModel
     from lragent.passes.pipeline import Transformed
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lragent.capture import capture
 from lragent.errors import ModelError
 from lragent.kernels.markers import marker_nodes
-from lragent.load import load_live
+from lragent.loading import load_live
 from tests.passes import tiny_lm
 from tests.passes.tiny_lm import Tiny, TinyAttention
 

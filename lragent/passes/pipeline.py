@@ -13,7 +13,7 @@ from torch import fx
 from lragent.capture import Captured
 from lragent.errors import InternalError, SplitRefused
 from lragent.kernels.cache_schema import CacheSchema, Layout
-from lragent.load import LoadedModel
+from lragent.loading import LoadedModel
 from lragent.passes import LOWER, REWRITE
 from lragent.passes.base import Adapter, KeyTransform, Miss, Pass, PassContext, PassReport, PassState
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Engine:
         kv_dtype: of all cache tensors.
         stop_token_ids: the model's own stop tokens.
         threads: for torch, which has one setting a process; None leaves it.
+        saver: writes the model as an artifact to a path, for `save`.
 
     Raises:
         RequestError: unknown scheme, a program of another layout, bad sizes.
@@ -57,12 +59,14 @@ class Engine:
         device: str | torch.device = "cpu",
         stop_token_ids: Sequence[int] = (),
         threads: int | None = None,
+        saver: Callable[[Path], None] | None = None,
     ) -> None:
         scheme = scheme_named(sharing)
         _check_program(program, scheme)
         for name, value in (("max_batch_tokens", max_batch_tokens), ("page_size", page_size)):
             if value < 1:
                 raise RequestError(f"{name} is {value}, must be at least 1")
+        self._saver = saver
         if threads is not None:
             torch.set_num_threads(threads)
         device = torch.device(device)
@@ -134,6 +138,16 @@ class Engine:
     ) -> AsyncIterator[RolloutResult]:
         """As `run`, from asynchronous code."""
         return arun_workflow(self.trajectory, workflow, tasks, concurrency)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the model as an artifact.
+
+        Raises:
+            RequestError: the engine can't: it was opened from an artifact.
+        """
+        if self._saver is None:
+            raise RequestError("this engine has nothing to save", "It was opened from an artifact: copy that.")
+        self._saver(Path(path))
 
     def stats(self) -> EngineStats:
         loop, pool = self._loop, self._loop.pool

@@ -75,16 +75,16 @@ class EngineLoop:
         """Runs one step.
 
         Raises:
-            Exception: whatever the program raises, or InternalError; all requests in progress end with it.
+            Exception: whatever the program or `on_step` raises, or InternalError; all requests in progress end with it.
         """
         try:
             self._step()
+            if self.on_step is not None:
+                self.on_step()
         except Exception as error:
             for request in [*self.scheduler.running, *self.scheduler.waiting]:
                 self.end(request, error)
             raise
-        if self.on_step is not None:
-            self.on_step()
 
     def _step(self) -> None:
         entries = self.scheduler.schedule()

@@ -122,5 +122,8 @@ def run_workflow(
     finally:
         # A caller that stops early leaves tasks in progress: they are cancelled and give their pages back.
         loop.run_until_complete(results.aclose())
+        for task in asyncio.all_tasks(loop):  # the engine's stepping task
+            task.cancel()
+            loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from lragent.errors import CacheMemoryError, RequestError
@@ -97,7 +97,7 @@ class Trajectory:
         agent: str,
         *,
         max_new_tokens: int = 64,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         temperature: float = 0.0,
         top_k: int = 0,
@@ -109,16 +109,7 @@ class Trajectory:
     ) -> Turn:
         """One turn of an agent; arguments as in `TurnOptions`. Other requests in progress are served with it."""
         options = TurnOptions(
-            max_new_tokens,
-            _strings(stop),
-            tuple(stop_token_ids),
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            seed,
-            ignore_eos,
-            None if forced is None else tuple(as_ids(forced, self._loop.program.vocab_size)),
+            max_new_tokens, stop, stop_token_ids, temperature, top_k, top_p, min_p, seed, ignore_eos, forced
         )
         request = self._submit_turn(agent, options)
         self._loop.drive(request)
@@ -129,7 +120,7 @@ class Trajectory:
         agent: str,
         *,
         max_new_tokens: int = 64,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         temperature: float = 0.0,
         top_k: int = 0,
@@ -141,16 +132,7 @@ class Trajectory:
     ) -> Turn:
         """As `generate`; turns of many trajectories that are awaited at the same time are batched together."""
         options = TurnOptions(
-            max_new_tokens,
-            _strings(stop),
-            tuple(stop_token_ids),
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            seed,
-            ignore_eos,
-            None if forced is None else tuple(as_ids(forced, self._loop.program.vocab_size)),
+            max_new_tokens, stop, stop_token_ids, temperature, top_k, top_p, min_p, seed, ignore_eos, forced
         )
         request = self._submit_turn(agent, options)
         await self._loop.wait(request)
@@ -199,10 +181,12 @@ class Trajectory:
         agent_id = self._agent_id(agent)
         self._check_idle("generate")
         self._check_length(len(self))
+        if options.forced is not None:
+            options = replace(options, forced=as_ids(options.forced, self._loop.program.vocab_size))
         stops = set(options.stop_token_ids)
         if not options.ignore_eos:
             stops |= self._loop.stop_token_ids
-        request = self._request(agent_id, options, StopWatch(self._loop.tokenizer, options.stop, stops))
+        request = self._request(agent_id, options, StopWatch(self._loop.tokenizer, options.stop_strings, stops))
         self._loop.submit(request)
         return request
 
@@ -242,7 +226,7 @@ class Trajectory:
     def _check_score(self, agent: str, token_ids: Sequence[int]) -> None:
         self._agent_id(agent)
         self._check_idle("score")
-        if not token_ids:
+        if len(token_ids) == 0:
             raise RequestError("score: no tokens given")
         as_ids(token_ids, self._loop.program.vocab_size)
         self._check_length(len(self))
@@ -251,10 +235,9 @@ class Trajectory:
     def _submit_score(self, agent: str, token_ids: Sequence[int]) -> Request:
         """Called on a scratch fork, which takes all tokens but the last: that one is never processed."""
         first = len(self) - 1
-        self._state.add_tokens(as_ids(token_ids[:-1], self._loop.program.vocab_size), agent=None)
-        request = self._request(
-            self._agent_id(agent), TurnOptions(forced=tuple(token_ids)), StopWatch(self._loop.tokenizer, (), ())
-        )
+        ids = as_ids(token_ids, self._loop.program.vocab_size)
+        self._state.add_tokens(ids[:-1], agent=None)
+        request = self._request(self._agent_id(agent), TurnOptions(forced=ids), StopWatch(self._loop.tokenizer, (), ()))
         request.score, request.logits_from = True, first
         self._loop.submit(request)
         return request
@@ -274,8 +257,3 @@ class Trajectory:
         if settle is not None:
             self._loop.submit(settle)
             self._loop.drive(settle)
-
-
-def _strings(stop: Sequence[str]) -> tuple[str, ...]:
-    """`stop="x"` would otherwise be taken as a sequence of characters."""
-    return (stop,) if isinstance(stop, str) else tuple(stop)

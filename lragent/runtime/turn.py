@@ -28,7 +28,7 @@ class TurnOptions:
 
     Args:
         max_new_tokens: most tokens of the turn; ignored with `forced`.
-        stop: strings that end the turn; they stay out of `Turn.text`.
+        stop: strings (or one string) that end the turn; they stay out of `Turn.text`.
         stop_token_ids: ids that end the turn, besides the model's own.
         temperature: 0 is greedy.
         top_k, top_p, min_p: filters, applied in this order after temperature; 0, 1.0 and 0.0 are off.
@@ -38,15 +38,15 @@ class TurnOptions:
     """
 
     max_new_tokens: int = 64
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
     ignore_eos: bool = False
-    forced: tuple[int, ...] | None = None
+    forced: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         checks = (
@@ -56,14 +56,19 @@ class TurnOptions:
             (0 < self.top_p <= 1, f"top_p is {self.top_p}, must be above 0 and at most 1"),
             (0 <= self.min_p <= 1, f"min_p is {self.min_p}, must be between 0 and 1"),
             (self.forced is None or len(self.forced) > 0, "forced is empty, give at least one token"),
-            (all(self.stop), "stop contains an empty string"),
+            (all(self.stop_strings), "stop contains an empty string"),
         )
         for holds, message in checks:
             if not holds:
                 raise RequestError(message)
 
     @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
     def length(self) -> int:
+        """Most tokens of the turn."""
         return self.max_new_tokens if self.forced is None else len(self.forced)
 
 

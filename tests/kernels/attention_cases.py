@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lragent.kernels.cache_schema import LowRankStream
+from lragent.kernels.flash_lora_attention import reference
 
 ARGUMENTS = (
     "query", "k_cache", "v_cache", "agent_ids", "seq_starts", "context_lens", "page_table",
@@ -165,3 +166,14 @@ def in_double(values: dict[str, Any]) -> dict[str, Any]:
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in values.items()
     }
+
+
+def assert_as_exact_as_reference(function: Any, values: dict[str, Any]) -> None:
+    """The error to float64 is at most twice that of the reference in the same dtype, plus one rounding."""
+    exact = call(reference.flash_lora_attention, in_double(values))
+    plain = call(reference.flash_lora_attention, values)
+    found = call(function, values)
+    assert found.dtype == values["query"].dtype and found.shape == exact.shape
+    own = float((plain.double() - exact).abs().max())
+    rounding = torch.finfo(found.dtype).eps * float(exact.abs().max())
+    assert float((found.double() - exact).abs().max()) <= 2 * own + rounding

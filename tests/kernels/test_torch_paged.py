@@ -5,19 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lragent.kernels.flash_lora_attention import reference, torch_paged
-from tests.kernels.attention_cases import CASES, Case, call, in_double, rounded
+from lragent.kernels.flash_lora_attention import torch_paged
+from tests.kernels.attention_cases import CASES, Case, assert_as_exact_as_reference, rounded
 
 
 def _check(case: Case, dtype: torch.dtype) -> None:
-    values = case.build(dtype)
-    exact = call(reference.flash_lora_attention, in_double(values))
-    plain = call(reference.flash_lora_attention, values)
-    found = call(torch_paged.flash_lora_attention, values)
-    assert found.dtype == dtype and found.shape == exact.shape
-    own = float((plain.double() - exact).abs().max())
-    rounding = torch.finfo(dtype).eps * float(exact.abs().max())
-    assert float((found.double() - exact).abs().max()) <= 2 * own + rounding
+    assert_as_exact_as_reference(torch_paged.flash_lora_attention, case.build(dtype))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from lragent.capture import Captured, capture
 from lragent.kernels.cache_schema import CacheSchema, Layout
 from lragent.kernels.step import CacheTensors, StepInputs
-from lragent.load import load_live
+from lragent.loading import load_live
 from lragent.passes import PASSES
 from lragent.passes.base import PassContext, PassReport, PassState
 from lragent.passes.pipeline import pass_context

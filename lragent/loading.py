@@ -90,12 +90,13 @@ def load_directories(model_dir: str | Path, adapters: Mapping[str, str | Path], 
     base = _read_base(Path(model_dir), _resolve_dtype(dtype))
     if not adapters:
         return _describe(base, {}, {}, tokenizer_source=str(model_dir))
+    sizes = adapter_files.linear_sizes(base)
     model: Any = None
     # PEFT's adapter names become module names, which can't hold dots: use names of our own.
     internal = {name: f"adapter{i}" for i, name in enumerate(adapters)}
     for name, path in adapters.items():
         weights = adapter_files.read_weights(name, Path(path))
-        adapter_files.require_fits(name, Path(path), configs[name], weights, base)
+        adapter_files.require_fits(name, Path(path), weights, sizes, type(base).__name__)
         with adapter_files.peft_errors(name, Path(path)):
             if model is None:
                 model = PeftModel.from_pretrained(

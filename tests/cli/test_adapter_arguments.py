@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+import typer
+
+from lragent_cli.adapter_arguments import parse_adapters
+
+
+def test_named_adapters_keep_their_order() -> None:
+    parsed = parse_adapters("plan=a/p, action=b , reflect=/c/r")
+    assert list(parsed.items()) == [("plan", Path("a/p")), ("action", Path("b")), ("reflect", Path("/c/r"))]
+
+
+def test_directories_without_names_lend_their_own() -> None:
+    assert list(parse_adapters("runs/plan,runs/action/,./reflect")) == ["plan", "action", "reflect"]
+
+
+def test_the_current_directory_has_a_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plan").mkdir()
+    monkeypatch.chdir(tmp_path / "plan")
+    assert list(parse_adapters(".")) == ["plan"]
+
+
+def test_a_path_may_hold_an_equals_sign_after_its_name() -> None:
+    assert parse_adapters("plan=runs/lr=1e-3") == {"plan": Path("runs/lr=1e-3")}
+
+
+@pytest.mark.parametrize("text", ["a/plan,b/plan", "plan=a,plan=b", "plan=a,b/plan"])
+def test_a_name_given_twice_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="two adapters are called 'plan'"):
+        parse_adapters(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("", "''"), ("plan=a,", "''"), ("plan=", "'plan='"), ("=dir", "'=dir'"), ("/", "'/'")],
+    ids=["nothing", "trailing comma", "no directory", "no name", "root directory"],
+)
+def test_what_is_no_adapter_is_named(text: str, found: str) -> None:
+    with pytest.raises(typer.BadParameter, match=found):
+        parse_adapters(text)

@@ -1,0 +1,100 @@
+import asyncio
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lragent.errors import TaskFileError
+from lragent_cli.workflow_loading import load_workflow
+
+
+@pytest.fixture(autouse=True)
+def clean_imports() -> Iterator[None]:
+    path, modules = list(sys.path), set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_workflow_beside_its_modules(tmp_path: Path) -> None:
+    write(tmp_path / "flow_tools.py", "ANSWER = 42\n")
+    file = write(
+        tmp_path / "flow.py", "import flow_tools\nasync def go(task, t):\n    return {'a': flow_tools.ANSWER}\n"
+    )
+    workflow = load_workflow(f"{file}:go")
+    assert asyncio.run(workflow({}, None)) == {"a": 42}  # type: ignore[arg-type]
+
+
+def test_a_workflow_inside_a_package(tmp_path: Path) -> None:
+    for folder in ("outer", "outer/inner"):
+        write(tmp_path / folder / "__init__.py", "")
+    write(tmp_path / "outer/names.py", "NAME = 'x'\n")
+    file = write(
+        tmp_path / "outer/inner/flow.py",
+        "from outer.names import NAME\nasync def go(task, t, rounds=3):\n    return {'n': NAME}\n",
+    )
+    workflow = load_workflow(f"{file}:go")
+    assert workflow.__module__ == "outer.inner.flow"
+    assert asyncio.run(workflow({}, None)) == {"n": "x"}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spec", ["flow.py", "flow:go", "flow.py:", ":go", "flow.py:go there"])
+def test_a_spec_of_another_form_is_refused(spec: str) -> None:
+    with pytest.raises(TaskFileError, match=r"isn't FILE\.py:FUNC"):
+        load_workflow(spec)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TaskFileError, match=r"nowhere\.py isn't there"):
+        load_workflow(f"{tmp_path / 'nowhere.py'}:go")
+
+
+def test_a_missing_function_lists_those_there(tmp_path: Path) -> None:
+    file = write(tmp_path / "flow.py", "async def one(task, t): ...\nasync def two(task, t): ...\ndef three(): ...\n")
+    with pytest.raises(TaskFileError, match=r"has no 'four'\nAsync functions there: one, two\."):
+        load_workflow(f"{file}:four")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("def go(task, t): ...", "is a plain function"),
+        ("go = 3", "is of type int"),
+        ("async def go(task): ...", r"go\(task\) can't be called with a task and a trajectory"),
+        ("async def go(task, t, more): ...", r"go\(task, t, more\) can't be called"),
+    ],
+    ids=["not async", "no function", "too few parameters", "too many parameters"],
+)
+def test_what_is_no_workflow_is_refused(tmp_path: Path, text: str, found: str) -> None:
+    file = write(tmp_path / "flow.py", text)
+    with pytest.raises(TaskFileError, match=found):
+        load_workflow(f"{file}:go")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("x = 1\nx.nothing\n", r"flow\.py line 2 raised AttributeError when imported: 'int' object has"),
+        ("import no_such_module_anywhere\n", r"flow\.py line 1 raised ModuleNotFoundError"),
+        ("def go(:\n", r"flow\.py raised SyntaxError when imported: .*line 1"),
+    ],
+    ids=["attribute", "import", "syntax"],
+)
+def test_an_import_that_raises_is_shown(tmp_path: Path, text: str, found: str) -> None:
+    file = write(tmp_path / "flow.py", text)
+    with pytest.raises(TaskFileError, match=found):
+        load_workflow(f"{file}:go")
+
+
+def test_a_file_named_like_a_loaded_module_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "json.py", "async def go(task, t): ...\n")
+    with pytest.raises(TaskFileError, match="Python has another module named 'json'"):
+        load_workflow(f"{file}:go")

@@ -1,0 +1,105 @@
+"""The aten lowering against the reference: eager, exported with dynamic sizes, and compiled ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lragent.kernels.flash_lora_attention import inductor, reference
+from tests.kernels.attention_cases import ARGUMENTS, CASES, Case, assert_as_exact_as_reference, call
+
+DECODES = ((17, 1, 1), (33, 1, 2), (1, 1, 0), (48, 1, 3))
+PREFILLS = (((40, 23, 3),), ((17, 17, 1),), ((33, 1, 0),))
+
+
+def _decode(case: Case) -> Case:
+    return replace(case, sequences=DECODES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_decode(case: Case) -> None:
+    assert_as_exact_as_reference(inductor.decode_aten, _decode(case).build())
+
+
+@pytest.mark.parametrize("sequences", PREFILLS, ids=["chunk", "whole", "one token"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_prefill(case: Case, sequences: tuple[tuple[int, int, int], ...]) -> None:
+    assert_as_exact_as_reference(inductor.prefill_aten, replace(case, sequences=sequences).build())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bfloat16_cache(dtype: torch.dtype) -> None:
+    case = replace(CASES[0], cache_dtype=torch.bfloat16)
+    assert_as_exact_as_reference(inductor.decode_aten, _decode(case).build(dtype))
+    assert_as_exact_as_reference(inductor.prefill_aten, replace(case, sequences=PREFILLS[0]).build(dtype))
+
+
+class _Step(torch.nn.Module):
+    """One attention call as a module: tensors that vary are inputs, the rest are constants, as in a lowered graph."""
+
+    def __init__(self, function: Callable[..., Tensor], values: dict[str, Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.fixed = {name: value for name, value in values.items() if name not in VARYING}
+
+    def forward(self, *varying: Tensor) -> Tensor:
+        values = {**self.fixed, **dict(zip(VARYING, varying, strict=True))}
+        return self.function(*(values[name] for name in ARGUMENTS))
+
+
+VARYING = (
+    "query", "k_cache", "v_cache", "agent_ids", "seq_starts", "context_lens", "page_table",
+    "lr_k", "lr_k_table", "lr_v", "lr_v_table",
+)  # fmt: skip
+
+
+def _shapes(name: str, decode: bool) -> dict[int, Any] | None:
+    dim = torch.export.Dim
+    tokens, pages = dim("tokens", min=1, max=1 << 20), dim("pages", min=2, max=1 << 30)
+    seqs = tokens if decode else 1
+    return {
+        "query": {0: tokens},
+        "agent_ids": {0: tokens},
+        "k_cache": {0: pages},
+        "v_cache": {0: pages},
+        "seq_starts": {0: tokens + 1} if decode else None,
+        "context_lens": {0: seqs} if decode else None,
+        "page_table": {0: seqs, 1: dim("columns", min=1, max=1 << 20)} if decode else {1: dim("columns", min=1)},
+        "lr_k": {0: dim("k_elements", min=2, max=1 << 40)},
+        "lr_v": {0: dim("v_elements", min=2, max=1 << 40)},
+    }.get(name)
+
+
+def _exported(function: Callable[..., Tensor], values: dict[str, Any], decode: bool) -> torch.export.ExportedProgram:
+    shapes = tuple(_shapes(name, decode) for name in VARYING)
+    inputs = tuple(values[name] for name in VARYING)
+    return torch.export.export(
+        _Step(function, values), inputs, dynamic_shapes={"varying": shapes}, strict=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
+def test_compiled_ahead_of_time_with_dynamic_sizes(decode: bool, tmp_path: Path) -> None:
+    case = replace(next(c for c in CASES if c.name == "everything"), ranks=(4, 2, 6), sinks=False)
+    function = inductor.decode_aten if decode else inductor.prefill_aten
+    traced = replace(case, sequences=DECODES if decode else PREFILLS[0])
+    program = _exported(function, traced.build(), decode)
+    package = str(tmp_path / "attention.pt2")
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=package, inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"}
+    )
+    compiled = torch._inductor.aoti_load_package(package)
+    fixed = _Step(function, traced.build()).fixed
+    others = [((21, 1, 2),), ((48, 1, 1), (2, 1, 3))] if decode else [((40, 31, 2),), ((1, 1, 1),), ((30, 1, 3),)]
+    for sequences in (traced.sequences, *others):
+        values = replace(case, sequences=sequences).build() | fixed
+        found = compiled(*(values[name] for name in VARYING))
+        expected = call(reference.flash_lora_attention, values)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

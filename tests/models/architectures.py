@@ -1,0 +1,74 @@
+"""Tiny configurations of the architectures that the tests cover, and which of their modules take adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import (
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB, POSITIONS = 128, 256
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+}
+_WINDOWED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A tiny config; modules for query and value adapters, for key ones in addition, and all linear ones."""
+
+    config: Callable[[], PretrainedConfig]
+    qv: tuple[str, ...] = ("q_proj", "v_proj")
+    all_linear: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    fan_in_fan_out: bool = False
+
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(lambda: LlamaConfig(**_COMMON)),
+    "qwen2": Architecture(lambda: Qwen2Config(**_COMMON)),
+    "qwen3": Architecture(lambda: Qwen3Config(head_dim=16, **_COMMON)),
+    "gemma3_text": Architecture(lambda: Gemma3TextConfig(query_pre_attn_scalar=16, **_WINDOWED, **_COMMON)),
+    "gpt2": Architecture(
+        lambda: GPT2Config(vocab_size=VOCAB, n_positions=POSITIONS, n_embd=64, n_layer=2, n_head=4),
+        qv=("c_attn",),
+        all_linear=("c_attn", "c_proj", "c_fc"),
+        fan_in_fan_out=True,
+    ),
+    "gpt_neox": Architecture(
+        lambda: GPTNeoXConfig(
+            rotary_pct=0.25, **{name: n for name, n in _COMMON.items() if name != "num_key_value_heads"}
+        ),
+        qv=("query_key_value",),
+        all_linear=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    ),
+    "phi3": Architecture(
+        lambda: Phi3Config(pad_token_id=0, **_COMMON),
+        qv=("qkv_proj",),
+        all_linear=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    ),
+    "mixtral": Architecture(lambda: MixtralConfig(num_local_experts=4, **_COMMON), all_linear=_ATTENTION),
+    "gpt_oss": Architecture(
+        lambda: GptOssConfig(num_local_experts=4, **_WINDOWED, **_COMMON), all_linear=_ATTENTION
+    ),
+}
+KINDS = tuple(ARCHITECTURES)

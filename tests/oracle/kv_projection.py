@@ -1,0 +1,121 @@
+"""Projections that feed K or V, taken apart into base output and columns x A of every agent, and remembered by token.
+
+A pass runs the model over the whole sequence from token 0. Rows before the pass's start (and, where the scheme says so,
+later ones) take their K/V from what was remembered; all of the model's own code (norms, rotary, masks, windows, sinks)
+then runs on them as it is. What rows before the start give further up is never used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+CAPACITY = 256
+
+
+@dataclass
+class Memory:
+    """What is held of one projection: base and full outputs `[tokens, out]`, columns per agent `[tokens, r]`."""
+
+    base: Tensor
+    full: Tensor
+    columns: dict[str, Tensor]
+
+    def copy(self) -> Memory:
+        return Memory(self.base.clone(), self.full.clone(), {a: c.clone() for a, c in self.columns.items()})
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Tokens `[start, end)` run by an agent (None: no adapter).
+
+    `full`: K/V are remembered whole (dense); otherwise base and columns apart. `old_base` / `old_columns`: rows of the
+    pass itself read what is remembered instead of what they compute.
+    """
+
+    start: int
+    end: int
+    agent: str | None
+    full: bool = False
+    old_base: bool = False
+    old_columns: bool = False
+
+
+class KvProjection(nn.Module):
+    """In place of a projection (with or without LoRA) that feeds K or V; `kv` marks the outputs that do."""
+
+    def __init__(self, inner: nn.Module, kv: Tensor) -> None:
+        super().__init__()
+        self.inner, self.kv = inner, kv
+        self.memory: Memory | None = None
+        self.now: Pass | None = None
+        self.computed: Memory | None = None
+
+    @property
+    def lora(self) -> LoraLinear | None:
+        return self.inner if isinstance(self.inner, LoraLinear) else None
+
+    def empty_memory(self, dtype: torch.dtype) -> Memory:
+        ranks = {a: m.out_features for a, m in self.lora.lora_A.items()} if self.lora is not None else {}
+        out = len(self.kv)
+        return Memory(
+            torch.zeros(CAPACITY, out, dtype=dtype),
+            torch.zeros(CAPACITY, out, dtype=dtype),
+            {a: torch.zeros(CAPACITY, r, dtype=dtype) for a, r in ranks.items()},
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        now = self.now
+        assert now is not None and self.memory is not None and x.shape[1] == now.end
+        base = (self.lora.base_layer if self.lora is not None else self.inner)(x)[0]
+        columns = {a: m(x)[0] for a, m in self.lora.lora_A.items()} if self.lora is not None else {}
+        own = base + self._delta(columns, now.agent)
+        self.computed = Memory(base, own, columns)
+        if now.full:
+            old = torch.arange(now.end) < now.start
+            held = torch.where(old[:, None], self.memory.full[: now.end], own)
+        else:
+            old_base = torch.arange(now.end) < (now.end if now.old_base else now.start)
+            old_columns = torch.arange(now.end) < (now.end if now.old_columns else now.start)
+            merged = {
+                a: torch.where(old_columns[:, None], self.memory.columns[a][: now.end], c) for a, c in columns.items()
+            }
+            held = torch.where(old_base[:, None], self.memory.base[: now.end], base) + self._delta(merged, now.agent)
+        return torch.where(self.kv, held, own)[None]
+
+    def _delta(self, columns: Mapping[str, Tensor], agent: str | None) -> Tensor:
+        if self.lora is None or agent not in columns:
+            return torch.zeros((), dtype=torch.float32)
+        return self.lora.lora_B[agent](columns[agent]) * self.lora.scaling[agent]
+
+    def remember(self, base: bool, agents: tuple[str, ...]) -> None:
+        """Keeps what the last pass computed: base (and whole) outputs, and columns of some agents."""
+        assert self.now is not None and self.memory is not None and self.computed is not None
+        rows = slice(self.now.start, self.now.end)
+        if base:
+            self.memory.base[rows] = self.computed.base[rows]
+            self.memory.full[rows] = self.computed.full[rows]
+        for agent in agents:
+            if agent in self.computed.columns:
+                self.memory.columns[agent][rows] = self.computed.columns[agent][rows]
+
+
+def kv_outputs(name: str, config: PretrainedConfig) -> Tensor | None:
+    """Which outputs of a projection feed K or V (bool per output); None for projections that feed neither."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if name in ("k_proj", "v_proj"):
+        return torch.ones(kv_heads * dim, dtype=torch.bool)
+    if name == "qkv_proj":  # queries, keys, values, one after the other
+        return torch.arange((heads + 2 * kv_heads) * dim) >= heads * dim
+    if name == "c_attn":
+        return torch.arange(3 * config.hidden_size) >= config.hidden_size
+    if name == "query_key_value":  # query, key and value of each head together
+        return torch.arange(3 * heads * dim) % (3 * dim) >= dim
+    return None

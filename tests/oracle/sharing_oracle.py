@@ -1,0 +1,205 @@
+"""The five sharing schemes by their definitions, for one trajectory: slow, plain PyTorch, nothing from lragent.
+
+Every pass runs the Hugging Face model over the whole sequence; `kv_projection` puts remembered K/V in place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.oracle.kv_projection import KvProjection, Memory, Pass, kv_outputs
+from tests.oracle.peft_oracle import BASE, load_peft
+
+SCHEMES = ("non_shared", "full_shared", "base_shared", "base_lr_shared", "rebase_shared")
+
+Step = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class TurnResult:
+    """One turn: tokens, their log-probabilities (float64 log_softmax), the likeliest tokens and their lead.
+
+    `gaps`: log-probability of the likeliest token less that of the second.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    likeliest: list[int]
+    gaps: list[float]
+
+
+@dataclass
+class SharingOracle:
+    """A trajectory under one scheme.
+
+    Args:
+        written: tokens that have K/V (per agent under non_shared).
+        caught_up: per agent, tokens that have its columns (base_shared).
+        open_turn: tokens and acting agent that still want their adapter-free pass (rebase_shared).
+    """
+
+    model: Any
+    projections: list[KvProjection]
+    agents: tuple[str, ...]
+    scheme: str
+    dtype: torch.dtype
+    ids: list[int] = field(default_factory=list)
+    written: dict[str | None, int] = field(default_factory=dict)
+    caught_up: dict[str, int] = field(default_factory=dict)
+    open_turn: tuple[int, int, str] | None = None
+    memories: dict[str | None, list[Memory]] = field(default_factory=dict)
+
+    def fork(self) -> SharingOracle:
+        """A copy that shares the model."""
+        keep = {id(self.model): self.model, id(self.projections): self.projections}
+        return copy.deepcopy(self, keep)
+
+    def truncate(self, length: int) -> None:
+        del self.ids[length:]
+        self.written = {owner: min(n, length) for owner, n in self.written.items()}
+        self.caught_up = {agent: min(n, length) for agent, n in self.caught_up.items()}
+        if self.open_turn is not None:
+            start, end, agent = self.open_turn
+            self.open_turn = (start, min(end, length), agent) if start < length else None
+
+    def turn(self, agent: str, tokens: int, forced: Sequence[int] | None = None) -> TurnResult:
+        """The agent reads what is there and adds tokens, greedily or as forced."""
+        self._settle()
+        owner = agent if self.scheme == "non_shared" else None
+        turn_start = self.written.get(owner, 0)
+        self._catch_up(agent)
+        result = TurnResult([], [], [], [])
+        for i in range(tokens):
+            logits = self._act(agent, owner)
+            logprobs = logits.double().log_softmax(-1)
+            first, second = logprobs.topk(2).values.tolist()
+            result.likeliest.append(int(logprobs.argmax()))
+            result.gaps.append(first - second)
+            token = int(forced[i]) if forced is not None else result.likeliest[-1]
+            result.token_ids.append(token)
+            result.logprobs.append(float(logprobs[token]))
+            self.ids.append(token)
+        if self.scheme == "rebase_shared" and agent != BASE and self.written.get(owner, 0) > turn_start:
+            self.open_turn = (turn_start, self.written[owner], agent)
+        return result
+
+    def _act(self, agent: str, owner: str | None) -> Tensor:
+        """Processes pending tokens as their writer; with none pending, runs the last one again and keeps nothing."""
+        start, end = self.written.get(owner, 0), len(self.ids)
+        full = self.scheme in ("non_shared", "full_shared")
+        adapter = None if agent == BASE else agent
+        if start == end:
+            again = Pass(end - 1, end, adapter, full, old_base=True, old_columns=True)
+            # Under dense schemes the last token reads its own remembered K/V: it counts as a row before the start.
+            if full:
+                again = Pass(end, end, adapter, full)
+            return self._run(again, owner)
+        logits = self._run(Pass(start, end, adapter, full), owner)
+        own = (agent,) if self.scheme == "base_shared" else self.agents
+        self._remember(base=True, agents=own)
+        self.written[owner] = end
+        if agent != BASE:
+            self.caught_up[agent] = end
+        return logits
+
+    def _catch_up(self, agent: str) -> None:
+        """base_shared: the agent's own columns over tokens that others wrote; base is read, not rewritten."""
+        start, end = self.caught_up.get(agent, 0), self.written.get(None, 0)
+        if self.scheme != "base_shared" or agent == BASE or start >= end:
+            return
+        self._run(Pass(start, end, agent, old_base=True), None)
+        self._remember(base=False, agents=(agent,))
+        self.caught_up[agent] = end
+
+    def _settle(self) -> None:
+        """rebase_shared: the adapter-free pass over the tokens of the last turn."""
+        if self.open_turn is None:
+            return
+        start, end, acting = self.open_turn
+        self.open_turn = None
+        self._run(Pass(start, end, None), None)
+        self._remember(base=True, agents=tuple(a for a in self.agents if a != acting))
+
+    def _run(self, now: Pass, owner: str | None) -> Tensor:
+        """Logits of the last token of a pass."""
+        memories = self.memories.setdefault(owner, [p.empty_memory(self.dtype) for p in self.projections])
+        for projection, memory in zip(self.projections, memories, strict=True):
+            projection.now, projection.memory = now, memory
+        ids = torch.tensor([self.ids[: now.end]])
+        with torch.no_grad():
+            if now.agent is None:
+                with self.model.disable_adapter():
+                    return self.model(input_ids=ids, use_cache=False).logits[0, -1]
+            self.model.set_adapter(now.agent)
+            return self.model(input_ids=ids, use_cache=False).logits[0, -1]
+
+    def _remember(self, base: bool, agents: tuple[str, ...]) -> None:
+        for projection in self.projections:
+            projection.remember(base, agents)
+
+    def base_streams(self) -> list[Tensor]:
+        """Remembered base outputs of every projection, `[written tokens, out]`."""
+        self._settle()
+        return [memory.base[: self.written[None]] for memory in self.memories[None]]
+
+
+def new_oracle(model_dir: Path, adapters: Mapping[str, Path], scheme: str, dtype: torch.dtype) -> SharingOracle:
+    """Loads the model and takes its K/V projections apart."""
+    model = load_peft(model_dir, adapters, dtype)
+    projections = []
+    for name, module in list(model.get_base_model().named_modules()):
+        leaf = name.rpartition(".")[2]
+        outputs = kv_outputs(leaf, model.config)
+        if outputs is not None:
+            parent = model.get_base_model().get_submodule(name.rpartition(".")[0])
+            projection = KvProjection(module, outputs)
+            setattr(parent, leaf, projection)
+            projections.append(projection)
+    return SharingOracle(model, projections, tuple(adapters), scheme, dtype)
+
+
+def run_script(
+    model_dir: Path,
+    adapters: Mapping[str, Path],
+    scheme: str,
+    script: Sequence[Step],
+    dtype: torch.dtype = torch.float64,
+) -> list[TurnResult]:
+    """Runs steps ("append", ids) | ("turn", agent, n, forced or None) | ("truncate", n) | ("fork",) and returns turns.
+
+    After "fork" the steps go on on the fork.
+    """
+    oracle = new_oracle(model_dir, adapters, scheme, dtype)
+    results = []
+    for step in script:
+        if step[0] == "append":
+            oracle.ids.extend(step[1])
+        elif step[0] == "turn":
+            results.append(oracle.turn(*step[1:]))
+        elif step[0] == "truncate":
+            oracle.truncate(step[1])
+        elif step[0] == "fork":
+            oracle = oracle.fork()
+        else:
+            raise ValueError(f"unknown step {step[0]!r}")
+    return results
+
+
+def assert_schemes_differ(results: Mapping[str, Sequence[TurnResult]], least: float = 1e-3) -> None:
+    """On a good input every two schemes give clearly different log-probabilities."""
+    names = list(results)
+    for i, left in enumerate(names):
+        for right in names[i + 1 :]:
+            largest = max(
+                abs(x - y)
+                for a, b in zip(results[left], results[right], strict=True)
+                for x, y in zip(a.logprobs, b.logprobs, strict=True)
+            )
+            assert largest > least, f"{left} and {right} differ by {largest} only"

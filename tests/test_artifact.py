@@ -1,0 +1,137 @@
+"""artifact: what is written is whole or not there; what is damaged or foreign is refused with both values."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lragent
+from lragent.artifact import open_artifact
+from lragent.compile import target_name
+from lragent.errors import ArtifactError, CompilerMissing, ModelError, RequestError
+from tests.models import WrittenModel
+
+
+@pytest.fixture
+def artifact(tiny_artifact: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny_artifact, tmp_path / "copy.lragent"))
+
+
+def _edit(artifact: Path, **changes: Any) -> None:
+    file = artifact / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_contents(tiny_artifact: Path) -> None:
+    manifest = open_artifact(tiny_artifact).manifest
+    assert [a.name for a in manifest.agents] == ["plan", "action", "reflect"]
+    assert set(manifest.layouts) == {"split", "dense"}
+    assert list(manifest.compiled[target_name()]) == ["split-torch-float32"] or list(
+        manifest.compiled[target_name()]
+    ) == ["split-cpp-float32"]
+    files = {p.suffix for p in tiny_artifact.rglob("*") if p.is_file()}
+    assert not files & {".pkl", ".bin", ".pth"}
+
+
+def test_every_weight_is_stored_once_and_as_it_was(tiny_artifact: Path, tiny_llama: WrittenModel) -> None:
+    from safetensors.torch import load_file
+
+    weights = open_artifact(tiny_artifact).weights(hashed=True)
+    base = load_file(tiny_llama.model_dir / "model.safetensors")
+    held = {name.replace(".base_layer", "").removeprefix("model."): t for name, t in weights.items()}
+    for name, tensor in base.items():
+        assert torch.equal(held[name], tensor), name
+    stored = sum(f.stat().st_size for f in (tiny_artifact / "weights").iterdir())
+    unique = {t.data_ptr(): t.numel() * t.element_size() for t in weights.values()}
+    assert stored < sum(unique.values()) + 200 * len(weights) + 4096
+
+
+def test_refuses_to_replace_without_being_told(tiny_llama: WrittenModel, artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="exists"):
+        lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, artifact)
+    other = tmp_path / "folder"
+    other.mkdir()
+    (other / "precious.txt").write_text("x")
+    with pytest.raises(ArtifactError, match="is not an artifact"):
+        lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, other, overwrite=True)
+    assert (other / "precious.txt").read_text() == "x"
+
+
+def test_overwrite_replaces_and_a_failed_convert_leaves_the_old_one(tiny_llama: WrittenModel, artifact: Path) -> None:
+    with pytest.raises(ModelError):
+        lragent.convert(artifact / "nowhere", tiny_llama.adapters, artifact, overwrite=True, compiled=False)
+    assert open_artifact(artifact).manifest.compiled
+    lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, artifact, overwrite=True, compiled=False)
+    assert not open_artifact(artifact).manifest.compiled
+    assert [p.name for p in artifact.parent.iterdir()] == [artifact.name]
+
+
+def test_another_format_version_names_both(artifact: Path) -> None:
+    _edit(artifact, format=99)
+    with pytest.raises(ArtifactError, match="format version 99, this lragent reads version 1"):
+        lragent.load(artifact)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'])
+def test_damaged_manifest(artifact: Path, text: str) -> None:
+    (artifact / "manifest.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"manifest.json"):
+        lragent.load(artifact)
+
+
+def test_no_artifact_there(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no artifact directory"):
+        lragent.load(tmp_path / "nothing.lragent")
+    with pytest.raises(ArtifactError, match=r"has no manifest\.json"):
+        lragent.load(tmp_path)
+
+
+def test_damaged_files_are_found_before_anything_runs(artifact: Path) -> None:
+    weights = artifact / "weights" / "base.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-8])
+    with pytest.raises(ArtifactError, match=rf"has {len(whole) - 8} bytes, the manifest says {len(whole)}"):
+        lragent.load(artifact)
+    weights.write_bytes(whole)
+    (package,) = artifact.glob("compiled/*/*.pt2")
+    changed = bytearray(package.read_bytes())
+    changed[1000] ^= 1
+    package.write_bytes(bytes(changed))
+    with pytest.raises(ArtifactError, match="the manifest says"):
+        lragent.load(artifact)
+    package.unlink()
+    with pytest.raises(ArtifactError, match="is missing"):
+        lragent.load(artifact)
+
+
+def test_unknown_names(artifact: Path) -> None:
+    for wrong in ({"sharing": "all_shared"}, {"backend": "jit"}, {"attention": "magic"}, {"kv_dtype": "int3"}):
+        with pytest.raises(RequestError):
+            lragent.load(artifact, **wrong)
+
+
+def test_no_compiler(artifact: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: WrittenModel, tmp_path: Path) -> None:
+    """Compiled code that is there needs no compiler; code that is missing says what to do."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    lragent.load(artifact, sharing="base_lr_shared", kv_memory="1MiB")
+    with pytest.raises(CompilerMissing, match="compiler"):
+        lragent.load(artifact, sharing="non_shared", kv_memory="1MiB")
+    lragent.load(artifact, sharing="non_shared", kv_memory="1MiB", backend="eager")
+    out = tmp_path / "new.lragent"
+    with pytest.raises(CompilerMissing, match="compiler"):
+        lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, out)
+    assert not out.exists()
+
+
+def test_a_package_for_another_machine_is_lowered_again_and_kept(artifact: Path) -> None:
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    _edit(artifact, compiled={"cpu-avx9-torch1.0-abi0": manifest["compiled"][target_name()]})
+    lragent.load(artifact, kv_memory="1MiB")
+    assert set(open_artifact(artifact).manifest.compiled) == {"cpu-avx9-torch1.0-abi0", target_name()}

@@ -1,0 +1,117 @@
+"""Rules about the tree that no reviewer should have to remember."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lragent.passes import PASSES, Pass
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(path for folder in ("lragent", "cli") for path in (ROOT / folder).rglob("*.py"))
+LRAGENT_SOURCES = [path for path in SOURCES if path.is_relative_to(ROOT / "lragent")]
+
+# cli -> lragent api -> {load, capture, passes, artifact, runtime} -> kernels -> errors
+CLI, API, STAGES, KERNELS, ERRORS = range(5)
+
+ARCHITECTURE_NAMES = re.compile(
+    r"llama|qwen|gemma|mi[sx]tral|gpt_?neo|gpt_?2|gpt_?oss|phi_?3|olmo|falcon|deepseek|cohere", re.IGNORECASE
+)
+MODULE_NAMES = re.compile(r"\b([qkvo]_proj|qkv_proj|c_attn|c_proj|query_key_value|lm_head|self_attn|embed_tokens)\b")
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer_of(module: str) -> int:
+    top, _, rest = module.partition(".")
+    stage = rest.partition(".")[0]
+    if top == "cli":
+        return CLI
+    return {"": API, "api": API, "kernels": KERNELS, "errors": ERRORS}.get(stage, STAGES)
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Modules of this project that a file imports, wherever in the file, also for type checkers only."""
+    package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
+    known = {module_of(source) for source in SOURCES}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] in ("lragent", "cli"))
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                source = ".".join([*package.split(".")[: len(package.split(".")) - node.level + 1], source]).rstrip(".")
+            if source.split(".")[0] in ("lragent", "cli"):
+                for alias in node.names:
+                    yield f"{source}.{alias.name}" if f"{source}.{alias.name}" in known else source
+
+
+def words_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Identifiers and string literals of a file; docstrings and comments are free to name examples."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+        elif isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, node.module or ""
+        elif isinstance(node, ast.alias):
+            yield node.lineno, node.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_imports_go_one_way(path: Path) -> None:
+    layer = layer_of(module_of(path))
+    for imported in imports_of(path):
+        assert layer_of(imported) >= layer, f"{module_of(path)} imports {imported}, which lies above it"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_the_command_line_sees_only_the_api_and_the_errors(path: Path) -> None:
+    if layer_of(module_of(path)) == CLI:
+        allowed = (CLI, API, ERRORS)
+        outside = [name for name in imports_of(path) if layer_of(name) not in allowed]
+        assert not outside, f"{module_of(path)} imports {outside}"
+
+
+@pytest.mark.parametrize("path", LRAGENT_SOURCES, ids=module_of)
+def test_passes_and_runtime_never_import_each_other(path: Path) -> None:
+    for left, right in (("lragent.passes", "lragent.runtime"), ("lragent.runtime", "lragent.passes")):
+        if module_of(path).startswith(left):
+            assert not [name for name in imports_of(path) if name.startswith(right)]
+
+
+@pytest.mark.parametrize("a_pass", PASSES, ids=lambda p: p.name)
+def test_every_pass_has_a_test_file(a_pass: Pass) -> None:
+    assert (ROOT / "tests" / "passes" / f"test_{a_pass.name}.py").is_file()
+
+
+@pytest.mark.parametrize("path", LRAGENT_SOURCES, ids=module_of)
+def test_nothing_is_decided_by_the_name_of_a_model_or_of_a_module(path: Path) -> None:
+    for line, word in words_of(path):
+        assert word != "model_type", f"{module_of(path)} line {line} reads model_type"
+        for names in (ARCHITECTURE_NAMES, MODULE_NAMES):
+            assert not names.search(word), f"{module_of(path)} line {line} names {word!r}"
+
+
+def test_every_package_is_installed() -> None:
+    listed = re.search(r"^packages = (\[.*?\])", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
+    assert listed is not None
+    folders = {module_of(path) for path in SOURCES if path.name == "__init__.py"}
+    assert set(ast.literal_eval(listed[1])) == folders - {"cli"} | {"lragent_cli"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_every_folder_with_code_is_a_package(path: Path) -> None:
+    assert (path.parent / "__init__.py").is_file()
