@@ -1,0 +1,128 @@
+// Arguments of one attention call, checked, and what all its work items share.
+//
+// Legend: T = packed query tokens, S = sequences, M = page table columns, P = tokens a page, N = agents, Hq = query
+// heads, H = KV heads, G = Hq / H, Dk / Dv = head dims, r = rank. A padded size is a multiple of W (floats a register).
+#pragma once
+
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "float_rows.h"
+
+namespace lragent {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+inline const int64_t* integers(const at::Tensor& t, const char* name) {
+  TORCH_CHECK(t.scalar_type() == at::kLong && t.is_contiguous(), name, " must be contiguous int64");
+  return t.const_data_ptr<int64_t>();
+}
+
+// LR columns of K or V for all agents: flat numbers, table rows (offset, rank, source, writes), up-projections.
+struct LowRank {
+  bool present = false;
+  Numbers columns;
+  const int64_t* table = nullptr;
+  std::vector<int64_t> ranks;                // [N + 1]
+  std::vector<const float*> up;              // [N + 1], each [H][rank][padded D]; null where the rank is 0 or unused
+  std::vector<int64_t> up_rows;              // [N + 1], rows between two heads
+  std::vector<std::vector<float>> held;      // numbers of `up` that had to be converted
+  int64_t widest = 0;                        // padded largest rank of the agents in use
+
+  void read(const OptionalTensor& lr, const OptionalTensor& lr_table, const OptionalTensor& b, int64_t heads, int64_t dim) {
+    if (!lr || !lr_table || !b) return;
+    TORCH_CHECK(lr->is_contiguous() && b->is_contiguous(), "LR columns and up-projections must be contiguous");
+    TORCH_CHECK(is_supported(lr->scalar_type()) && is_supported(b->scalar_type()), "unsupported dtype of LR columns");
+    TORCH_CHECK(b->dim() == 4 && b->size(0) == lr_table->size(0) && b->size(1) == heads && b->size(3) == dim,
+        "up-projections must be [N + 1, H, r, D], got ", b->sizes());
+    present = true;
+    columns = Numbers(*lr);
+    table = integers(*lr_table, "LR table");
+    const size_t agents = static_cast<size_t>(b->size(0));
+    ranks.assign(agents, 0);
+    up.assign(agents, nullptr);
+    up_rows.assign(agents, b->size(2));
+    held.resize(agents);
+    up_source = *b;
+  }
+
+  // Makes the columns of one agent ready for use.
+  void use(int64_t agent) {
+    if (!present || ranks[agent] != 0 || table[agent * 4 + 1] == 0) return;
+    const int64_t heads = up_source.size(1), rows = up_source.size(2), dim = up_source.size(3);
+    ranks[agent] = table[agent * 4 + 1];
+    widest = std::max(widest, padded(ranks[agent]));
+    const Numbers source(up_source);
+    const int64_t element = agent * heads * rows * dim;
+    up[agent] = source.floats(element, dim);
+    if (up[agent] == nullptr) {
+      held[agent].resize(heads * rows * padded(dim));
+      to_floats(source, element, heads * rows, dim, dim, held[agent].data(), padded(dim));
+      up[agent] = held[agent].data();
+    }
+  }
+
+  const float* up_of(int64_t agent, int64_t head, int64_t padded_dim) const {
+    return up[agent] + head * up_rows[agent] * padded_dim;
+  }
+
+  // Columns of one page: in place if they are padded floats, else in `scratch`. Row length is padded(rank).
+  const float* page(int64_t agent, int64_t page, int64_t page_size, int64_t count, float* scratch) const {
+    const int64_t rank = ranks[agent], element = table[agent * 4] + page * page_size * rank;
+    if (const float* in_place = columns.floats(element, rank)) return in_place;
+    to_floats(columns, element, count, rank, rank, scratch, padded(rank));
+    return scratch;
+  }
+
+ private:
+  at::Tensor up_source;
+};
+
+struct Call {
+  at::Tensor query, out;
+  int64_t tokens, query_heads, heads, group, k_dim, v_dim, k_pad, v_pad, page_size;
+  Numbers k_cache, v_cache, queries;
+  LowRank k_low, v_low;
+  bool rotates = false, normalizes = false, key_is_final;
+  Numbers cos, sin;
+  int64_t positions = 0;
+  std::vector<int64_t> partner;         // [k_dim]
+  std::vector<int64_t> partner_vector;  // per W channels: first partner if the partners are consecutive, else -1
+  std::vector<float> norm_weight;       // [k_pad]
+  std::vector<float> sinks;             // [Hq]
+  float norm_eps, scale, softcap;
+  int64_t window;
+
+  // Whether the key of a token depends on the agent that reads it.
+  bool key_by_agent() const { return k_low.present; }
+  // Whether keys are built in a tile instead of being read in place.
+  bool builds_keys() const { return k_low.present || !key_is_final; }
+};
+
+inline std::vector<float> float_vector(const at::Tensor& t, int64_t size) {
+  TORCH_CHECK(t.is_contiguous() && is_supported(t.scalar_type()), "unsupported dtype or layout of a constant");
+  std::vector<float> result(static_cast<size_t>(size), 0.f);
+  to_floats(Numbers(t), 0, 1, t.numel(), t.numel(), result.data(), size);
+  return result;
+}
+
+inline void read_rotation(Call& call, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& partner) {
+  TORCH_CHECK(cos.is_contiguous() && sin.is_contiguous() && cos.sizes() == sin.sizes() && cos.size(1) == call.k_dim,
+      "rotation tables must be contiguous [positions, Dk]");
+  TORCH_CHECK(is_supported(cos.scalar_type()) && cos.scalar_type() == sin.scalar_type(), "unsupported rotation dtype");
+  call.rotates = true;
+  call.cos = Numbers(cos);
+  call.sin = Numbers(sin);
+  call.positions = cos.size(0);
+  const int64_t* channel = integers(partner, "rope_partner");
+  call.partner.assign(channel, channel + call.k_dim);
+  for (int64_t d = 0; d < call.k_pad; d += W) {
+    bool consecutive = d + W <= call.k_dim;
+    for (int64_t i = 1; consecutive && i < W; ++i) consecutive = channel[d + i] == channel[d] + i;
+    call.partner_vector.push_back(consecutive ? channel[d] : -1);
+  }
+}
+
+}  // namespace lragent

@@ -1,0 +1,122 @@
+// Keys of one page and head as float rows: in place where nothing has to be done, else rebuilt in a tile.
+#pragma once
+
+#include "call.h"
+
+namespace lragent {
+
+// Scratch of one thread for the tiles of one page. Rows are padded to W, tiles to a multiple of W rows.
+struct TileScratch {
+  std::vector<float> key, delta, cos, sin, columns, value;
+
+  void reserve(const Call& call) {
+    const int64_t rows = padded(call.page_size);
+    key.resize(rows * call.k_pad);
+    delta.resize(rows * call.k_pad);
+    cos.resize(rows * call.k_pad);
+    sin.resize(rows * call.k_pad);
+    columns.resize(rows * std::max(call.k_low.widest, call.v_low.widest));
+    value.resize(rows * call.v_pad);
+  }
+};
+
+// cos and sin of a page's positions.
+struct Rotation {
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+};
+
+inline Rotation rotation_of(const Call& call, int64_t first_position, int64_t count, TileScratch& scratch) {
+  Rotation rotation;
+  if (!call.rotates) return rotation;
+  const int64_t element = first_position * call.k_dim;
+  rotation.cos = call.cos.floats(element, call.k_dim);
+  rotation.sin = call.sin.floats(element, call.k_dim);
+  if (rotation.cos == nullptr) {
+    to_floats(call.cos, element, count, call.k_dim, call.k_dim, scratch.cos.data(), call.k_pad);
+    to_floats(call.sin, element, count, call.k_dim, call.k_dim, scratch.sin.data(), call.k_pad);
+    rotation.cos = scratch.cos.data();
+    rotation.sin = scratch.sin.data();
+  }
+  return rotation;
+}
+
+// to[d] (+)= cos[d] * x[d] + sin[d] * x[partner[d]]; `to` and `x` differ.
+template <bool kAccumulate>
+inline void rotate_row(const Call& call, const float* x, const float* cos, const float* sin, float* to) {
+  for (int64_t d = 0; d < call.k_pad; d += W) {
+    const int64_t first = call.partner_vector[d / W];
+    Vec other;
+    if (first >= 0) {
+      other = Vec::loadu(x + first);
+    } else {
+      alignas(64) float gathered[W] = {};
+      for (int64_t i = 0; i < W && d + i < call.k_dim; ++i) gathered[i] = x[call.partner[d + i]];
+      other = Vec::loadu(gathered);
+    }
+    Vec sum = kAccumulate ? Vec::loadu(to + d) : Vec(0.f);
+    sum = at::vec::fmadd(Vec::loadu(cos + d), Vec::loadu(x + d), sum);
+    at::vec::fmadd(Vec::loadu(sin + d), other, sum).store(to + d);
+  }
+}
+
+inline void normalize_row(const Call& call, float* row) {
+  Vec squares(0.f);
+  for (int64_t d = 0; d < call.k_pad; d += W) {
+    const Vec x = Vec::loadu(row + d);
+    squares = at::vec::fmadd(x, x, squares);
+  }
+  const float sum = at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, squares);
+  const Vec factor(1.f / std::sqrt(sum / static_cast<float>(call.k_dim) + call.norm_eps));
+  for (int64_t d = 0; d < call.k_pad; d += W) {
+    (Vec::loadu(row + d) * factor * Vec::loadu(call.norm_weight.data() + d)).store(row + d);
+  }
+}
+
+// Keys `[count, k_pad]` of a page as `agent` reads them. `columns` are its LR columns there (null if its rank is 0).
+inline const float* key_tile(
+    const Call& call, int64_t page, int64_t head, int64_t agent, int64_t count, const float* columns,
+    const Rotation& rotation, TileScratch& scratch) {
+  const int64_t element = (page * call.heads + head) * call.page_size * call.k_dim;
+  if (columns == nullptr && call.key_is_final) {
+    // A product over keys reads them in groups of W.
+    const float* in_place = call.k_cache.floats(element, call.k_dim);
+    if (in_place != nullptr && call.page_size % W == 0) return in_place;
+  }
+  float* key = scratch.key.data();
+  float* delta = scratch.delta.data();
+  const int64_t ld = call.k_pad;
+  const bool rotates_after_sum = call.rotates && !call.key_is_final;
+  float* base = rotates_after_sum ? delta : key;
+  to_floats(call.k_cache, element, count, call.k_dim, call.k_dim, base, ld);
+  if (columns != nullptr) {
+    const int64_t rank = call.k_low.ranks[agent];
+    const float* up = call.k_low.up_of(agent, head, ld);
+    if (call.key_is_final && call.rotates) {
+      product<false>(columns, padded(rank), up, ld, delta, ld, count, ld, rank);
+      for (int64_t j = 0; j < count; ++j) {
+        rotate_row<true>(call, delta + j * ld, rotation.cos + j * ld, rotation.sin + j * ld, key + j * ld);
+      }
+    } else {
+      product<true>(columns, padded(rank), up, ld, base, ld, count, ld, rank);
+    }
+  }
+  if (call.normalizes) {
+    for (int64_t j = 0; j < count; ++j) normalize_row(call, base + j * ld);
+  }
+  if (rotates_after_sum) {
+    for (int64_t j = 0; j < count; ++j) {
+      rotate_row<false>(call, delta + j * ld, rotation.cos + j * ld, rotation.sin + j * ld, key + j * ld);
+    }
+  }
+  return key;
+}
+
+inline const float* value_tile(const Call& call, int64_t page, int64_t head, int64_t count, TileScratch& scratch) {
+  const int64_t element = (page * call.heads + head) * call.page_size * call.v_dim;
+  if (const float* in_place = call.v_cache.floats(element, call.v_dim)) return in_place;
+  to_floats(call.v_cache, element, count, call.v_dim, call.v_dim, scratch.value.data(), call.v_pad);
+  return scratch.value.data();
+}
+
+}  // namespace lragent
