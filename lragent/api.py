@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 from lragent.errors import RequestError, SplitRefused
 from lragent.layouts import LAYOUTS, dtype_named
 from lragent.stages import Progress, Stages
@@ -165,5 +164,3 @@ def inspect(path: str | Path, adapters: Mapping[str, str | Path] | None = None) 
     from lragent.inspection import inspect_artifact, inspect_model
 
     return inspect_artifact(Path(path)) if adapters is None else inspect_model(Path(path), adapters)
-
-

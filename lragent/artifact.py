@@ -1,11 +1,11 @@
 """The artifact directory: written to a temporary name and renamed, read with every file checked.
 
-    NAME.lragent/
-      manifest.json                      versions, agents, schemas, files
-      programs/{split,dense}.pt2         rewritten programs, not lowered, no weights
-      compiled/TARGET/LAYOUT-ATTENTION-KVDTYPE.pt2
-      weights/{base,adapters}.safetensors
-      tokenizer/
+NAME.lragent/
+  manifest.json                      versions, agents, schemas, files
+  programs/{split,dense}.pt2         rewritten programs, not lowered, no weights
+  compiled/TARGET/LAYOUT-ATTENTION-KVDTYPE.pt2
+  weights/{base,adapters}.safetensors
+  tokenizer/
 """
 
 from __future__ import annotations
@@ -147,8 +147,11 @@ def describe_file(directory: Path, relative: str) -> FileEntry:
 
 
 def sha256_of(path: Path) -> str:
+    sha = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
 
 
 def write_weights(

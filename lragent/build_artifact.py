@@ -126,8 +126,7 @@ def write_programs(
             program=files.describe_file(directory, relative),
             schema=program.schema,
             layers=tuple(
-                LayerEntry(layer.index, layer.k_module, layer.v_module, layer.key_transform)
-                for layer in program.layers
+                LayerEntry(layer.index, layer.k_module, layer.v_module, layer.key_transform) for layer in program.layers
             ),
         )
     from_adapters = frozenset(name for name in tensors if name not in model_names and name.startswith(("lora_", "up_")))

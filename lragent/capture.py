@@ -87,7 +87,7 @@ def capture(loaded: LoadedModel) -> Captured:
 
 
 @contextmanager
-def _marker_attention(model: nn.Module) -> Iterator[None]:
+def _marker_attention(model: Any) -> Iterator[None]:
     """Sends the model's attention calls to the marker op while it is exported."""
     from transformers.modeling_utils import AttentionInterface
 
@@ -102,7 +102,7 @@ def _marker_attention(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _exportable_experts(model: nn.Module) -> Iterator[None]:
+def _exportable_experts(model: Any) -> Iterator[None]:
     """Mixture-of-experts layers loop over the experts that were hit, which can't be exported; gather them instead."""
     config = model.config.get_text_config()
     before = getattr(config, "_experts_implementation", None)

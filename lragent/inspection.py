@@ -132,7 +132,7 @@ def _groups(schema: CacheSchema, layers: tuple[Any, ...]) -> tuple[LayerGroup, .
 
 
 def _bytes_per_token(schemas: Mapping[str, CacheSchema], dtype: str) -> dict[str, tuple[int, ...]]:
-    """The formulas of the sharing schemes: base numbers once (or once an agent), LR columns as the scheme holds them."""
+    """The formulas of the sharing schemes: base numbers once (or once an agent), LR columns as a scheme holds them."""
     size = dtype_named(dtype).itemsize
     result: dict[str, tuple[int, ...]] = {}
     for name, scheme in SCHEMES.items():

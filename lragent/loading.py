@@ -118,9 +118,7 @@ def load_live(peft_model: Any, tokenizer_source: str | None = None) -> LoadedMod
     Raises:
         ModelError, AdapterError: see `load_directories`.
     """
-    shared: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in peft_model.parameters()
-    }
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in peft_model.parameters()}
     shared.update({id(b): b for b in peft_model.buffers()})
     model = copy.deepcopy(peft_model, shared)
     names = list(getattr(model, "peft_config", {}))

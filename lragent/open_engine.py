@@ -18,7 +18,7 @@ from lragent.exported import load_with_weights, tensors_of
 from lragent.kernels.step import AgentFacts, Program
 from lragent.layouts import dtype_name, dtype_named
 from lragent.manifest import LayoutEntry
-from lragent.runtime.tokenizer import TokenizerFile, Tokenizer
+from lragent.runtime.tokenizer import Tokenizer, TokenizerFile
 
 if TYPE_CHECKING:
     from lragent.loading import LoadedModel
@@ -106,9 +106,7 @@ def tokenizer_from(source: Any) -> Tokenizer | None:
         return TokenizerFile(Path(scratch) / "tokenizer.json")
 
 
-def _lowered(
-    artifact: Artifact, entry: LayoutEntry, weights: Mapping[str, Tensor], attention: str
-) -> fx.GraphModule:
+def _lowered(artifact: Artifact, entry: LayoutEntry, weights: Mapping[str, Tensor], attention: str) -> fx.GraphModule:
     from lragent.passes.pipeline import lower
 
     return lower(load_with_weights(artifact.file(entry.program), weights), attention)
@@ -136,5 +134,3 @@ def _package(
         except OSError as error:
             log.warning("the package can't be kept in %s (%s): the next load compiles again", artifact.directory, error)
     return built
-
-

@@ -3,9 +3,9 @@
 The passes derive a `CacheSchema` from the graph; the runtime allocates tensors from it; the kernels read the tables.
 Legend: P = tokens a page, H = KV heads, D = head dim, N = agents (without `base`), r = rank.
 
-Base streams are one tensor per layer and stream, `[pages, H, P, D]`. The low-rank (LR) columns of one projection live in
-one flat tensor: block after block, each block `[pages, P, r]`. Page `p` of a block belongs to base page `p`: one page
-table serves both. Page 0 is the scratch page: a slot inside it means "do not keep".
+Base streams are one tensor per layer and stream, `[pages, H, P, D]`. The low-rank (LR) columns of one projection live
+in one flat tensor: block after block, each block `[pages, P, r]`. Page `p` of a block belongs to base page `p`: one
+page table serves both. Page 0 is the scratch page: a slot inside it means "do not keep".
 """
 
 from __future__ import annotations
@@ -73,9 +73,7 @@ class LowRankStream:
     def blocks(self, columns: Columns) -> tuple[int, ...]:
         """Agents that own a column block (and so write it)."""
         return tuple(
-            a
-            for a, rank in enumerate(self.ranks)
-            if rank > 0 and (columns == "per_agent" or self.group[a] == a)
+            a for a, rank in enumerate(self.ranks) if rank > 0 and (columns == "per_agent" or self.group[a] == a)
         )
 
     def table(self, columns: Columns, pages: int, page_size: int) -> torch.Tensor:

@@ -20,9 +20,7 @@ def resolve(attention: str, device: str) -> str:
     if attention == "auto":
         return "torch"
     if attention not in IMPLEMENTATIONS:
-        raise RequestError(
-            f"attention {attention!r} is not available", f"Use auto, {', '.join(IMPLEMENTATIONS)}."
-        )
+        raise RequestError(f"attention {attention!r} is not available", f"Use auto, {', '.join(IMPLEMENTATIONS)}.")
     if device.split(":")[0] not in IMPLEMENTATIONS[attention]:
         raise RequestError(f"attention {attention!r} does not run on {device}", "Use attention auto.")
     return attention

@@ -55,9 +55,7 @@ def _(
 
 
 @custom_op("lragent::write_kv", mutates_args=("k_cache", "v_cache"))
-def write_kv(
-    key_THDk: Tensor, value_THDv: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor
-) -> None:
+def write_kv(key_THDk: Tensor, value_THDv: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
     """Writes base K and V of T tokens into pages `[pages, H, P, D]` at `slots` (page * P + offset)."""
     torch_scatter.write_kv(key_THDk, value_THDv, k_cache, v_cache, slots_T)
 

@@ -149,9 +149,7 @@ def _rewrite(
     graph.graph.erase_node(marker)
 
 
-def _write_low_rank(
-    call: object, routed: RoutedLinear, cache: fx.Node, table: fx.Node, slots: fx.Node
-) -> None:
+def _write_low_rank(call: object, routed: RoutedLinear, cache: fx.Node, table: fx.Node, slots: fx.Node) -> None:
     assert callable(call)
     flat = call(aten.squeeze.dim, routed.low_rank, 0)
     call(lragent.write_lr.default, flat, cache, table, slots)

@@ -61,7 +61,7 @@ class PassContext:
 
 @dataclass(frozen=True)
 class RoutedLinear:
-    """A projection with adapters after `route_adapters`: nodes of its base output and of `x @ A_cat.T` (`[1, T, R]`)."""
+    """A projection with adapters after `route_adapters`: its base output and `x @ A_cat.T` (`[1, T, R]`) as nodes."""
 
     module: str
     base: fx.Node

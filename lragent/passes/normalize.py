@@ -53,7 +53,7 @@ def _is_identity(node: fx.Node) -> bool:
     if node.target in _SAME:
         return True
     if node.target is aten.dropout.default:
-        return node.args[2] is False or node.args[1] == 0.0
+        return node.args[2] is False or node.args[1] in (0, 0.0)
     if node.target is operator.getitem or node.target not in _CASTS:
         return False
     before, after = source.meta.get("val"), node.meta.get("val")

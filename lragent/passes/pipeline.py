@@ -12,6 +12,7 @@ from torch import fx
 
 from lragent.capture import Captured
 from lragent.errors import InternalError, SplitRefused
+from lragent.exporter_noise import without_exporter_noise
 from lragent.kernels.cache_schema import CacheSchema, Layout
 from lragent.loading import LoadedModel
 from lragent.passes import LOWER, REWRITE
@@ -91,7 +92,8 @@ def pass_context(loaded: LoadedModel, layout: Layout, attention: str = "referenc
 
 def _copy(graph: fx.GraphModule) -> fx.GraphModule:
     shared = {id(t): t for t in (*graph.parameters(), *graph.buffers())}
-    return copy.deepcopy(graph, shared)
+    with without_exporter_noise():
+        return copy.deepcopy(graph, shared)
 
 
 def _run(entry: Pass, graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:

@@ -115,9 +115,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _rewrite(
-    graph: fx.GraphModule, context: PassContext, index: int, group: list[_Chain], agent_ids: fx.Node
-) -> None:
+def _rewrite(graph: fx.GraphModule, context: PassContext, index: int, group: list[_Chain], agent_ids: fx.Node) -> None:
     totals = {chain.total for chain in group}
     base = next(chain.before for chain in group if chain.before not in totals)
     last = next(chain.total for chain in group if not any(user in totals for user in chain.total.users))

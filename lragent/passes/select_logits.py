@@ -49,9 +49,11 @@ def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassR
         with graph.graph.inserting_before(output):
             logits = graph.graph.call_function(aten.index_select.default, (logits, 1, rows))
     else:
+        hidden = head.args[0]
+        assert isinstance(hidden, fx.Node)
         with graph.graph.inserting_before(head):
-            selected = graph.graph.call_function(aten.index_select.default, (head.args[0], 1, rows))
-        head.replace_input_with(head.args[0], selected)
+            selected = graph.graph.call_function(aten.index_select.default, (hidden, 1, rows))
+        head.replace_input_with(hidden, selected)
     with graph.graph.inserting_before(output):
         wide = graph.graph.call_function(aten.to.dtype, (logits, torch.float32))
         flat = graph.graph.call_function(aten.squeeze.dim, (wide, 0))

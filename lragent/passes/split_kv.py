@@ -88,9 +88,7 @@ def _set_arg(marker: fx.Node, position: int, value: fx.Node) -> None:
     marker.args = tuple(arguments)
 
 
-def _up_projections(
-    probe: Probe, routed: RoutedLinear, context: PassContext, channel_HD: Tensor | None
-) -> Tensor:
+def _up_projections(probe: Probe, routed: RoutedLinear, context: PassContext, channel_HD: Tensor | None) -> Tensor:
     """Every agent's B per head, `[N + 1, H, r, D]`: its columns are pushed through f as if they were tokens, or picked
     by channel where f rotates."""
     stream = routed.stream

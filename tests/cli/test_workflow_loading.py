@@ -1,21 +1,10 @@
 import asyncio
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lragent.errors import TaskFileError
 from lragent_cli.workflow_loading import load_workflow
-
-
-@pytest.fixture(autouse=True)
-def clean_imports() -> Iterator[None]:
-    path, modules = list(sys.path), set(sys.modules)
-    yield
-    sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        del sys.modules[name]
 
 
 def write(path: Path, text: str) -> Path:

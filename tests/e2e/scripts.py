@@ -70,9 +70,7 @@ def assert_equals_oracle(written: WrittenModel, scheme: str, script: Sequence[St
 
 def largest_difference(left: Sequence[Any], right: Sequence[Any]) -> float:
     return max(
-        abs(x - y)
-        for a, b in zip(left, right, strict=True)
-        for x, y in zip(a.logprobs, b.logprobs, strict=True)
+        abs(x - y) for a, b in zip(left, right, strict=True) for x, y in zip(a.logprobs, b.logprobs, strict=True)
     )
 
 
@@ -84,4 +82,3 @@ def require_schemes_differ(
     results = {s: run_script(written.model_dir, written.adapters, s, given, torch.float64) for s in schemes}
     assert_schemes_differ(results)
     return results
-

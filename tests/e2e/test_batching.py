@@ -54,9 +54,7 @@ def _plain(
     """Each trajectory alone in a fresh engine with plenty of memory."""
     if scheme not in plain_runs:
         _, artifact = artifacts.get("llama")
-        plain_runs[scheme] = [
-            asyncio.run(_trajectory(open_engine(artifact, scheme), i)) for i in range(len(PROMPTS))
-        ]
+        plain_runs[scheme] = [asyncio.run(_trajectory(open_engine(artifact, scheme), i)) for i in range(len(PROMPTS))]
     return plain_runs[scheme]
 
 

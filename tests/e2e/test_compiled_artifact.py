@@ -80,4 +80,3 @@ def test_memory_is_weights_once_and_the_cache(tmp_path: Path) -> None:
     kv_memory = 32 << 20
     found = _child(tmp_path / "m.lragent", kv_memory, agent="base")
     assert found["grown"] <= 1.15 * weights + kv_memory
-

@@ -31,9 +31,7 @@ def test_shared_schemes(kind: str, scheme: str, artifacts: Artifacts, open_engin
 
 @pytest.mark.parametrize("shared_a", [False, True], ids=["different-A", "shared-A"])
 @pytest.mark.parametrize("targets", ["qv", "all"])
-def test_adapter_sets(
-    targets: str, shared_a: bool, artifacts: Artifacts, open_engine: Callable[..., Engine]
-) -> None:
+def test_adapter_sets(targets: str, shared_a: bool, artifacts: Artifacts, open_engine: Callable[..., Engine]) -> None:
     written, artifact = artifacts.get("llama", targets, shared_a)
     turns = {s: run_on_engine(open_engine(artifact, s), SCRIPT) for s in SCHEMES}
     require_schemes_differ(written, SCRIPT, turns["non_shared"], SCHEMES)

@@ -79,9 +79,7 @@ def _shapes(name: str, decode: bool) -> dict[int, Any] | None:
 def _exported(function: Callable[..., Tensor], values: dict[str, Any], decode: bool) -> torch.export.ExportedProgram:
     shapes = tuple(_shapes(name, decode) for name in VARYING)
     inputs = tuple(values[name] for name in VARYING)
-    return torch.export.export(
-        _Step(function, values), inputs, dynamic_shapes={"varying": shapes}, strict=False
-    )
+    return torch.export.export(_Step(function, values), inputs, dynamic_shapes={"varying": shapes}, strict=False)
 
 
 @pytest.mark.slow

@@ -67,8 +67,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         all_linear=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     ),
     "mixtral": Architecture(lambda: MixtralConfig(num_local_experts=4, **_COMMON), all_linear=_ATTENTION),
-    "gpt_oss": Architecture(
-        lambda: GptOssConfig(num_local_experts=4, **_WINDOWED, **_COMMON), all_linear=_ATTENTION
-    ),
+    "gpt_oss": Architecture(lambda: GptOssConfig(num_local_experts=4, **_WINDOWED, **_COMMON), all_linear=_ATTENTION),
 }
 KINDS = tuple(ARCHITECTURES)

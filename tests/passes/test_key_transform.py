@@ -14,7 +14,9 @@ HEADS, DIM, POSITIONS = 2, 8, 50
 CHANNELS = HEADS * DIM
 
 
-def _probe(f: Callable[[Tensor, Tensor], Tensor], channels: int = CHANNELS, dtype: torch.dtype = torch.float32) -> Probe:
+def _probe(
+    f: Callable[[Tensor, Tensor], Tensor], channels: int = CHANNELS, dtype: torch.dtype = torch.float32
+) -> Probe:
     return Probe(lambda x, p: f(x, p), channels, dtype, POSITIONS)
 
 
@@ -80,7 +82,10 @@ def test_bfloat16_rotation_is_derived() -> None:
         (lambda x, p: _heads(x.cumsum(1)), "mixes tokens"),
         (lambda x, p: _heads(x.tanh()), "not linear, and not a norm"),
         (lambda x, p: _rotate(_heads(x + x.roll(1, -1)), p), "is not one channel"),
-        (lambda x, p: _rotate(_heads(x), p) + 0.1 * _heads(x.roll(1, -1)) * p[:, None, :, None], "more than two channels"),
+        (
+            lambda x, p: _rotate(_heads(x), p) + 0.1 * _heads(x.roll(1, -1)) * p[:, None, :, None],
+            "more than two channels",
+        ),
     ],
     ids=["mean", "cumsum", "tanh", "mixed", "three"],
 )

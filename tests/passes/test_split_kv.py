@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.passes.stages import allowed, call, captured, peft_logits, run_until
 from tests.passes import tiny_lm as tiny
+from tests.passes.stages import allowed, call, captured, peft_logits, run_until
 from tests.passes.tiny_lm import DIM, Path, Tiny, keep, rms_norm, rotate
 
 IDS = torch.arange(3, 20) % 64

@@ -13,6 +13,7 @@ Semantics: `lragent.kernels.ops.flash_lora_attention`; definition: `reference.py
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -153,7 +154,7 @@ def flash_lora_attention(
 def _runs(agents: list[int], start: int, end: int) -> list[tuple[int, int]]:
     """Ranges of consecutive tokens of one agent."""
     cuts = [start, *(t for t in range(start + 1, end) if agents[t] != agents[t - 1]), end]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(cuts))
 
 
 def _batches(members: list[int], pages: list[int]) -> list[list[int]]:

@@ -14,7 +14,7 @@ from lragent.kernels.cache_schema import LR_OFFSET, LR_RANK, LR_SOURCE, LR_WRITE
 
 
 def write_kv(key_THDk: Tensor, value_THDv: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
-    """Writes base K and V into `k_cache` `[pages, H, P, Dk]` and `v_cache` `[pages, H, P, Dv]`, cast to their dtypes."""
+    """Writes base K and V into `k_cache [pages, H, P, Dk]` and `v_cache [pages, H, P, Dv]`, cast to their dtypes."""
     page_size = k_cache.shape[2]
     pages_T, offsets_T = slots_T // page_size, slots_T % page_size
     k_cache[pages_T, :, offsets_T] = key_THDk.to(k_cache.dtype)

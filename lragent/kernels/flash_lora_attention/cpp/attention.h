@@ -155,8 +155,8 @@ inline at::Tensor flash_lora_attention(
   call.queries = Numbers(call.query);
   call.key_is_final = key_is_final;
   call.norm_eps = static_cast<float>(norm_eps);
-  call.scale = static_cast<float>(scale);
-  call.softcap = static_cast<float>(softcap);
+  TORCH_CHECK(scale > 0, "scale must be positive, got ", scale);
+  call.score_scale = {static_cast<float>(scale), static_cast<float>(softcap)};
   call.window = window;
   if (norm_weight) {
     call.normalizes = true;

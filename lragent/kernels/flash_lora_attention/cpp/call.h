@@ -92,7 +92,8 @@ struct Call {
   std::vector<int64_t> partner_vector;  // per W channels: first partner if the partners are consecutive, else -1
   std::vector<float> norm_weight;       // [k_pad]
   std::vector<float> sinks;             // [Hq]
-  float norm_eps, scale, softcap;
+  float norm_eps;
+  ScoreScale score_scale;
   int64_t window;
 
   // Whether the key of a token depends on the agent that reads it.

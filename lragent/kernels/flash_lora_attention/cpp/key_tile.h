@@ -66,8 +66,7 @@ inline void normalize_row(const Call& call, float* row) {
     const Vec x = Vec::loadu(row + d);
     squares = at::vec::fmadd(x, x, squares);
   }
-  const float sum = at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, squares);
-  const Vec factor(1.f / std::sqrt(sum / static_cast<float>(call.k_dim) + call.norm_eps));
+  const Vec factor(1.f / std::sqrt(sum_of(squares) / static_cast<float>(call.k_dim) + call.norm_eps));
   for (int64_t d = 0; d < call.k_pad; d += W) {
     (Vec::loadu(row + d) * factor * Vec::loadu(call.norm_weight.data() + d)).store(row + d);
   }

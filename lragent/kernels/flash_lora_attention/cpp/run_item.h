@@ -63,7 +63,6 @@ class ItemRun {
         to_floats(call_.queries, element, call_.group, call_.k_dim, call_.k_dim, to, call_.k_pad);
       }
     }
-    scale_row(space_.query.data(), heads_ * rows_ * call_.k_pad, call_.scale);
   }
 
   // Calls f(first row, row count, agent) for each run of rows that see key `first` and have one agent.
@@ -132,7 +131,7 @@ class ItemRun {
         const int64_t low = std::max<int64_t>(oldest - tile_first, 0), high = std::min(position + 1 - tile_first, count);
         const int64_t at = h * rows_ + row;
         const float correction = softmax_row(
-            space_.scores.data() + at * scores_ld_, low, high, count, call_.softcap, space_.maximum[at], space_.total[at]);
+            space_.scores.data() + at * scores_ld_, low, high, count, call_.score_scale, space_.maximum[at], space_.total[at]);
         if (correction != 1.f) {
           scale_row(space_.out.data() + at * call_.v_pad, call_.v_pad, correction);
           scale_row(space_.reduced.data() + at * reduced_ld_, reduced_ld_, correction);

@@ -20,13 +20,14 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
 // C[m][n] (+)= sum_k A[m][k] * B[k][n] for MR rows and NV vectors of C, which stay in registers.
+// The sum over k is added to C as a whole: sums over a long context then round once a page, not once a key.
 template <int MR, int NV, bool kAccumulate>
 inline void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t k_size) {
   Vec acc[MR][NV];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) acc[m][n] = kAccumulate ? Vec::loadu(c + m * ldc + n * W) : Vec(0.f);
+    for (int n = 0; n < NV; ++n) acc[m][n] = Vec(0.f);
   }
   for (int64_t k = 0; k < k_size; ++k) {
     Vec row[NV];
@@ -42,7 +43,10 @@ inline void product_block(const float* a, int64_t lda, const float* b, int64_t l
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) acc[m][n].store(c + m * ldc + n * W);
+    for (int n = 0; n < NV; ++n) {
+      float* to = c + m * ldc + n * W;
+      (kAccumulate ? Vec::loadu(to) + acc[m][n] : acc[m][n]).store(to);
+    }
   }
 }
 
@@ -127,37 +131,52 @@ inline void scale_row(float* row, int64_t n, float factor) {
   for (int64_t i = 0; i < n; i += W) (Vec::loadu(row + i) * f).store(row + i);
 }
 
-// Scores of keys [low, high) of a tile become exp(score - maximum); keys outside, of `count`, become 0.
+inline float largest_of(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
+}
+
+inline float sum_of(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
+}
+
+// How raw products become scores: `scale * x`, then `softcap * tanh(score / softcap)` if softcap > 0.
+struct ScoreScale {
+  float scale, softcap;
+};
+
+// Products of keys [low, high) of a tile become exp(score - maximum); keys outside, of `count`, become 0.
 //
 // `maximum` and `total` are the running ones of the row. Returns what the row's former sums must be multiplied by.
 // The row may be overwritten up to the next multiple of W after `count`.
-inline float softmax_row(float* scores, int64_t low, int64_t high, int64_t count, float softcap, float& maximum, float& total) {
+inline float softmax_row(
+    float* scores, int64_t low, int64_t high, int64_t count, ScoreScale scaling, float& maximum, float& total) {
   if (high <= low) {
     std::fill(scores, scores + count, 0.f);
     return 1.f;
   }
   const int64_t first = low / W * W, last = padded(high);
-  if (softcap > 0.f) {
-    const Vec cap(softcap), inverse(1.f / softcap);
-    for (int64_t j = first; j < last; j += W) ((Vec::loadu(scores + j) * inverse).tanh() * cap).store(scores + j);
+  if (scaling.softcap > 0.f) {
+    const Vec cap(scaling.softcap), factor(scaling.scale / scaling.softcap);
+    for (int64_t j = first; j < last; j += W) ((Vec::loadu(scores + j) * factor).tanh() * cap).store(scores + j);
+    scaling.scale = 1.f;
   }
   std::fill(scores + first, scores + low, kMinusInfinity);
   std::fill(scores + high, scores + last, kMinusInfinity);
   Vec largest = Vec::loadu(scores + first);
   for (int64_t j = first + W; j < last; j += W) largest = at::vec::maximum(largest, Vec::loadu(scores + j));
   const float before = maximum;
-  maximum = std::max(before, at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return at::vec::maximum(x, y); }, largest));
-  const Vec shift(maximum);
+  maximum = std::max(before, largest_of(largest) * scaling.scale);
+  const Vec scale(scaling.scale), shift(maximum);
   Vec sum(0.f);
   for (int64_t j = first; j < last; j += W) {
-    const Vec weight = (Vec::loadu(scores + j) - shift).exp();
+    const Vec weight = at::vec::fmsub(Vec::loadu(scores + j), scale, shift).exp();
     weight.store(scores + j);
     sum = sum + weight;
   }
   std::fill(scores, scores + first, 0.f);
   if (last < count) std::fill(scores + last, scores + count, 0.f);
   const float correction = before == kMinusInfinity ? 0.f : std::exp(before - maximum);
-  total = total * correction + at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, sum);
+  total = total * correction + sum_of(sum);
   return correction;
 }
 

