@@ -14,6 +14,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.lragent-installed
 DEMO_INSTALLED := $(VENV)/.lragent-demo-model-installed
 
+# ninja, which builds the C++ kernels, is found by name.
+export PATH := $(abspath $(BIN)):$(PATH)
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check lint types fmt clean
 

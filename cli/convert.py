@@ -65,8 +65,5 @@ def print_report(report: ConvertReport, console: Console) -> None:
     for stage, seconds in report.seconds.items():
         console.print(f"  {stage:<24} {show_seconds(seconds):>10}", markup=False, soft_wrap=True)
     if report.refusal:
-        console.print(
-            f"split layout refused, shared base streams are not available: {report.refusal}",
-            markup=False,
-            soft_wrap=True,
-        )
+        refusal = f"split layout refused, so only non_shared and full_shared work: {report.refusal}"
+        console.print(refusal, markup=False, soft_wrap=True)

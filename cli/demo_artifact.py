@@ -12,6 +12,7 @@ from .demo_model import write_model
 from .output import progress, stages
 
 AGENTS = ("plan", "action", "reflect")
+CODE = (".py", ".cpp", ".h")
 
 
 def ensure_model(directory: Path) -> Path:
@@ -46,10 +47,11 @@ def ensure_artifact(model: Path, adapters: Path, artifact: Path, compiled: bool)
 
 
 def ingredients(model: Path, adapters: Path) -> str:
-    """A digest of all that decides what an artifact holds: adapters, the model's files by size, lragent's own code."""
+    """A digest of what decides an artifact's content: adapters, the model's files by size, the code that writes it."""
     digest = hashlib.sha256()
-    sources = sorted(file for file in Path(lragent.__file__).parent.rglob("*") if file.suffix in (".py", ".cpp", ".h"))
-    for file in (*sources, *sorted(adapters.glob("*/adapter_*"))):
+    package = Path(lragent.__file__).parent
+    code = (file for file in package.rglob("*") if file.suffix in CODE and not file.is_relative_to(package / "runtime"))
+    for file in (*sorted(code), *sorted(adapters.glob("*/adapter_*"))):
         digest.update(f"{file.name} ".encode())
         digest.update(file.read_bytes())
     for file in sorted(model.iterdir()):

@@ -18,7 +18,7 @@ from lragent.compile import compile_package, require_compiler, target_name
 from lragent.errors import SplitRefused
 from lragent.exported import PAGE_SIZE, export_graph, save_without_weights, tensors_of
 from lragent.kernels.cache_schema import Layout
-from lragent.kernels.dispatch import resolve
+from lragent.kernels.dispatch import graphs, resolve
 from lragent.layouts import LAYOUTS, dtype_name
 from lragent.loading import LoadedModel
 from lragent.manifest import AgentEntry, FileEntry, LayerEntry, LayoutEntry, Manifest, write_manifest
@@ -100,9 +100,10 @@ def write(
         manifest = write_programs(loaded, programs, refusal, directory, stages)
         packages: dict[str, FileEntry] = {}
         for layout in compile_layouts:
-            key = f"{layout}-{chosen}-{dtype_name(loaded.dtype)}"
-            work = partial(_compile, programs[layout], loaded.dtype, chosen, directory, key)
-            packages[key] = stages.run(f"compile {layout}", work)
+            for name in graphs(chosen):
+                key = f"{layout}-{name}-{dtype_name(loaded.dtype)}"
+                work = partial(_compile, programs[layout], loaded.dtype, name, directory, key)
+                packages[key] = stages.run(f"compile {layout}", work)
         if packages:
             manifest.compiled[target_name()] = packages
         write_manifest(manifest, directory)
@@ -161,8 +162,8 @@ def _export(program: Transformed, dtype: torch.dtype, path: Path) -> None:
     save_without_weights(export_graph(program.graph, program.schema, dtype), path)
 
 
-def _compile(program: Transformed, dtype: torch.dtype, attention: str, directory: Path, key: str) -> FileEntry:
+def _compile(program: Transformed, dtype: torch.dtype, graph_name: str, directory: Path, key: str) -> FileEntry:
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch) / "program.pt2"
-        compile_package(lower(program.graph, attention), program.schema, dtype, built)
+        compile_package(lower(program.graph, graph_name), program.schema, dtype, graph_name, built)
         return files.place(built, directory, f"compiled/{target_name()}/{key}.pt2")

@@ -16,13 +16,16 @@ import torch
 from torch import Tensor, fx
 
 from lragent.errors import CompilerMissing, InternalError
-from lragent.exported import export_graph
+from lragent.exported import StepKind, export_graph
 from lragent.exporter_noise import without_exporter_noise
+from lragent.homogeneous import homogeneous_call
 from lragent.kernels.cache_schema import CacheSchema
 from lragent.kernels.step import AgentFacts, Program, run_flat
 
 # Version of the custom ops' signatures: a package compiled against another one can't be loaded.
 OP_ABI = 1
+# Graphs that serve one kind of step only.
+STEPS: dict[str, StepKind] = {"inductor_decode": "decode", "inductor_prefill": "prefill"}
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,19 @@ def require_compiler() -> None:
 _COMPILER_HINT = 'Install g++ (or set CXX), or use backend="eager", which needs none but is slower.'
 
 
-def compile_package(graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.dtype, path: Path) -> None:
+def compile_package(
+    graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.dtype, graph_name: str, path: Path
+) -> None:
     """Compiles a lowered graph into an AOTInductor package at `path` (.pt2), which holds no weights.
+
+    Args:
+        graph_name: which of an attention implementation's graphs it is (`lragent.kernels.dispatch.graphs`).
 
     Raises:
         CompilerMissing: there is no C++ compiler.
     """
     require_compiler()
-    program = export_graph(graph, schema, kv_dtype)
+    program = export_graph(graph, schema, kv_dtype, STEPS.get(graph_name, "any"))
     with without_exporter_noise():
         torch._inductor.aoti_compile_and_package(
             program,
@@ -115,6 +123,13 @@ def eager_call(graph: fx.GraphModule) -> Callable[..., Tensor]:
         return logits
 
     return call
+
+
+def join(calls: Mapping[str, Callable[..., Tensor]]) -> Callable[..., Tensor]:
+    """One callable out of an implementation's graphs, by graph name."""
+    if len(calls) == 1:
+        return next(iter(calls.values()))
+    return homogeneous_call(calls["inductor_decode"], calls["inductor_prefill"])
 
 
 def program(call: Callable[..., Tensor], facts: ProgramFacts, backend: str, device: str) -> Program:

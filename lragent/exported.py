@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -20,23 +20,23 @@ from lragent.kernels.step import CacheTensors, StepInputs
 from lragent.plain_graph import plain_graph
 
 PAGE_SIZE = 32
+StepKind = Literal["any", "decode", "prefill"]
 assert ops.flash_lora_attention is not None
 
 
-def example_step(agents: int) -> StepInputs:
-    """A step of two sequences of three tokens: sizes differ from each other and from 0 and 1."""
-    tokens = torch.arange(6)
-    slots = torch.tensor([32, 33, 34, 64, 65, 66])
+def example_step(agents: int, seqs: int = 2, tokens: int = 3) -> StepInputs:
+    """A step of some sequences with some tokens each: sizes of the usual one differ from each other, and from 0, 1."""
+    slots = torch.tensor([PAGE_SIZE * (1 + s) + t for s in range(seqs) for t in range(tokens)])
     return StepInputs(
-        token_ids=torch.zeros(6, dtype=torch.int64),
-        positions=tokens % 3,
-        agent_ids=torch.zeros(6, dtype=torch.int64),
-        logits_rows=torch.tensor([2, 5]),
+        token_ids=torch.zeros_like(slots),
+        positions=slots % PAGE_SIZE,
+        agent_ids=torch.zeros_like(slots),
+        logits_rows=torch.arange(2),
         base_slots=slots,
         lr_slots=slots.repeat(agents, 1),
-        seq_starts=torch.tensor([0, 3, 6]),
-        context_lens=torch.tensor([3, 3]),
-        page_table=torch.tensor([[1, 0, 0, 0], [2, 0, 0, 0]]),
+        seq_starts=torch.arange(seqs + 1) * tokens,
+        context_lens=torch.full((seqs,), tokens),
+        page_table=torch.tensor([[1 + s, 0, 0, 0] for s in range(seqs)]),
     )
 
 
@@ -51,10 +51,17 @@ def example_cache(schema: CacheSchema, dtype: torch.dtype) -> CacheTensors:
     )
 
 
-def export_graph(graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.dtype) -> torch.export.ExportedProgram:
-    """Exports a transformed graph; every size that a step or the cache memory decides is dynamic from 1 (pages: 2)."""
+def export_graph(
+    graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.dtype, steps: StepKind = "any"
+) -> torch.export.ExportedProgram:
+    """Exports a transformed graph; every size that a step or the cache memory decides is dynamic from 1 (pages: 2).
+
+    Args:
+        steps: "decode": every sequence has one token; "prefill": there is one sequence.
+    """
     dim = torch.export.Dim
-    tokens, seqs = dim("tokens", min=1, max=1 << 20), dim("seqs", min=1, max=1 << 16)
+    tokens = dim("tokens", min=1, max=1 << 20)
+    seqs = {"any": dim("seqs", min=1, max=1 << 16), "decode": tokens, "prefill": None}[steps]
     columns, rows = dim("columns", min=1, max=1 << 20), dim("rows", min=1, max=1 << 20)
     pages = dim("pages", min=2, max=1 << 30)
     step_shapes: list[Any] = [
@@ -64,14 +71,15 @@ def export_graph(graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.dty
         {0: rows},
         {0: tokens},
         {1: tokens},
-        {0: seqs + 1},
+        {0: seqs + 1 if seqs is not None else None},
         {0: seqs},
         {0: seqs, 1: columns},
     ]
     base_shapes: list[Any] = [{0: pages} for _ in range(2 * len(schema.base))]
     low_rank: list[Any] = [{0: dim(f"elements_{j}", min=2, max=1 << 40)} for j in range(len(schema.low_rank))]
     tables: list[Any] = [None for _ in schema.low_rank]
-    inputs = (*example_step(len(schema.agents)).tensors(), *example_cache(schema, kv_dtype).tensors())
+    shape = {"any": (2, 3), "decode": (3, 1), "prefill": (1, 3)}[steps]
+    inputs = (*example_step(len(schema.agents), *shape).tensors(), *example_cache(schema, kv_dtype).tensors())
     with without_exporter_noise(), torch.no_grad():
         return torch.export.export(
             graph, inputs, dynamic_shapes=(*step_shapes, *base_shapes, *low_rank, *tables), strict=False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from lragent.artifact import TOKENIZER, Artifact
-from lragent.compile import ProgramFacts, compile_package, eager_call, load_package, program, target_name
+from lragent.compile import ProgramFacts, compile_package, eager_call, join, load_package, program, target_name
 from lragent.errors import RequestError
 from lragent.exported import load_with_weights, tensors_of
+from lragent.kernels.dispatch import graphs
 from lragent.kernels.step import AgentFacts, Program
 from lragent.layouts import dtype_name, dtype_named
 from lragent.manifest import LayoutEntry
@@ -45,10 +46,12 @@ def program_of_artifact(
 ) -> Program:
     """The runnable program of one layout of an artifact."""
     weights = artifact.weights()
-    if backend == "eager":
-        call = eager_call(_lowered(artifact, entry, weights, attention))
-    else:
-        call = load_package(_package(artifact, entry, weights, attention, kv_dtype, allow_compiled), weights)
+    calls: dict[str, Callable[..., Tensor]] = {}
+    for name in graphs(attention):
+        if backend == "eager":
+            calls[name] = eager_call(_lowered(artifact, entry, weights, name))
+        else:
+            calls[name] = load_package(_package(artifact, entry, weights, name, kv_dtype, allow_compiled), weights)
     manifest = artifact.manifest
     facts = ProgramFacts(
         schema=entry.schema,
@@ -58,7 +61,7 @@ def program_of_artifact(
         dtype=dtype_named(manifest.dtype),
         attention=attention,
     )
-    return program(call, facts, backend, device)
+    return program(join(calls), facts, backend, device)
 
 
 def program_of_model(
@@ -67,14 +70,16 @@ def program_of_model(
     """The runnable program of a model in memory."""
     from lragent.passes.pipeline import lower
 
-    graph = lower(transformed.graph, attention)
-    if backend == "eager":
-        call = eager_call(graph)
-    else:
+    calls: dict[str, Callable[..., Tensor]] = {}
+    for name in graphs(attention):
+        graph = lower(transformed.graph, name)
+        if backend == "eager":
+            calls[name] = eager_call(graph)
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             built = Path(scratch) / "program.pt2"
-            compile_package(graph, transformed.schema, kv_dtype, built)
-            call = load_package(built, tensors_of(transformed.graph))
+            compile_package(graph, transformed.schema, kv_dtype, name, built)
+            calls[name] = load_package(built, tensors_of(transformed.graph))
     facts = ProgramFacts(
         schema=transformed.schema,
         agents=tuple(AgentFacts(agent.name, agent.digest) for agent in loaded.agents),
@@ -83,7 +88,7 @@ def program_of_model(
         dtype=loaded.dtype,
         attention=attention,
     )
-    return program(call, facts, backend, device)
+    return program(join(calls), facts, backend, device)
 
 
 def tokenizer_of(artifact: Artifact) -> Tokenizer | None:
@@ -106,28 +111,28 @@ def tokenizer_from(source: Any) -> Tokenizer | None:
         return TokenizerFile(Path(scratch) / "tokenizer.json")
 
 
-def _lowered(artifact: Artifact, entry: LayoutEntry, weights: Mapping[str, Tensor], attention: str) -> fx.GraphModule:
+def _lowered(artifact: Artifact, entry: LayoutEntry, weights: Mapping[str, Tensor], graph_name: str) -> fx.GraphModule:
     from lragent.passes.pipeline import lower
 
-    return lower(load_with_weights(artifact.file(entry.program), weights), attention)
+    return lower(load_with_weights(artifact.file(entry.program), weights), graph_name)
 
 
 def _package(
     artifact: Artifact,
     entry: LayoutEntry,
     weights: Mapping[str, Tensor],
-    attention: str,
+    graph_name: str,
     kv_dtype: torch.dtype,
     allow_compiled: bool,
 ) -> Path:
     """The compiled package for this machine: the artifact's, or one lowered now and kept there."""
-    key, target = f"{entry.schema.layout}-{attention}-{dtype_name(kv_dtype)}", target_name()
+    key, target = f"{entry.schema.layout}-{graph_name}-{dtype_name(kv_dtype)}", target_name()
     held = artifact.manifest.compiled.get(target, {}).get(key)
     if held is not None and allow_compiled:
         return artifact.file(held)
     log.warning("compiling %s for %s; this takes a minute or more for a real model", key, target)
     built = Path(tempfile.mkdtemp(prefix="lragent-")) / "program.pt2"
-    compile_package(_lowered(artifact, entry, weights, attention), entry.schema, kv_dtype, built)
+    compile_package(_lowered(artifact, entry, weights, graph_name), entry.schema, kv_dtype, graph_name, built)
     if allow_compiled:
         try:
             artifact.add_package(target, key, built)

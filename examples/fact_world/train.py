@@ -197,7 +197,7 @@ def train(recipe: Recipe, model_dir: Path, adapters: Path, world_seed: int, comm
             group["lr"] = recipe.learning_rate * schedule(progress, step, recipe.warmup)
         logits, labels, _ = label_logits(peft_model, batch)
         loss = nn.functional.cross_entropy(logits, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

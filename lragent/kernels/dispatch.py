@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
-from lragent.errors import RequestError
+import logging
+
+from lragent.errors import CompilerMissing, RequestError
+from lragent.kernels import cpp_library
+
+_LOG = logging.getLogger(__name__)
 
 # Implementation -> devices it runs on.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "reference": ("cpu", "cuda"),
     "torch": ("cpu", "cuda"),
+    "inductor": ("cpu", "cuda"),
+    "cpp": ("cpu",),
 }
+# Implementations that need several graphs; lragent.homogeneous splits steps between them.
+GRAPHS: dict[str, tuple[str, ...]] = {"inductor": ("inductor_decode", "inductor_prefill")}
+
+
+def graphs(attention: str) -> tuple[str, ...]:
+    """Names of the lowered graphs that an implementation consists of."""
+    return GRAPHS.get(attention, (attention,))
 
 
 def resolve(attention: str, device: str) -> str:
-    """Name of the implementation for a device; "auto" chooses.
+    """Name of the implementation for a device, ready to run; "auto" chooses.
+
+    The C++ kernels are loaded, and built once on a new machine, if they are what is chosen.
 
     Raises:
         RequestError: unknown, or not available on this device.
+        CompilerMissing: "cpp" was asked for and can't be built.
     """
+    kind = device.split(":")[0]
     if attention == "auto":
-        return "torch"
+        return "cpp" if kind == "cpu" and _has_cpp() else "torch"
     if attention not in IMPLEMENTATIONS:
         raise RequestError(f"attention {attention!r} is not available", f"Use auto, {', '.join(IMPLEMENTATIONS)}.")
-    if device.split(":")[0] not in IMPLEMENTATIONS[attention]:
+    if kind not in IMPLEMENTATIONS[attention]:
         raise RequestError(f"attention {attention!r} does not run on {device}", "Use attention auto.")
+    if attention == "cpp":
+        cpp_library.load()
     return attention
+
+
+def _has_cpp() -> bool:
+    try:
+        cpp_library.load()
+    except CompilerMissing as error:
+        _LOG.warning("attention torch, which is slower: %s", error.message)
+        return False
+    return True

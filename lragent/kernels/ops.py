@@ -10,6 +10,7 @@ cache. `flash_lora_attention` reads the cache; its kernel here is the reference,
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.library import custom_op
 
@@ -191,3 +192,12 @@ flash_lora_attention_torch = custom_op(
     "lragent::flash_lora_attention_torch", torch_paged.flash_lora_attention, mutates_args=()
 )
 flash_lora_attention_torch.register_fake(_attention_fake)
+
+# Its kernel is compiled: see `lragent.kernels.cpp_library`.
+CPP_ATTENTION = "lragent::flash_lora_attention_cpp"
+torch.library.define(
+    CPP_ATTENTION,
+    torch.library.infer_schema(torch_paged.flash_lora_attention, mutates_args=()),
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.register_fake(CPP_ATTENTION, _attention_fake)

@@ -13,12 +13,16 @@ import torch
 from torch import fx
 
 from lragent.kernels import ops
+from lragent.kernels.flash_lora_attention import inductor
 from lragent.passes.base import Pass, PassContext, PassReport, PassState, calls
 
 # Implementation name -> what the node calls; a plain function is traced into the graph when it is exported.
 TARGETS: dict[str, Callable[..., Any]] = {
     "reference": ops.flash_lora_attention._opoverload,
     "torch": ops.flash_lora_attention_torch._opoverload,
+    "cpp": torch.ops.lragent.flash_lora_attention_cpp.default,
+    "inductor_decode": inductor.decode_aten,
+    "inductor_prefill": inductor.prefill_aten,
 }
 
 

@@ -43,6 +43,11 @@ async def _together(engine: Engine) -> list[list[list[int]]]:
     return await asyncio.gather(*(_trajectory(engine, i) for i in range(len(PROMPTS))))
 
 
+def run_together(engine: Engine) -> list[list[list[int]]]:
+    """All trajectories at once."""
+    return asyncio.run(_together(engine))
+
+
 @pytest.fixture(scope="module")
 def plain_runs(artifacts: Artifacts) -> dict[str, Any]:
     return {}
@@ -64,7 +69,7 @@ def test_together_as_alone(
 ) -> None:
     _, artifact = artifacts.get("llama")
     engine = open_engine(artifact, scheme)
-    assert asyncio.run(_together(engine)) == _plain(scheme, plain_runs, artifacts, open_engine)
+    assert run_together(engine) == _plain(scheme, plain_runs, artifacts, open_engine)
     assert engine.stats().preemptions == 0
     assert engine.stats().tokens.reused > 0
 
@@ -80,7 +85,7 @@ def test_small_chunks_and_little_memory(
     pages = 30 if scheme == "non_shared" else 14
     engine = open_engine(artifact, scheme, kv_memory=pages * page_bytes, max_batch_tokens=17)
     engine.on_step = engine.check_integrity
-    assert asyncio.run(_together(engine)) == plain
+    assert run_together(engine) == plain
     stats = engine.stats()
     assert stats.preemptions + stats.dropped_tables > 0
     assert stats.tokens.replay > 0 or scheme == "non_shared"

@@ -25,7 +25,7 @@ from examples.fact_world.training_data import collate, example_for
 from examples.fact_world.workflow import MAX_ROUNDS, workflow
 from examples.fact_world.world import DEFAULT_SEED, World, build_world, make_tasks, world_of
 
-TASKS = make_tasks("test", 200)
+TASKS = make_tasks("test", 80)
 ADAPTERS = Path(fmt.__file__).parent / "adapters"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lragent.kernels import ops
+from lragent.kernels import cpp_library, ops
 from tests.kernels.attention_cases import ARGUMENTS, CASES, Case
 from tests.kernels.test_write_cache import PAGE, PAGES
 
@@ -17,6 +17,14 @@ CHECKS = ("test_schema", "test_faketensor")
 def test_attention_ops(op: object, case: Case) -> None:
     values = case.build()
     torch.library.opcheck(op, tuple(values[name] for name in ARGUMENTS), test_utils=CHECKS)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not cpp_library.is_obtainable(), reason="no C++ compiler or no ninja")
+def test_cpp_attention_op() -> None:
+    cpp_library.load()
+    values = CASES[0].build()
+    op = torch.ops.lragent.flash_lora_attention_cpp.default
+    torch.library.opcheck(op, tuple(values[name] for name in ARGUMENTS), test_utils=CHECKS)
 
 
 def test_marker() -> None:

@@ -33,12 +33,16 @@ _WINDOWED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_att
 
 @dataclass(frozen=True)
 class Architecture:
-    """A tiny config; modules for query and value adapters, for key ones in addition, and all linear ones."""
+    """A tiny config, and modules for adapters: of queries and values, of keys and values, all linear ones."""
 
     config: Callable[[], PretrainedConfig]
     qv: tuple[str, ...] = ("q_proj", "v_proj")
+    kv: tuple[str, ...] = ("k_proj", "v_proj")
     all_linear: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     fan_in_fan_out: bool = False
+
+    def modules(self, targets: str) -> tuple[str, ...]:
+        return {"qv": self.qv, "kv": self.kv, "all": self.all_linear}[targets]
 
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -51,6 +55,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(
         lambda: GPT2Config(vocab_size=VOCAB, n_positions=POSITIONS, n_embd=64, n_layer=2, n_head=4),
         qv=("c_attn",),
+        kv=("c_attn",),
         all_linear=("c_attn", "c_proj", "c_fc"),
         fan_in_fan_out=True,
     ),
@@ -59,11 +64,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             rotary_pct=0.25, **{name: n for name, n in _COMMON.items() if name != "num_key_value_heads"}
         ),
         qv=("query_key_value",),
+        kv=("query_key_value",),
         all_linear=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     ),
     "phi3": Architecture(
         lambda: Phi3Config(pad_token_id=0, **_COMMON),
         qv=("qkv_proj",),
+        kv=("qkv_proj",),
         all_linear=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     ),
     "mixtral": Architecture(lambda: MixtralConfig(num_local_experts=4, **_COMMON), all_linear=_ATTENTION),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -33,7 +33,7 @@ class WrittenModel:
 def write_model(
     directory: Path,
     kind: str,
-    targets: str = "all",
+    targets: str | Mapping[str, str] = "all",
     shared_a: bool = False,
     ranks: Mapping[str, int] = RANKS,
     b_std: float = 0.2,
@@ -41,10 +41,16 @@ def write_model(
     """Writes a model of `kind` with adapters of strong random weights; the same every time.
 
     Args:
-        targets: "qv" or "all" (all linear modules outside experts).
+        targets: "qv", "kv" or "all" (all linear modules outside experts); or one of them per role. Where q, k and v are
+            one module, "qv" and "kv" are that module.
         shared_a: every adapter has the first one's A; needs equal ranks.
         b_std: standard deviation of B; weak adapters would hide what sharing schemes do.
+
+    Raises:
+        ValueError: one A for adapters of different ranks.
     """
+    if shared_a and len(set(ranks.values())) > 1:
+        raise ValueError(f"one A for all adapters needs equal ranks, not {dict(ranks)}")
     architecture = ARCHITECTURES[kind]
     torch.manual_seed(0)
     with quiet():
@@ -54,13 +60,12 @@ def write_model(
         model_dir = directory / "model"
         base.save_pretrained(model_dir)
         _write_tokenizer(model_dir)
-        modules = architecture.qv if targets == "qv" else architecture.all_linear
         model: Any = base
         for role, rank in ranks.items():
             config = LoraConfig(
                 r=rank,
                 lora_alpha=2 * rank if role != "action" else rank,
-                target_modules=list(modules),
+                target_modules=list(architecture.modules(targets if isinstance(targets, str) else targets[role])),
                 fan_in_fan_out=architecture.fan_in_fan_out,
                 task_type="CAUSAL_LM",
             )
@@ -108,10 +113,20 @@ def _fill_adapters(model: torch.nn.Module, first: str, shared_a: bool, b_std: fl
 
 
 def _write_tokenizer(model_dir: Path) -> None:
-    """One id a printable character; id 127 is the end of text."""
-    vocab = {chr(32 + i): i for i in range(95)} | {"\n": 95} | {f"<{i}>": i for i in range(96, VOCAB - 1)}
+    """One id a printable character; id 127 is the end of text.
+
+    Byte level and without merges, since transformers reads a qwen2 tokenizer that way whatever its files say.
+    """
+    characters = {chr(32 + i): i for i in range(95)} | {"\n": 95}
+    vocab = {_byte_level(c): i for c, i in characters.items()} | {f"<{i}>": i for i in range(96, VOCAB - 1)}
     vocab["<eos>"] = EOS
-    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<96>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<96>").save_pretrained(model_dir)
+    tokenizer = Tokenizer(BPE(vocab, [], unk_token="<96>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<96>", pad_token="<eos>"
+    ).save_pretrained(model_dir)
+
+
+def _byte_level(character: str) -> str:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(character)[0][0]

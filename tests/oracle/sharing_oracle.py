@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.oracle.kv_projection import KvProjection, Memory, Pass, kv_outputs
 from tests.oracle.peft_oracle import BASE, load_peft
+from tests.oracle.precision import computing_in
 
 SCHEMES = ("non_shared", "full_shared", "base_shared", "base_lr_shared", "rebase_shared")
 
@@ -133,7 +134,7 @@ class SharingOracle:
         for projection, memory in zip(self.projections, memories, strict=True):
             projection.now, projection.memory = now, memory
         ids = torch.tensor([self.ids[: now.end]])
-        with torch.no_grad():
+        with torch.no_grad(), computing_in(self.dtype):
             if now.agent is None:
                 with self.model.disable_adapter():
                     return self.model(input_ids=ids, use_cache=False).logits[0, -1]
@@ -145,9 +146,26 @@ class SharingOracle:
             projection.remember(base, agents)
 
     def base_streams(self) -> list[Tensor]:
-        """Remembered base outputs of every projection, `[written tokens, out]`."""
+        """Base K/V held of every projection that feeds K or V, `[written tokens, K/V outputs]`; shared schemes only."""
         self._settle()
-        return [memory.base[: self.written[None]] for memory in self.memories[None]]
+        held = zip(self.projections, self.memories[None], strict=True)
+        return [memory.base[: self.written[None], projection.kv] for projection, memory in held]
+
+    def play(self, script: Sequence[Step]) -> tuple[SharingOracle, list[TurnResult]]:
+        """The trajectory at the end (the last fork, if any) and all turns."""
+        oracle, results = self, []
+        for step in script:
+            if step[0] == "append":
+                oracle.ids.extend(step[1])
+            elif step[0] == "turn":
+                results.append(oracle.turn(*step[1:]))
+            elif step[0] == "truncate":
+                oracle.truncate(step[1])
+            elif step[0] == "fork":
+                oracle = oracle.fork()
+            else:
+                raise ValueError(f"unknown step {step[0]!r}")
+        return oracle, results
 
 
 def new_oracle(model_dir: Path, adapters: Mapping[str, Path], scheme: str, dtype: torch.dtype) -> SharingOracle:
@@ -162,6 +180,9 @@ def new_oracle(model_dir: Path, adapters: Mapping[str, Path], scheme: str, dtype
             projection = KvProjection(module, outputs)
             setattr(parent, leaf, projection)
             projections.append(projection)
+    # A name that kv_outputs doesn't know would leave its layer unshared: every scheme would be PEFT there.
+    streams = sum(1 if projection.kv.all() else 2 for projection in projections)
+    assert streams == 2 * model.config.num_hidden_layers, f"{streams} of the model's K and V streams found"
     return SharingOracle(model, projections, tuple(adapters), scheme, dtype)
 
 
@@ -176,20 +197,18 @@ def run_script(
 
     After "fork" the steps go on on the fork.
     """
-    oracle = new_oracle(model_dir, adapters, scheme, dtype)
-    results = []
-    for step in script:
-        if step[0] == "append":
-            oracle.ids.extend(step[1])
-        elif step[0] == "turn":
-            results.append(oracle.turn(*step[1:]))
-        elif step[0] == "truncate":
-            oracle.truncate(step[1])
-        elif step[0] == "fork":
-            oracle = oracle.fork()
-        else:
-            raise ValueError(f"unknown step {step[0]!r}")
-    return results
+    return new_oracle(model_dir, adapters, scheme, dtype).play(script)[1]
+
+
+def final_base_streams(
+    model_dir: Path,
+    adapters: Mapping[str, Path],
+    scheme: str,
+    script: Sequence[Step],
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    """Base K/V held after a script, see `SharingOracle.base_streams`; a due adapter-free pass is run first."""
+    return new_oracle(model_dir, adapters, scheme, dtype).play(script)[0].base_streams()
 
 
 def assert_schemes_differ(results: Mapping[str, Sequence[TurnResult]], least: float = 1e-3) -> None:

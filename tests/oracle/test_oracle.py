@@ -9,6 +9,7 @@ import torch
 
 from tests.models import KINDS, write_model
 from tests.oracle.peft_oracle import load_peft, logprobs
+from tests.oracle.precision import computing_in
 from tests.oracle.sharing_oracle import SCHEMES, assert_schemes_differ, new_oracle, run_script
 
 PROMPT = [5, 40, 77, 12, 90, 33, 8, 61, 102, 55, 7, 19]
@@ -25,9 +26,12 @@ SCRIPT = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_non_shared_is_peft(kind: str, tmp_path: Path) -> None:
-    written = write_model(tmp_path, kind)
+MIXED = {"plan": "qv", "action": "kv", "reflect": "all"}  # no two agents adapt the same modules
+
+
+@pytest.mark.parametrize(("kind", "targets"), [*((kind, "all") for kind in KINDS), ("llama", MIXED), ("qwen3", MIXED)])
+def test_non_shared_is_peft(kind: str, targets: str | dict[str, str], tmp_path: Path) -> None:
+    written = write_model(tmp_path, kind, targets)
     results = run_script(written.model_dir, written.adapters, "non_shared", SCRIPT)
     model = load_peft(written.model_dir, written.adapters, torch.float64)
     ids: list[int] = []
@@ -44,7 +48,7 @@ def test_non_shared_is_peft(kind: str, tmp_path: Path) -> None:
             assert found.logprobs[i] == pytest.approx(float(expected[start + i - 1, token]), abs=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_agent_alone_is_exact_under_every_scheme_that_keeps_its_cache(kind: str, tmp_path: Path) -> None:
     written = write_model(tmp_path, kind)
     script = [step for step in SCRIPT if step[0] == "append" or step[1] == "plan"]
@@ -87,6 +91,21 @@ def test_running_the_last_token_again_keeps_nothing(tmp_path: Path) -> None:
         oracle.ids = list(PROMPT)
         oracle.turn("plan", 3, FORCED[0][:3])
         oracle.truncate(10)
-        first = oracle.fork().turn("plan", 1)
-        oracle.fork().turn("plan", 1)
-        assert oracle.turn("plan", 1) == first
+        undisturbed, disturbed = oracle.fork(), oracle.fork()
+        disturbed.turn("action", 1)  # runs plan's token 9 again
+        disturbed.truncate(10)
+        found = []
+        for branch in (undisturbed, disturbed):
+            branch.ids += [17]  # so that plan reads token 9 and does not run it again itself
+            found.append(branch.turn("plan", 2, [5, 6]).logprobs)
+        assert found[1] == pytest.approx(found[0], abs=1e-9), scheme
+
+
+def test_float64_has_no_float32_step(tmp_path: Path) -> None:
+    """Hugging Face's RMSNorm casts to float32; not in the oracle's float64."""
+    written = write_model(tmp_path, "llama")
+    norm = load_peft(written.model_dir, written.adapters, torch.float64).get_base_model().model.norm
+    x = torch.randn(3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    with torch.no_grad(), computing_in(torch.float64):
+        torch.testing.assert_close(norm(x), expected.detach(), rtol=0, atol=1e-14)

@@ -6,6 +6,7 @@
 
 #include <atomic>
 
+#include "bounds.h"
 #include "run_item.h"
 
 namespace lragent {
@@ -94,7 +95,8 @@ class Parts {
   // A row of a part: sums, maximum, total.
   int64_t width() const { return call_.v_pad + 2; }
   int64_t row_start(const Item& item, int64_t head, size_t row) const {
-    return ((head - item.first_head) * static_cast<int64_t>(item.rows.size()) + static_cast<int64_t>(row)) * call_.group * width();
+    const int64_t rows = static_cast<int64_t>(item.rows.size());
+    return ((head - item.first_head) * rows + static_cast<int64_t>(row)) * call_.group * width();
   }
   template <typename F>
   void for_parts(int64_t token, int64_t head, int64_t g, const F& f) const {
@@ -133,11 +135,15 @@ inline at::Tensor flash_lora_attention(
     const OptionalTensor& lr_v_table, const OptionalTensor& b_v, const OptionalTensor& rope_cos,
     const OptionalTensor& rope_sin, const OptionalTensor& rope_partner, const OptionalTensor& norm_weight,
     double norm_eps, bool key_is_final, const OptionalTensor& sinks, double scale, int64_t window, double softcap) {
-  TORCH_CHECK(is_supported(query.scalar_type()) && is_supported(k_cache.scalar_type()) && is_supported(v_cache.scalar_type()),
-      "attention cpp takes float32, bfloat16 and float16, got query ", query.scalar_type(), " and cache ", k_cache.scalar_type());
+  for (const at::Tensor& t : {query, k_cache, v_cache}) {
+    TORCH_CHECK(is_supported(t.scalar_type()), "unsupported dtype ", t.scalar_type(), " of query or cache");
+  }
   TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous(), "cache tensors must be contiguous");
-  TORCH_CHECK(query.dim() == 3 && k_cache.dim() == 4 && v_cache.dim() == 4, "query must be [T, Hq, Dk], caches [pages, H, P, D]");
-  TORCH_CHECK(key_is_final ? !norm_weight.has_value() : true, "a final key has no norm");
+  TORCH_CHECK(query.dim() == 3 && k_cache.dim() == 4 && v_cache.dim() == 4,
+      "query must be [T, Hq, Dk], caches [pages, H, P, D]");
+  TORCH_CHECK(k_cache.size(3) == query.size(2) && k_cache.sizes().slice(0, 3) == v_cache.sizes().slice(0, 3),
+      "query ", query.sizes(), ", K cache ", k_cache.sizes(), " and V cache ", v_cache.sizes(), " do not fit");
+  TORCH_CHECK(!key_is_final || !norm_weight.has_value(), "a final key has no norm");
   Call call;
   call.query = query.contiguous();
   call.tokens = query.size(0);
@@ -164,8 +170,9 @@ inline at::Tensor flash_lora_attention(
   }
   if (sinks) call.sinks = float_vector(*sinks, call.query_heads);
   if (rope_cos && rope_sin && rope_partner) read_rotation(call, *rope_cos, *rope_sin, *rope_partner);
-  call.k_low.read(lr_k, lr_k_table, b_k, call.heads, call.k_dim);
-  call.v_low.read(lr_v, lr_v_table, b_v, call.heads, call.v_dim);
+  const int64_t slots = k_cache.size(0) * call.page_size;
+  call.k_low.read(lr_k, lr_k_table, b_k, call.heads, call.k_dim, slots);
+  call.v_low.read(lr_v, lr_v_table, b_v, call.heads, call.v_dim, slots);
   call.out = at::empty({call.tokens, call.query_heads, call.v_dim}, query.options());
 
   const int64_t sequences = context_lens.size(0);
@@ -173,6 +180,10 @@ inline at::Tensor flash_lora_attention(
       call.page_size, page_table.size(1), call.heads, call.group, window, at::get_num_threads(),
       integers(seq_starts, "seq_starts"), integers(context_lens, "context_lens"), integers(page_table, "page_table"),
       integers(agent_ids, "agent_ids")};
+  TORCH_CHECK(
+      agent_ids.numel() == call.tokens && seq_starts.numel() == sequences + 1 && page_table.size(0) == sequences,
+      "sizes of query, agent_ids, seq_starts, context_lens and page_table differ");
+  check_bounds(step, sequences, call.tokens, k_cache.size(0), call.agents(), call.rotates ? call.positions : -1);
   for (int64_t token = 0; token < call.tokens; ++token) {
     call.k_low.use(step.agent_ids[token]);
     call.v_low.use(step.agent_ids[token]);
@@ -180,7 +191,7 @@ inline at::Tensor flash_lora_attention(
   const Plan plan(step, sequences);
   Parts parts(call, plan);
   std::atomic<size_t> next{0};
-  at::parallel_for(0, step.threads, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, step.threads, 1, [&](int64_t, int64_t) {
     static thread_local Workspace space;  // kept between calls: fresh memory costs a page fault every 4 KiB
     for (size_t i = next++; i < plan.items.size(); i = next++) run_and_write(call, plan.items[i], parts, space);
   });

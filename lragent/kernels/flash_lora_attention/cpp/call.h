@@ -25,13 +25,14 @@ struct LowRank {
   bool present = false;
   Numbers columns;
   const int64_t* table = nullptr;
-  std::vector<int64_t> ranks;                // [N + 1]
-  std::vector<const float*> up;              // [N + 1], each [H][rank][padded D]; null where the rank is 0 or unused
-  std::vector<int64_t> up_rows;              // [N + 1], rows between two heads
-  std::vector<std::vector<float>> held;      // numbers of `up` that had to be converted
-  int64_t widest = 0;                        // padded largest rank of the agents in use
+  std::vector<int64_t> ranks;            // [N + 1]; 0 where the agent has no columns or has no part in the call
+  std::vector<const float*> up;          // [N + 1], each [H][r][padded D]; null where the rank is 0
+  std::vector<std::vector<float>> held;  // [N + 1], numbers of `up` that had to be converted or padded
+  int64_t widest = 0;                    // padded largest of these ranks
 
-  void read(const OptionalTensor& lr, const OptionalTensor& lr_table, const OptionalTensor& b, int64_t heads, int64_t dim) {
+  void read(
+      const OptionalTensor& lr, const OptionalTensor& lr_table, const OptionalTensor& b, int64_t heads, int64_t dim,
+      int64_t slots) {
     if (!lr || !lr_table || !b) return;
     TORCH_CHECK(lr->is_contiguous() && b->is_contiguous(), "LR columns and up-projections must be contiguous");
     TORCH_CHECK(is_supported(lr->scalar_type()) && is_supported(b->scalar_type()), "unsupported dtype of LR columns");
@@ -40,10 +41,15 @@ struct LowRank {
     present = true;
     columns = Numbers(*lr);
     table = integers(*lr_table, "LR table");
+    TORCH_CHECK(lr_table->dim() == 2 && lr_table->size(1) == 4, "LR table must be [N + 1, 4]");
+    for (int64_t agent = 0; agent < b->size(0); ++agent) {
+      const int64_t offset = table[agent * 4], rank = table[agent * 4 + 1];
+      TORCH_CHECK(offset >= 0 && rank >= 0 && rank <= b->size(2) && offset + slots * rank <= lr->numel(),
+          "LR block of agent ", agent, " does not fit: offset ", offset, ", rank ", rank);
+    }
     const size_t agents = static_cast<size_t>(b->size(0));
     ranks.assign(agents, 0);
     up.assign(agents, nullptr);
-    up_rows.assign(agents, b->size(2));
     held.resize(agents);
     up_source = *b;
   }
@@ -65,7 +71,7 @@ struct LowRank {
   }
 
   const float* up_of(int64_t agent, int64_t head, int64_t padded_dim) const {
-    return up[agent] + head * up_rows[agent] * padded_dim;
+    return up[agent] + head * up_source.size(2) * padded_dim;
   }
 
   // Columns of one page: in place if they are padded floats, else in `scratch`. Row length is padded(rank).
@@ -98,12 +104,18 @@ struct Call {
 
   // Whether the key of a token depends on the agent that reads it.
   bool key_by_agent() const { return k_low.present; }
+  // Agent ids are below this; -1: nothing depends on them.
+  int64_t agents() const {
+    if (k_low.present) return static_cast<int64_t>(k_low.ranks.size());
+    return v_low.present ? static_cast<int64_t>(v_low.ranks.size()) : -1;
+  }
   // Whether keys are built in a tile instead of being read in place.
   bool builds_keys() const { return k_low.present || !key_is_final; }
 };
 
 inline std::vector<float> float_vector(const at::Tensor& t, int64_t size) {
   TORCH_CHECK(t.is_contiguous() && is_supported(t.scalar_type()), "unsupported dtype or layout of a constant");
+  TORCH_CHECK(t.numel() <= size, "a constant has ", t.numel(), " numbers, at most ", size, " are used");
   std::vector<float> result(static_cast<size_t>(size), 0.f);
   to_floats(Numbers(t), 0, 1, t.numel(), t.numel(), result.data(), size);
   return result;
@@ -118,6 +130,10 @@ inline void read_rotation(Call& call, const at::Tensor& cos, const at::Tensor& s
   call.sin = Numbers(sin);
   call.positions = cos.size(0);
   const int64_t* channel = integers(partner, "rope_partner");
+  TORCH_CHECK(partner.numel() == call.k_dim, "rope_partner must be [Dk], got ", partner.sizes());
+  for (int64_t d = 0; d < call.k_dim; ++d) {
+    TORCH_CHECK(channel[d] >= 0 && channel[d] < call.k_dim, "rope_partner names channel ", channel[d]);
+  }
   call.partner.assign(channel, channel + call.k_dim);
   for (int64_t d = 0; d < call.k_pad; d += W) {
     bool consecutive = d + W <= call.k_dim;

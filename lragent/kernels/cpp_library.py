@@ -1,0 +1,107 @@
+"""The C++ kernels as a shared library: built once for this machine and torch version, kept in a cache directory.
+
+`load` must have been called before a program with a C++ op runs, also before an AOTInductor package with one does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from lragent.errors import CompilerMissing
+from lragent.kernels.ops import CPP_ATTENTION
+
+_LOG = logging.getLogger(__name__)
+_SOURCES = Path(__file__).parent / "flash_lora_attention" / "cpp"
+_HINT = 'Install g++ (or set CXX) and ninja, or use attention="torch", which needs neither.'
+
+# at::vec chooses its registers by these macros, at most those that torch itself found this processor to have.
+_INSTRUCTIONS: dict[str, tuple[str, ...]] = {
+    "AVX2": ("-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
+    "AVX512": (
+        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c",
+        "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512",
+    ),
+}  # fmt: skip
+
+
+def is_loaded() -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(CPP_ATTENTION, "CPU"))
+
+
+def is_obtainable() -> bool:
+    """Whether `load` can work: a built library is there, or what building one takes."""
+    return is_loaded() or library_file().exists() or not _missing_tools()
+
+
+@cache
+def library_file() -> Path:
+    """Where the library for this machine is, or will be; the name carries all that the machine code depends on."""
+    digest = hashlib.sha256()
+    for part in (torch.__version__, *_flags(), *(text for file in _files() for text in (file.name, file.read_text()))):
+        digest.update(part.encode() + b"\0")
+    root = os.environ.get("LRAGENT_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lragent"
+    return Path(root).expanduser() / "kernels" / f"cpp-{_capability().lower()}-{digest.hexdigest()[:16]}.so"
+
+
+def load() -> None:
+    """Makes the C++ kernels known to PyTorch, building them first (about half a minute) if need be.
+
+    Raises:
+        CompilerMissing: no library for this machine is there, and it can't be built.
+    """
+    if is_loaded():
+        return
+    file = library_file()
+    if not file.exists():
+        _build(file)
+    if not is_loaded():
+        torch.ops.load_library(file)
+
+
+def _build(file: Path) -> None:
+    """Builds in a directory of its own: a process that is killed then leaves no lock that others wait for."""
+    if missing := _missing_tools():
+        raise CompilerMissing(f"the C++ kernels can't be built: no {' and no '.join(missing)} was found", _HINT)
+    from torch.utils import cpp_extension
+
+    _LOG.info("building the C++ kernels into %s", file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        try:
+            cpp_extension.load(
+                name=file.stem,
+                sources=[str(source) for source in _files() if source.suffix == ".cpp"],
+                extra_cflags=list(_flags()),
+                extra_ldflags=["-fopenmp"],
+                build_directory=scratch,
+                is_python_module=False,
+            )
+        except RuntimeError as error:
+            raise CompilerMissing(f"the C++ kernels can't be built: {error}", _HINT) from error
+        os.replace(Path(scratch) / file.name, file)
+
+
+def _files() -> list[Path]:
+    return sorted(file for file in _SOURCES.iterdir() if file.suffix in (".cpp", ".h"))
+
+
+def _capability() -> str:
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def _flags() -> tuple[str, ...]:
+    return ("-O3", "-fopenmp", *_INSTRUCTIONS.get(_capability(), ("-DCPU_CAPABILITY=DEFAULT",)))
+
+
+def _missing_tools() -> list[str]:
+    compiler = os.environ.get("CXX", "c++")
+    wanted = {f"compiler {compiler!r}": compiler.split()[0], "ninja": "ninja"}
+    return [name for name, command in wanted.items() if shutil.which(command) is None]

@@ -1,0 +1,134 @@
+"""The C++ kernel against the reference: its error to float64 is at most twice the reference's own, plus a rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lragent.kernels import cpp_library
+from tests.kernels.attention_cases import ARGUMENTS, CASES, Case, assert_as_exact_as_reference, call, rounded
+
+pytestmark = pytest.mark.skipif(not cpp_library.is_obtainable(), reason="no C++ compiler or no ninja")
+
+OP = torch.ops.lragent.flash_lora_attention_cpp
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Sequences that take other ways through the kernel than those of `CASES`.
+SHAPES = {
+    "decodes": ((17, 1, 1), (33, 1, 2), (1, 1, 0), (48, 1, 3)),
+    "long decodes": ((700, 1, 1), (1500, 1, 3)),
+    "long chunks": ((300, 200, 1), (90, 60, 3)),
+    "agents in a chunk": ((300, 9, (1, 1, 1, 3, 3, 3, 2, 2, 0)),),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    cpp_library.load()
+
+
+@pytest.fixture
+def _three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float32(case: Case) -> None:
+    assert_as_exact_as_reference(OP, case.build())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", CASES[:16], ids=lambda case: case.name)
+def test_shapes(case: Case, shape: str) -> None:
+    assert_as_exact_as_reference(OP, replace(case, sequences=SHAPES[shape]).build())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
+def test_dtypes(cache_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    for case in CASES[::2]:
+        assert_as_exact_as_reference(OP, rounded(case, cache_dtype).build(dtype))
+        longer = replace(rounded(case, cache_dtype), sequences=SHAPES["long chunks"])
+        assert_as_exact_as_reference(OP, longer.build(dtype))
+
+
+@pytest.mark.parametrize("dims", [(64, 64, 32), (80, 96, 16), (20, 12, 8), (128, 64, 24)], ids=str)
+def test_usual_and_odd_sizes(dims: tuple[int, int, int]) -> None:
+    k_dim, v_dim, page_size = dims
+    for rope in ("half", "interleaved", "partial"):
+        case = Case("sizes", k_dim=k_dim, v_dim=v_dim, page_size=page_size, rope=rope, ranks=(8, 3, 17))
+        assert_as_exact_as_reference(OP, case.build())
+        assert_as_exact_as_reference(OP, replace(case, final=False, norm=True).build())
+
+
+@pytest.mark.usefixtures("_three_threads")
+@pytest.mark.parametrize("case", CASES[:16], ids=lambda case: case.name)
+def test_context_split_over_threads(case: Case) -> None:
+    for shape in ("long decodes", "long chunks"):
+        assert_as_exact_as_reference(OP, replace(case, sequences=SHAPES[shape]).build())
+
+
+def _with_common_pages(values: dict[str, Any], common: tuple[int, ...]) -> dict[str, Any]:
+    """Sequence s > 0 begins with the first `common[s - 1]` pages of sequence 0."""
+    table = values["page_table"].clone()
+    for s, pages in enumerate(common, 1):
+        table[s, :pages] = table[0, :pages]
+    return values | {"page_table": table}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("case", CASES[:16], ids=lambda case: case.name)
+def test_common_pages_are_read_for_all(case: Case, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    # Forks of forks, one that ends where its common pages end, and one of its own.
+    forks = replace(case, sequences=((330, 1, 1), (335, 1, 3), (322, 1, 1), (320, 1, 2), (150, 1, 1), (40, 1, 1)))
+    assert_as_exact_as_reference(OP, _with_common_pages(forks.build(), (20, 18, 20, 9, 0)))
+    torch.set_num_threads(before)
+
+
+class _Attention(torch.nn.Module):
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__()
+        self.fixed = {name: value for name, value in values.items() if name != "query"}
+
+    def forward(self, query: Tensor) -> Tensor:
+        values = {"query": query + 0.0, **self.fixed}
+        result: Tensor = OP(*(values[name] for name in ARGUMENTS)) * 1.0
+        return result
+
+
+@pytest.mark.slow
+def test_inside_a_package_compiled_ahead_of_time(tmp_path: Path) -> None:
+    values = CASES[0].build()
+    program = torch.export.export(_Attention(values), (values["query"],))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "attention.pt2"))
+    found = torch._inductor.aoti_load_package(package)(values["query"])
+    torch.testing.assert_close(found, call(OP, values))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(22, 5, 8)}, "multiple of KV heads"),
+        ({"context_lens": torch.zeros(4, dtype=torch.int32)}, "context_lens must be contiguous int64"),
+        ({"agent_ids": torch.full((22,), 4)}, "agent 4"),
+        ({"context_lens": torch.tensor([17, 33, 1, 4000])}, "page table"),
+        ({"page_table": torch.full((4, 4), 10_000)}, "page 10000"),
+        ({"lr_v": torch.zeros(8)}, "LR block of agent 1"),
+        ({"rope_partner": torch.full((8,), 8)}, "channel 8"),
+        ({"rope_cos": torch.zeros(20, 8), "rope_sin": torch.zeros(20, 8)}, "longer than the rotation table"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_would_read_elsewhere_is_refused(change: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call(OP, CASES[0].build() | change)
