@@ -164,7 +164,7 @@ def _attention(
         columns_SLr = _columns(lr_v, lr_v_table[agents_S], b_v.shape[2], slots_SL, known_SL).to(dtype)
         reduced_SHrowsr = (weights_SHrowsL.flatten(1, 2) @ columns_SLr).unflatten(1, (heads, -1))
         out_SHrowsDv = out_SHrowsDv + reduced_SHrowsr @ b_v[agents_S].to(dtype)
-    out = out_SHrowsDv.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    out: Tensor = out_SHrowsDv.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return out.to(query_SnHqDk.dtype).contiguous()
 
 
