@@ -32,7 +32,11 @@ def stages(title: str) -> Iterator[Callable[[str], None]]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with warnings.catch_warnings(), progress.status(title) as status:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|peft)\.")
-        yield lambda stage: status.update(f"{title}: {stage}")
+        if progress.is_terminal:
+            with progress.status(title) as status:
+                yield lambda stage: status.update(f"{title}: {stage}")
+        else:
+            yield lambda stage: progress.print(f"{title}: {stage}", markup=False)

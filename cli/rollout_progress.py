@@ -37,6 +37,7 @@ class RolloutProgress:
             TimeElapsedColumn(),
             console=progress,
             transient=True,
+            disable=not progress.is_terminal,
         )
         self._task = self._bar.add_task(title, total=total, remark="")
         self._started = self._shown = time.monotonic()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 
 import lragent
 from lragent.artifact import open_artifact
@@ -119,14 +120,14 @@ def test_unknown_names(artifact: Path) -> None:
 def test_no_compiler(artifact: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: WrittenModel, tmp_path: Path) -> None:
     """Compiled code that is there needs no compiler; code that is missing says what to do."""
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    lragent.load(artifact, sharing="base_lr_shared", kv_memory="1MiB")
-    with pytest.raises(CompilerMissing, match="compiler"):
-        lragent.load(artifact, sharing="non_shared", kv_memory="1MiB")
-    lragent.load(artifact, sharing="non_shared", kv_memory="1MiB", backend="eager")
     out = tmp_path / "new.lragent"
-    with pytest.raises(CompilerMissing, match="compiler"):
-        lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, out)
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        lragent.load(artifact, sharing="base_lr_shared", kv_memory="1MiB")
+        with pytest.raises(CompilerMissing, match="compiler"):
+            lragent.load(artifact, sharing="non_shared", kv_memory="1MiB")
+        lragent.load(artifact, sharing="non_shared", kv_memory="1MiB", backend="eager")
+        with pytest.raises(CompilerMissing, match="compiler"):
+            lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, out)
     assert not out.exists()
 
 

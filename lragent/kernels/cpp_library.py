@@ -19,7 +19,7 @@ from lragent.errors import CompilerMissing
 from lragent.kernels.ops import CPP_ATTENTION
 
 _LOG = logging.getLogger(__name__)
-_SOURCES = Path(__file__).parent / "flash_lora_attention" / "cpp"
+_KERNELS = Path(__file__).parent
 _HINT = 'Install g++ (or set CXX) and ninja, or use attention="torch", which needs neither.'
 
 # at::vec chooses its registers by these macros, at most those that torch itself found this processor to have.
@@ -45,7 +45,11 @@ def is_obtainable() -> bool:
 def library_file() -> Path:
     """Where the library for this machine is, or will be; the name carries all that the machine code depends on."""
     digest = hashlib.sha256()
-    for part in (torch.__version__, *_flags(), *(text for file in _files() for text in (file.name, file.read_text()))):
+    for part in (
+        torch.__version__,
+        *_flags(),
+        *(text for file in _files() for text in (file.name, file.read_text("utf-8"))),
+    ):
         digest.update(part.encode() + b"\0")
     root = os.environ.get("LRAGENT_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lragent"
     return Path(root).expanduser() / "kernels" / f"cpp-{_capability().lower()}-{digest.hexdigest()[:16]}.so"
@@ -81,6 +85,7 @@ def _build(file: Path) -> None:
                 sources=[str(source) for source in _files() if source.suffix == ".cpp"],
                 extra_cflags=list(_flags()),
                 extra_ldflags=["-fopenmp"],
+                extra_include_paths=[str(_KERNELS)],
                 build_directory=scratch,
                 is_python_module=False,
             )
@@ -90,7 +95,7 @@ def _build(file: Path) -> None:
 
 
 def _files() -> list[Path]:
-    return sorted(file for file in _SOURCES.iterdir() if file.suffix in (".cpp", ".h"))
+    return sorted(file for file in _KERNELS.rglob("*") if file.suffix in (".cpp", ".h"))
 
 
 def _capability() -> str:

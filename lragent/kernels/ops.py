@@ -10,8 +10,11 @@ cache. `flash_lora_attention` reads the cache; its kernel here is the reference,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.library import custom_op
 
 from lragent.kernels.flash_lora_attention import reference as attention_reference
@@ -55,29 +58,25 @@ def _(
     )
 
 
-@custom_op("lragent::write_kv", mutates_args=("k_cache", "v_cache"))
-def write_kv(key_THDk: Tensor, value_THDv: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
-    """Writes base K and V of T tokens into pages `[pages, H, P, D]` at `slots` (page * P + offset)."""
-    torch_scatter.write_kv(key_THDk, value_THDv, k_cache, v_cache, slots_T)
+def _write_op(name: str, function: Callable[..., None], mutated: tuple[str, ...]) -> OpOverload:
+    """An op that writes into the cache, with a kernel for any device.
 
-
-@write_kv.register_fake
-def _(key_THDk: Tensor, value_THDv: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
-    return None
-
-
-@custom_op("lragent::write_lr", mutates_args=("lr_cache",))
-def write_lr(lr_TR: Tensor, lr_cache: Tensor, lr_table: Tensor, slots_NT: Tensor) -> None:
-    """Writes LR columns of T tokens into the column blocks of a flat LR tensor (see `LowRankStream.table`).
-
-    Agent a's block takes columns `[source, source + rank)` of `lr_TR` at slot `slots_NT[a]`, if its row writes.
+    It has no derivative, so it does without the layers that `custom_op` adds: they take longer than the writes.
     """
-    torch_scatter.write_lr(lr_TR, lr_cache, lr_table, slots_NT)
+    qualified = f"lragent::{name}"
+    schema = torch.library.infer_schema(function, mutates_args=mutated)
+    torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(qualified, "default", function)
+    torch.library.register_fake(qualified, lambda *args: None)
+    op: OpOverload = getattr(torch.ops.lragent, name).default
+    return op
 
 
-@write_lr.register_fake
-def _(lr_TR: Tensor, lr_cache: Tensor, lr_table: Tensor, slots_NT: Tensor) -> None:
-    return None
+# Writes base K and V of T tokens into pages `[pages, H, P, D]` at `slots` (page * P + offset).
+write_kv = _write_op("write_kv", torch_scatter.write_kv, ("k_cache", "v_cache"))
+# Writes LR columns of T tokens into the column blocks of a flat LR tensor (see `LowRankStream.table`): agent a's block
+# takes columns `[source, source + rank)` of `lr_TR` at slot `slots_NT[a]`, if its row writes.
+write_lr = _write_op("write_lr", torch_scatter.write_lr, ("lr_cache",))
 
 
 def _attention_fake(

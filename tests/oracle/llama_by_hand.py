@@ -1,7 +1,7 @@
 """A llama and the five sharing schemes once more, written out token by token.
 
 It checks `sharing_oracle` and shares nothing with it: no transformers, no PEFT, weights straight from the files, and a
-cache that is a list of tokens, each with what is held of it. Everything is in float64, but for rotary frequencies,
+cache that is a list of tokens, each with what is held of it. Everything is in float64, but for the rotary frequencies,
 which the model defines in float32.
 """
 
