@@ -44,13 +44,9 @@ def is_obtainable() -> bool:
 @cache
 def library_file() -> Path:
     """Where the library for this machine is, or will be; the name carries all that the machine code depends on."""
-    digest = hashlib.sha256()
-    for part in (
-        torch.__version__,
-        *_flags(),
-        *(text for file in _files() for text in (file.name, file.read_text("utf-8"))),
-    ):
-        digest.update(part.encode() + b"\0")
+    digest = hashlib.sha256(repr((torch.__version__, _flags())).encode())
+    for file in _files():
+        digest.update(f"{file.name}\0{file.read_text('utf-8')}\0".encode())
     root = os.environ.get("LRAGENT_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lragent"
     return Path(root).expanduser() / "kernels" / f"cpp-{_capability().lower()}-{digest.hexdigest()[:16]}.so"
 

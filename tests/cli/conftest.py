@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import lragent
@@ -35,6 +37,13 @@ def call(*arguments: object) -> Outcome:
     """Runs `lragent ARGUMENTS`; an exception that isn't a user's error goes on."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+def text_of(printed: Any) -> str:
+    """What a terminal would show of a table."""
+    console = Console(record=True, file=io.StringIO(), width=120)
+    console.print(printed)
+    return console.export_text()
 
 
 def adapters_option(written: WrittenModel) -> str:

@@ -78,8 +78,8 @@ inline void write_kv(
 inline void write_block(
     const at::Tensor& lr, const at::Tensor& cache, int64_t offset, int64_t end, int64_t rank, int64_t source_column,
     const at::Tensor& slots) {
-  TORCH_CHECK(rank > 0 && offset >= 0 && end <= cache.numel() && source_column >= 0 && source_column + rank <= lr.size(1),
-      "LR table names column ", source_column, " and rank ", rank, " of ", lr.size(1), " columns");
+  TORCH_CHECK(
+      rank > 0 && offset >= 0 && end <= cache.numel() && source_column >= 0 && source_column + rank <= lr.size(1), "LR table names column ", source_column, " and rank ", rank, " of ", lr.size(1), " columns");
   const int64_t tokens = lr.size(0), last = (end - offset) / rank;
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   with_types(lr, cache, [&](auto source, auto target) {
@@ -96,7 +96,7 @@ inline void write_block(
 
 inline void write_lr(
     const at::Tensor& lr_TR, const at::Tensor& cache, const at::Tensor& table, const at::Tensor& slots_NT) {
-  TORCH_CHECK(cache.is_contiguous() && cache.dim() == 1 && lr_TR.dim() == 2, "LR columns must be [T, R], their cache flat");
+  TORCH_CHECK(cache.is_contiguous() && cache.dim() == 1 && lr_TR.dim() == 2, "LR columns must be [T, R], a cache flat");
   TORCH_CHECK(table.scalar_type() == at::kLong && table.is_contiguous() && table.dim() == 2 && table.size(1) == 4,
       "an LR table must be contiguous int64 [N + 1, 4]");
   TORCH_CHECK(slots_NT.dim() == 2 && slots_NT.size(0) + 1 == table.size(0), "slots must have one row an agent");
