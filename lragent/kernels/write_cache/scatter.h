@@ -79,7 +79,8 @@ inline void write_block(
     const at::Tensor& lr, const at::Tensor& cache, int64_t offset, int64_t end, int64_t rank, int64_t source_column,
     const at::Tensor& slots) {
   TORCH_CHECK(
-      rank > 0 && offset >= 0 && end <= cache.numel() && source_column >= 0 && source_column + rank <= lr.size(1), "LR table names column ", source_column, " and rank ", rank, " of ", lr.size(1), " columns");
+      rank > 0 && offset >= 0 && end <= cache.numel() && source_column >= 0 && source_column + rank <= lr.size(1),
+      "LR table names column ", source_column, " and rank ", rank, " of ", lr.size(1), " columns");
   const int64_t tokens = lr.size(0), last = (end - offset) / rank;
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   with_types(lr, cache, [&](auto source, auto target) {
