@@ -41,10 +41,11 @@ def load_peft(model_dir: Path, adapters: Mapping[str, Path], dtype: torch.dtype)
 def logits(model: Any, ids: list[int], agent: str) -> Tensor:
     """Logits of every position, `[len(ids), vocab]`, in the model's dtype."""
     with torch.no_grad(), computing_in(model.dtype):
-        if agent == BASE:
+        if agent == BASE and hasattr(model, "disable_adapter"):  # a plain model has nothing to disable
             with model.disable_adapter():
                 return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-        model.set_adapter(agent)
+        if agent != BASE:
+            model.set_adapter(agent)
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
 
