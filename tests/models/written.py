@@ -37,6 +37,7 @@ def write_model(
     shared_a: bool = False,
     ranks: Mapping[str, int] = RANKS,
     b_std: float = 0.2,
+    layers: int = 2,
 ) -> WrittenModel:
     """Writes a model of `kind` with adapters of strong random weights; the same every time.
 
@@ -45,6 +46,8 @@ def write_model(
             one module, "qv" and "kv" are that module.
         shared_a: every adapter has the first one's A; needs equal ranks.
         b_std: standard deviation of B; weak adapters would hide what sharing schemes do.
+        layers: three tell more than two. What an agent reads in the second layer of a pass whose logits nobody asks for
+            (catch-up, adapter-free) shows in the third layer's cache only.
 
     Raises:
         ValueError: one A for adapters of different ranks.
@@ -54,7 +57,7 @@ def write_model(
     architecture = ARCHITECTURES[kind]
     torch.manual_seed(0)
     with quiet():
-        base = AutoModelForCausalLM.from_config(architecture.config()).eval()
+        base = AutoModelForCausalLM.from_config(architecture.config(layers)).eval()
         _make_strong(base)
         base.generation_config.eos_token_id = EOS
         model_dir = directory / "model"

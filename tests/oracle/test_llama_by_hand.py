@@ -38,7 +38,7 @@ SCRIPT: tuple[tuple[Any, ...], ...] = (
 @pytest.mark.parametrize(("targets", "shared_a"), [("all", False), ("all", True), ("qv", False), ("qv", True)])
 def test_both_oracles_agree(targets: str, shared_a: bool, tmp_path: Path) -> None:
     ranks = dict.fromkeys(("plan", "action", "reflect"), 4) if shared_a else {"plan": 4, "action": 8, "reflect": 2}
-    written = write_model(tmp_path, "llama", targets, shared_a, ranks)
+    written = write_model(tmp_path, "llama", targets, shared_a, ranks, layers=3)
     results = {s: run_script(written.model_dir, written.adapters, s, SCRIPT, torch.float64) for s in SCHEMES}
     assert_schemes_differ(results)
     for scheme in SCHEMES:
