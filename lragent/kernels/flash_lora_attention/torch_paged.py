@@ -64,6 +64,19 @@ class _Attention:
             key = key * cos + key[..., self.rope[2]] * sin
         return key
 
+    def low_rank_part(self, columns: Tensor, up_HrD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """What is added to the base key `[..., H, P, Dk]` for LR columns `[..., P, r]`: rotated if the base key is."""
+
+        def expanded(up_HrD: Tensor) -> Tensor:
+            up_rHD = up_HrD.transpose(0, 1)
+            delta: Tensor = (columns @ up_rHD.flatten(1)).unflatten(-1, up_rHD.shape[1:])
+            return delta.transpose(-2, -3)
+
+        if not self.key_is_final or self.rope is None:
+            return expanded(up_HrD)
+        # (a B)[partner] = a (B[partner]): a second small product is cheaper than shuffling its long result.
+        return expanded(up_HrD).mul_(cos).addcmul_(expanded(up_HrD[..., self.rope[2]]), sin)
+
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin of positions 0..length-1, `[length, Dk]`; zeros follow where the tables end (padding only)."""
         if self.rope is None:
@@ -206,9 +219,8 @@ def _decode(
     if call.rope is not None and (k_low is not None or not call.key_is_final):
         cos, sin = cos.view(columns, 1, page_size, -1), sin.view(columns, 1, page_size, -1)
     if k_low is not None:
-        columns_SM1Pr = k_low.pages(index, call.dtype).view(seqs, columns, 1, page_size, -1)
-        delta = columns_SM1Pr @ k_low.up_HrD
-        key = key + (call.transform(delta, cos, sin) if call.key_is_final else delta)
+        columns_SMPr = k_low.pages(index, call.dtype).view(seqs, columns, page_size, -1)
+        key += call.low_rank_part(columns_SMPr, k_low.up_HrD, cos, sin)
     if not call.key_is_final:
         key = call.transform(key, cos, sin)
     positions_L = torch.arange(columns * page_size, device=index.device)
@@ -250,11 +262,11 @@ def _prefill(
     value_HLD = _gathered(call.v_cache, pages_M, length).to(call.dtype)
     cos, sin = call.tables(length)
     if k_low is not None:
-        delta = k_low.pages(pages_M, call.dtype).flatten(0, 1)[:length] @ k_low.up_HrD
-        key_HLD = key_HLD + (call.transform(delta, cos, sin) if call.key_is_final else delta)
+        columns_Lr = k_low.pages(pages_M, call.dtype).flatten(0, 1)[:length]
+        key_HLD += call.low_rank_part(columns_Lr, k_low.up_HrD, cos, sin)
     if not call.key_is_final:
         key_HLD = call.transform(key_HLD, cos, sin)
-    columns_Lr = v_low.pages(pages_M, call.dtype).flatten(0, 1)[:length] if v_low is not None else None
+    v_columns_Lr = v_low.pages(pages_M, call.dtype).flatten(0, 1)[:length] if v_low is not None else None
     positions_L = torch.arange(length, device=pages_M.device)
     grouped_HGnD = query_nHqDk.view(rows, heads, group, -1).permute(1, 2, 0, 3) * call.scale
     out = query_nHqDk.new_empty(rows, heads, group, value_HLD.shape[-1])
@@ -272,8 +284,8 @@ def _prefill(
         weights = call.weights(scores.view(heads, group, stop - start, -1), hidden_nL)
         flat = weights.view(heads, group * (stop - start), -1)
         result = flat @ value_HLD[:, low:high]
-        if v_low is not None and columns_Lr is not None:
-            result = result + (flat @ columns_Lr[low:high]) @ v_low.up_HrD
+        if v_low is not None and v_columns_Lr is not None:
+            result = result + (flat @ v_columns_Lr[low:high]) @ v_low.up_HrD
         out[start:stop] = result.view(heads, group, stop - start, -1).permute(2, 0, 1, 3)
     return out.flatten(1, 2)
 
