@@ -60,11 +60,14 @@ def test_dtypes(cache_dtype: torch.dtype, dtype: torch.dtype) -> None:
         assert_as_exact_as_reference(OP, longer.build(dtype))
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dims", [(64, 64, 32), (80, 96, 16), (20, 12, 8), (128, 64, 24)], ids=str)
-def test_usual_and_odd_sizes(dims: tuple[int, int, int]) -> None:
+def test_usual_and_odd_sizes(dims: tuple[int, int, int], cache_dtype: torch.dtype) -> None:
     k_dim, v_dim, page_size = dims
     for rope in ("half", "interleaved", "partial"):
-        case = Case("sizes", k_dim=k_dim, v_dim=v_dim, page_size=page_size, rope=rope, ranks=(8, 3, 17))
+        case = Case(
+            "sizes", k_dim=k_dim, v_dim=v_dim, page_size=page_size, rope=rope, ranks=(8, 3, 17), cache_dtype=cache_dtype
+        )
         assert_as_exact_as_reference(OP, case.build())
         assert_as_exact_as_reference(OP, replace(case, final=False, norm=True).build())
 

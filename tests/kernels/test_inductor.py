@@ -82,22 +82,35 @@ def _exported(function: Callable[..., Tensor], values: dict[str, Any], decode: b
     return torch.export.export(_Step(function, values), inputs, dynamic_shapes={"varying": shapes}, strict=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
-def test_compiled_ahead_of_time_with_dynamic_sizes(decode: bool, tmp_path: Path) -> None:
+def _traced(decode: bool) -> tuple[Callable[..., Tensor], list[dict[str, Any]]]:
+    """A function and calls of many sizes for it; the first one is to be traced."""
     case = replace(next(c for c in CASES if c.name == "everything"), ranks=(4, 2, 6), sinks=False)
-    function = inductor.decode_aten if decode else inductor.prefill_aten
-    traced = replace(case, sequences=DECODES if decode else PREFILLS[0])
-    program = _exported(function, traced.build(), decode)
+    decodes = (DECODES, ((21, 1, 2),), ((48, 1, 1), (2, 1, 3)))
+    prefills = (PREFILLS[0], ((40, 31, 2),), ((1, 1, 1),), ((30, 1, 3),))
+    calls = [replace(case, sequences=sequences).build() for sequences in (decodes if decode else prefills)]
+    fixed = {name: value for name, value in calls[0].items() if name not in VARYING}
+    return inductor.decode_aten if decode else inductor.prefill_aten, [values | fixed for values in calls]
+
+
+def _check(run: Callable[..., Tensor], calls: list[dict[str, Any]]) -> None:
+    for values in calls:
+        found = run(*(values[name] for name in VARYING))
+        torch.testing.assert_close(found, call(reference.flash_lora_attention, values), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
+def test_exported_with_dynamic_sizes(decode: bool) -> None:
+    function, calls = _traced(decode)
+    _check(_exported(function, calls[0], decode).module(), calls)
+
+
+@pytest.mark.slow
+def test_compiled_ahead_of_time(tmp_path: Path) -> None:
+    function, calls = _traced(decode=True)
     package = str(tmp_path / "attention.pt2")
     torch._inductor.aoti_compile_and_package(
-        program, package_path=package, inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"}
+        _exported(function, calls[0], decode=True),
+        package_path=package,
+        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
     )
-    compiled = torch._inductor.aoti_load_package(package)
-    fixed = _Step(function, traced.build()).fixed
-    others = [((21, 1, 2),), ((48, 1, 1), (2, 1, 3))] if decode else [((40, 31, 2),), ((1, 1, 1),), ((30, 1, 3),)]
-    for sequences in (traced.sequences, *others):
-        values = replace(case, sequences=sequences).build() | fixed
-        found = compiled(*(values[name] for name in VARYING))
-        expected = call(reference.flash_lora_attention, values)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    _check(torch._inductor.aoti_load_package(package), calls)

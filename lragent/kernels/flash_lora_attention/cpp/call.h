@@ -7,6 +7,7 @@
 #include <c10/util/Exception.h>
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "float_rows.h"
@@ -96,6 +97,8 @@ struct Call {
   int64_t positions = 0;
   std::vector<int64_t> partner;         // [k_dim]
   std::vector<int64_t> partner_vector;  // per W channels: first partner if the partners are consecutive, else -1
+  // First channels of two vectors that are each other's partner (or twice the same one); empty if some vector has none.
+  std::vector<std::pair<int64_t, int64_t>> partner_pairs;
   std::vector<float> norm_weight;       // [k_pad]
   std::vector<float> sinks;             // [Hq]
   float norm_eps;
@@ -139,6 +142,11 @@ inline void read_rotation(Call& call, const at::Tensor& cos, const at::Tensor& s
     bool consecutive = d + W <= call.k_dim;
     for (int64_t i = 1; consecutive && i < W; ++i) consecutive = channel[d + i] == channel[d] + i;
     call.partner_vector.push_back(consecutive ? channel[d] : -1);
+  }
+  for (int64_t d = 0; d < call.k_pad; d += W) {
+    const int64_t other = call.partner_vector[d / W];
+    if (other < 0 || other % W != 0 || call.partner_vector[other / W] != d) return call.partner_pairs.clear();
+    if (d <= other) call.partner_pairs.emplace_back(d, other);
   }
 }
 

@@ -19,7 +19,24 @@ struct Numbers {
   Numbers() = default;
   explicit Numbers(const at::Tensor& t) : data(static_cast<const char*>(t.const_data_ptr())), type(t.scalar_type()) {}
 
-  const char* at(int64_t element) const { return data + element * (type == at::kFloat ? 4 : 2); }
+  explicit Numbers(const float* floats) : data(reinterpret_cast<const char*>(floats)) {}
+
+  Numbers from(int64_t element) const {
+    Numbers rest = *this;
+    rest.data = at(element);
+    return rest;
+  }
+  int64_t bytes(int64_t elements) const { return elements * (type == at::kFloat ? 4 : 2); }
+  const char* at(int64_t element) const { return data + bytes(element); }
+  // Calls f(numbers from an element on, with their type).
+  template <typename F>
+  void typed(int64_t element, const F& f) const {
+    switch (type) {
+      case at::kFloat: return f(reinterpret_cast<const float*>(data) + element);
+      case at::kBFloat16: return f(reinterpret_cast<const at::BFloat16*>(data) + element);
+      default: return f(reinterpret_cast<const at::Half*>(data) + element);
+    }
+  }
   // The numbers themselves if they are floats in rows that need no padding.
   const float* floats(int64_t element, int64_t columns) const {
     return type == at::kFloat && columns % W == 0 ? reinterpret_cast<const float*>(data) + element : nullptr;
@@ -27,36 +44,26 @@ struct Numbers {
 };
 
 template <typename T>
-inline void copy_rows(const T* from, int64_t rows, int64_t columns, int64_t ld_from, float* to, int64_t ld_to) {
+inline void copy_rows(
+    const T* from, int64_t rows, int64_t columns, int64_t ld_from, float* to, int64_t ld_to, const char* ahead) {
+  const int64_t lines = ahead == nullptr ? 0 : ld_from * static_cast<int64_t>(sizeof(T)) / 64;
   for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < lines; ++i) ask<1>(ahead);
     const T* source = from + row * ld_from;
     float* target = to + row * ld_to;
     int64_t d = 0;
-    for (; d + W <= columns; d += W) {
-      Vec numbers;
-      if constexpr (std::is_same_v<T, float>) {
-        numbers = Vec::loadu(source + d);
-      } else {
-        at::vec::load_to_float<T>(source + d, numbers);
-      }
-      numbers.store(target + d);
-    }
+    for (; d + W <= columns; d += W) load_floats(source + d).store(target + d);
     for (; d < columns; ++d) target[d] = static_cast<float>(source[d]);
     for (; d < ld_to; ++d) target[d] = 0.f;
   }
 }
 
 // `columns` of each of `rows` rows, which lie `ld_from` apart; the rest of a row up to `ld_to` becomes zero.
+// `ahead` is where rows of the same size lie that are needed next, if any (see `ask`).
 inline void to_floats(
-    const Numbers& numbers, int64_t element, int64_t rows, int64_t columns, int64_t ld_from, float* to, int64_t ld_to) {
-  const char* from = numbers.at(element);
-  if (numbers.type == at::kFloat) {
-    copy_rows(reinterpret_cast<const float*>(from), rows, columns, ld_from, to, ld_to);
-  } else if (numbers.type == at::kBFloat16) {
-    copy_rows(reinterpret_cast<const at::BFloat16*>(from), rows, columns, ld_from, to, ld_to);
-  } else {
-    copy_rows(reinterpret_cast<const at::Half*>(from), rows, columns, ld_from, to, ld_to);
-  }
+    const Numbers& numbers, int64_t element, int64_t rows, int64_t columns, int64_t ld_from, float* to, int64_t ld_to,
+    const char* ahead = nullptr) {
+  numbers.typed(element, [&](const auto* from) { copy_rows(from, rows, columns, ld_from, to, ld_to, ahead); });
 }
 
 }  // namespace lragent

@@ -60,6 +60,54 @@ inline void rotate_row(const Call& call, const float* x, const float* cos, const
   }
 }
 
+// key[j] = base[j] + rotation of (columns[j] up), for MR keys and one pair of vectors that are each other's partner.
+template <int MR, int kLines, typename T>
+inline void rotated_sum_block(
+    const float* columns, int64_t ld_columns, const float* up, int64_t rank, const T* base,
+    const Rotation& rotation, int64_t dim, int64_t d, int64_t other, float* key, const char*& ahead) {
+  Vec x[MR], y[MR];
+#pragma GCC unroll 4
+  for (int m = 0; m < MR; ++m) x[m] = y[m] = Vec(0.f);
+  for (int64_t c = 0; c < rank; ++c) {
+    const Vec up_x = Vec::loadu(up + c * dim + d), up_y = Vec::loadu(up + c * dim + other);
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; ++m) {
+      const Vec factor(columns[m * ld_columns + c]);
+      x[m] = at::vec::fmadd(factor, up_x, x[m]);
+      y[m] = at::vec::fmadd(factor, up_y, y[m]);
+    }
+  }
+  ask<kLines>(ahead);
+  auto finish = [&](int64_t at, const Vec& own, const Vec& partner) {
+    Vec sum = at::vec::fmadd(Vec::loadu(rotation.cos + at), own, load_floats(base + at));
+    at::vec::fmadd(Vec::loadu(rotation.sin + at), partner, sum).store(key + at);
+  };
+#pragma GCC unroll 4
+  for (int m = 0; m < MR; ++m) {
+    finish(m * dim + d, x[m], y[m]);
+    if (other != d) finish(m * dim + other, y[m], x[m]);
+  }
+}
+
+// The same for all keys of a page, in blocks. As many bytes as the bases have are asked for from `ahead` on.
+template <typename T>
+inline void rotated_sum(
+    const Call& call, const float* columns, int64_t rank, const float* up, const T* base, const Rotation& rotation,
+    int64_t count, float* key, const char* ahead) {
+  constexpr int lines = 2 * 4 * W * sizeof(T) / 64;  // two vectors of four keys
+  const int64_t dim = call.k_pad, ld = padded(rank);
+  auto block = [&]<int kKeys>(int64_t j) {
+    const Rotation here{rotation.cos + j * dim, rotation.sin + j * dim};
+    for (auto [d, other] : call.partner_pairs) {
+      rotated_sum_block<kKeys, kKeys == 4 ? lines : 0>(
+          columns + j * ld, ld, up, rank, base + j * dim, here, dim, d, other, key + j * dim, ahead);
+    }
+  };
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4) block.template operator()<4>(j);
+  for (; j < count; ++j) block.template operator()<1>(j);
+}
+
 inline void normalize_row(const Call& call, float* row) {
   Vec squares(0.f);
   for (int64_t d = 0; d < call.k_pad; d += W) {
@@ -72,22 +120,30 @@ inline void normalize_row(const Call& call, float* row) {
   }
 }
 
-// Keys `[count, k_pad]` of a page as `agent` reads them. `columns` are its LR columns there (null if its rank is 0).
-inline const float* key_tile(
+// Keys `[count, k_pad]` of a page as `agent` reads them, in place where they can be, in the cache's dtype then.
+// `columns` are its LR columns there (null if its rank is 0). `ahead` (see `ask`) is used up if keys have to be built:
+// it then points at them, so that asking for it does nothing.
+inline Numbers key_tile(
     const Call& call, int64_t page, int64_t head, int64_t agent, int64_t count, const float* columns,
-    const Rotation& rotation, TileScratch& scratch) {
-  const int64_t element = (page * call.heads + head) * call.page_size * call.k_dim;
-  if (columns == nullptr && call.key_is_final) {
-    // A product over keys reads them in groups of W.
-    const float* in_place = call.k_cache.floats(element, call.k_dim);
-    if (in_place != nullptr && call.page_size % W == 0) return in_place;
-  }
+    const Rotation& rotation, TileScratch& scratch, const char*& ahead) {
+  const int64_t element = (page * call.heads + head) * call.page_size * call.k_dim, ld = call.k_pad;
+  // Keys in place are read in groups of W.
+  const bool in_place = call.page_size % W == 0 && call.k_dim % W == 0;
+  if (columns == nullptr && call.key_is_final && in_place) return call.k_cache.from(element);
   float* key = scratch.key.data();
   float* delta = scratch.delta.data();
-  const int64_t ld = call.k_pad;
+  const Numbers result(key);
+  if (columns != nullptr && call.key_is_final && !call.partner_pairs.empty() && in_place) {
+    const float* up = call.k_low.up_of(agent, head, ld);
+    call.k_cache.typed(element, [&](const auto* base) {
+      rotated_sum(call, columns, call.k_low.ranks[agent], up, base, rotation, count, key, ahead);
+    });
+    ahead = result.data;
+    return result;
+  }
   const bool rotates_after_sum = call.rotates && !call.key_is_final;
   float* base = rotates_after_sum ? delta : key;
-  to_floats(call.k_cache, element, count, call.k_dim, call.k_dim, base, ld);
+  to_floats(call.k_cache, element, count, call.k_dim, call.k_dim, base, ld, std::exchange(ahead, result.data));
   if (columns != nullptr) {
     const int64_t rank = call.k_low.ranks[agent];
     const float* up = call.k_low.up_of(agent, head, ld);
@@ -108,14 +164,15 @@ inline const float* key_tile(
       rotate_row<false>(call, delta + j * ld, rotation.cos + j * ld, rotation.sin + j * ld, key + j * ld);
     }
   }
-  return key;
+  return result;
 }
 
-inline const float* value_tile(const Call& call, int64_t page, int64_t head, int64_t count, TileScratch& scratch) {
+// Values `[count, v_pad]` of a page, in place where they can be, in the cache's dtype then.
+inline Numbers value_tile(const Call& call, int64_t page, int64_t head, int64_t count, TileScratch& scratch) {
   const int64_t element = (page * call.heads + head) * call.page_size * call.v_dim;
-  if (const float* in_place = call.v_cache.floats(element, call.v_dim)) return in_place;
+  if (call.v_dim % W == 0) return call.v_cache.from(element);
   to_floats(call.v_cache, element, count, call.v_dim, call.v_dim, scratch.value.data(), call.v_pad);
-  return scratch.value.data();
+  return Numbers(scratch.value.data());
 }
 
 }  // namespace lragent

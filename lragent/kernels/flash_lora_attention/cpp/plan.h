@@ -46,7 +46,7 @@ struct Step {
 };
 
 // Query rows (tokens x group) of one head in a block of a prefill chunk: keys are built and transposed once a block.
-constexpr int64_t kBlockRows = 144;
+constexpr int64_t kBlockRows = 192;
 // From so many query rows a head on, an item takes one head only.
 constexpr int64_t kRowsForOneHead = 32;
 // Shortest part of a context that is worth an item of its own, in keys.
@@ -121,7 +121,8 @@ class Plan {
         Item item{{}, step_.pages(alike[0]), depth * step_.page_size, common * step_.page_size, 0, step_.heads, true};
         for (int64_t s : alike) item.rows.push_back(step_.row(s, 0));
         // Rows of one agent follow each other: its keys are built once.
-        std::stable_sort(item.rows.begin(), item.rows.end(), [](const Row& a, const Row& b) { return a.agent < b.agent; });
+        std::stable_sort(
+            item.rows.begin(), item.rows.end(), [](const Row& a, const Row& b) { return a.agent < b.agent; });
         add(item);
         add_decodes(alike, common);
       } else {

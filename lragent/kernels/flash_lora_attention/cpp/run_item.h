@@ -107,19 +107,34 @@ class ItemRun {
       int64_t tile_first, int64_t first, int64_t count, int64_t page, int64_t row, int64_t rows, int64_t agent,
       const float* columns, const Rotation& rotation) {
     for (int64_t h = 0; h < heads_; ++h) {
-      const float* keys =
-          key_tile(call_, page, item_.first_head + h, agent, count, columns, rotation, space_.tile);
+      const char* ahead = next_tile(call_.k_cache, call_.k_dim, first, h);
+      const Numbers keys =
+          key_tile(call_, page, item_.first_head + h, agent, count, columns, rotation, space_.tile, ahead);
       const float* query = space_.query.data() + (h * rows_ + row) * call_.k_pad;
       float* scores = space_.scores.data() + (h * rows_ + row) * scores_ld_ + first - tile_first;
-      if (rows <= kRowsForDotProducts) {
-        dot_products(query, rows, keys, count, call_.k_pad, scores, scores_ld_);
+      if (few_rows()) {
+        keys.typed(0, [&](const auto* key) {
+          dot_products(query, rows, key, count, call_.k_pad, scores, scores_ld_, ahead);
+        });
       } else {
-        const int64_t columns_count = padded(count);
-        transpose(keys, columns_count, call_.k_pad, space_.packed.data(), columns_count);
-        product<false>(
-            query, call_.k_pad, space_.packed.data(), columns_count, scores, scores_ld_, rows, columns_count, call_.k_pad);
+        multiply_transposed(query, rows, floats(keys, count, call_.k_pad, space_.tile.key), count, scores);
       }
     }
+  }
+
+  void multiply_transposed(const float* query, int64_t rows, const float* keys, int64_t count, float* scores) {
+    const int64_t columns = padded(count);
+    transpose(keys, columns, call_.k_pad, space_.packed.data(), columns);
+    product<false>(query, call_.k_pad, space_.packed.data(), columns, scores, scores_ld_, rows, columns, call_.k_pad);
+  }
+
+  bool few_rows() const { return rows_ <= kRowsForDotProducts; }
+
+  // The same rows as floats, in `scratch` if they have another dtype.
+  const float* floats(const Numbers& rows, int64_t count, int64_t columns, std::vector<float>& scratch) const {
+    if (rows.type == at::kFloat) return reinterpret_cast<const float*>(rows.data);
+    to_floats(rows, 0, count, columns, columns, scratch.data(), columns);
+    return scratch.data();
   }
 
   // Scores of a tile become weights; what was summed so far is brought to the new maxima.
@@ -128,10 +143,12 @@ class ItemRun {
       for (int64_t row = 0; row < rows_; ++row) {
         const int64_t position = item_.rows[row / call_.group].position;
         const int64_t oldest = call_.window > 0 ? position - call_.window + 1 : 0;
-        const int64_t low = std::max<int64_t>(oldest - tile_first, 0), high = std::min(position + 1 - tile_first, count);
+        const int64_t low = std::max<int64_t>(oldest - tile_first, 0);
+        const int64_t high = std::min(position + 1 - tile_first, count);
         const int64_t at = h * rows_ + row;
         const float correction = softmax_row(
-            space_.scores.data() + at * scores_ld_, low, high, count, call_.score_scale, space_.maximum[at], space_.total[at]);
+            space_.scores.data() + at * scores_ld_, low, high, count, call_.score_scale, space_.maximum[at],
+            space_.total[at]);
         if (correction != 1.f) {
           scale_row(space_.out.data() + at * call_.v_pad, call_.v_pad, correction);
           scale_row(space_.reduced.data() + at * reduced_ld_, reduced_ld_, correction);
@@ -140,15 +157,35 @@ class ItemRun {
     }
   }
 
+  // The page after that of key `first`, or that page if it is the last.
+  int64_t next_page(int64_t first) const {
+    const int64_t next = first + call_.page_size;
+    return item_.pages[(next < item_.last_key ? next : first) / call_.page_size];
+  }
+
+  // Where the same head's tile lies in the next page.
+  const char* next_tile(const Numbers& cache, int64_t dim, int64_t first, int64_t h) const {
+    const int64_t page = next_page(first);
+    return cache.at((page * call_.heads + item_.first_head + h) * call_.page_size * dim);
+  }
+
   void add_values(int64_t tile_first, int64_t first, int64_t count) {
     const int64_t page = item_.pages[first / call_.page_size], row = first_seeing(first) * call_.group;
-    const float* scores = space_.scores.data() + first - tile_first;
     for (int64_t h = 0; h < heads_; ++h) {
-      const float* values = value_tile(call_, page, item_.first_head + h, count, space_.tile);
+      const Numbers values = value_tile(call_, page, item_.first_head + h, count, space_.tile);
       const int64_t at = h * rows_ + row;
-      product<true>(
-          scores + at * scores_ld_, scores_ld_, values, call_.v_pad, space_.out.data() + at * call_.v_pad, call_.v_pad,
-          rows_ - row, call_.v_pad, count);
+      const float* weights = space_.scores.data() + at * scores_ld_ + first - tile_first;
+      float* out = space_.out.data() + at * call_.v_pad;
+      auto add = [&]<bool kAhead>(const auto* value, const char* ahead) {
+        product<true, kAhead>(
+            weights, scores_ld_, value, call_.v_pad, out, call_.v_pad, rows_ - row, call_.v_pad, count, ahead);
+      };
+      if (few_rows()) {
+        const char* ahead = next_tile(call_.v_cache, call_.v_dim, first, h);
+        values.typed(0, [&](const auto* value) { add.template operator()<true>(value, ahead); });
+      } else {
+        add.template operator()<false>(floats(values, count, call_.v_pad, space_.tile.value), nullptr);
+      }
     }
     if (!call_.v_low.present) return;
     for_agents(first, [&](int64_t begin, int64_t rows, int64_t agent) {
@@ -157,8 +194,9 @@ class ItemRun {
       const float* columns = call_.v_low.page(agent, page, call_.page_size, count, space_.tile.columns.data());
       for (int64_t h = 0; h < heads_; ++h) {
         const int64_t at = h * rows_ + begin;
+        const float* weights = space_.scores.data() + at * scores_ld_ + first - tile_first;
         product<true>(
-            scores + at * scores_ld_, scores_ld_, columns, padded(rank), space_.reduced.data() + at * reduced_ld_,
+            weights, scores_ld_, columns, padded(rank), space_.reduced.data() + at * reduced_ld_,
             reduced_ld_, rows, padded(rank), count);
       }
     });
@@ -171,9 +209,10 @@ class ItemRun {
       if (rank == 0) return;
       for (int64_t h = 0; h < heads_; ++h) {
         const int64_t at = h * rows_ + begin;
+        const float* up = call_.v_low.up_of(agent, item_.first_head + h, call_.v_pad);
         product<true>(
-            space_.reduced.data() + at * reduced_ld_, reduced_ld_, call_.v_low.up_of(agent, item_.first_head + h, call_.v_pad),
-            call_.v_pad, space_.out.data() + at * call_.v_pad, call_.v_pad, rows, call_.v_pad, rank);
+            space_.reduced.data() + at * reduced_ld_, reduced_ld_, up, call_.v_pad,
+            space_.out.data() + at * call_.v_pad, call_.v_pad, rows, call_.v_pad, rank);
       }
     });
   }

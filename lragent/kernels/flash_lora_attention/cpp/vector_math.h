@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 namespace lragent {
 
@@ -19,10 +20,41 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
+// Memory that is needed soon is asked for a few lines at a time between arithmetic: pages lie anywhere, so the
+// processor can't foresee the next one, and asked for all at once it would be waited for. `ahead` is where to go on;
+// it may run past what is needed or past the end of memory.
+template <int kLines>
+inline void ask(const char*& ahead) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + i * 64);
+  ahead += kLines * 64;
+}
+
+inline float largest_of(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
+}
+
+inline float sum_of(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
+}
+
+template <typename T>
+inline Vec load_floats(const T* from) {
+  if constexpr (std::is_same_v<T, float>) {
+    return Vec::loadu(from);
+  } else {
+    Vec numbers;
+    at::vec::load_to_float<T>(from, numbers);
+    return numbers;
+  }
+}
+
 // C[m][n] (+)= sum_k A[m][k] * B[k][n] for MR rows and NV vectors of C, which stay in registers.
 // The sum over k is added to C as a whole: sums over a long context then round once a page, not once a key.
-template <int MR, int NV, bool kAccumulate>
-inline void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t k_size) {
+template <int MR, int NV, bool kAccumulate, bool kAhead, typename T>
+inline void product_block(
+    const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t k_size, const char*& ahead) {
+  constexpr int lines = std::max<int>(1, NV * W * sizeof(T) / 64);
   Vec acc[MR][NV];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
@@ -30,9 +62,10 @@ inline void product_block(const float* a, int64_t lda, const float* b, int64_t l
     for (int n = 0; n < NV; ++n) acc[m][n] = Vec(0.f);
   }
   for (int64_t k = 0; k < k_size; ++k) {
+    if constexpr (kAhead) ask<lines>(ahead);
     Vec row[NV];
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) row[n] = Vec::loadu(b + k * ldb + n * W);
+    for (int n = 0; n < NV; ++n) row[n] = load_floats(b + k * ldb + n * W);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
       const Vec factor(a[m * lda + k]);
@@ -50,70 +83,96 @@ inline void product_block(const float* a, int64_t lda, const float* b, int64_t l
   }
 }
 
-template <int MR, int NV, bool kAccumulate>
+template <int MR, int NV, bool kAccumulate, bool kAhead, typename T>
 inline void product_rows(
-    const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t n_size, int64_t k_size) {
+    const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t n_size, int64_t k_size,
+    const char* ahead) {
   int64_t n = 0;
-  for (; n + NV * W <= n_size; n += NV * W) product_block<MR, NV, kAccumulate>(a, lda, b + n, ldb, c + n, ldc, k_size);
-  for (; n < n_size; n += W) product_block<MR, 1, kAccumulate>(a, lda, b + n, ldb, c + n, ldc, k_size);
+  for (; n + NV * W <= n_size; n += NV * W) {
+    product_block<MR, NV, kAccumulate, kAhead>(a, lda, b + n, ldb, c + n, ldc, k_size, ahead);
+  }
+  for (; n < n_size; n += W) product_block<MR, 1, kAccumulate, kAhead>(a, lda, b + n, ldb, c + n, ldc, k_size, ahead);
 }
 
 // C[M][N] (+)= A[M][K] B[K][N]; N is a multiple of W. Register blocks fit the 16 registers of AVX2.
-template <bool kAccumulate>
+// With kAhead, as many bytes as B has are asked for from `ahead` on.
+template <bool kAccumulate, bool kAhead = false, typename T>
 inline void product(
-    const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t m_size, int64_t n_size, int64_t k_size) {
-  int64_t m = 0;
-  for (; m_size - m >= 6; m += 6) product_rows<6, 2, kAccumulate>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, n_size, k_size);
-  a += m * lda;
-  c += m * ldc;
-  switch (m_size - m) {
-    case 1: return product_rows<1, 8, kAccumulate>(a, lda, b, ldb, c, ldc, n_size, k_size);
-    case 2: return product_rows<2, 4, kAccumulate>(a, lda, b, ldb, c, ldc, n_size, k_size);
-    case 3: return product_rows<3, 4, kAccumulate>(a, lda, b, ldb, c, ldc, n_size, k_size);
-    case 4: return product_rows<4, 2, kAccumulate>(a, lda, b, ldb, c, ldc, n_size, k_size);
-    case 5: return product_rows<5, 2, kAccumulate>(a, lda, b, ldb, c, ldc, n_size, k_size);
+    const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t m_size, int64_t n_size,
+    int64_t k_size, const char* ahead = nullptr) {
+  const int64_t rows = m_size > 8 ? 6 : m_size > 6 ? 4 : m_size;
+  switch (rows) {
+    case 1: product_rows<1, 8, kAccumulate, kAhead>(a, lda, b, ldb, c, ldc, n_size, k_size, ahead); break;
+    case 2: product_rows<2, 4, kAccumulate, kAhead>(a, lda, b, ldb, c, ldc, n_size, k_size, ahead); break;
+    case 3: product_rows<3, 4, kAccumulate, kAhead>(a, lda, b, ldb, c, ldc, n_size, k_size, ahead); break;
+    case 4: product_rows<4, 2, kAccumulate, kAhead>(a, lda, b, ldb, c, ldc, n_size, k_size, ahead); break;
+    case 5: product_rows<5, 2, kAccumulate, kAhead>(a, lda, b, ldb, c, ldc, n_size, k_size, ahead); break;
+    case 6: product_rows<6, 2, kAccumulate, kAhead>(a, lda, b, ldb, c, ldc, n_size, k_size, ahead); break;
     default: return;
+  }
+  if (m_size > rows) {
+    product<kAccumulate>(a + rows * lda, lda, b, ldb, c + rows * ldc, ldc, m_size - rows, n_size, k_size);
   }
 }
 
-// Sums of W vectors as one vector.
-inline Vec sums(const Vec (&x)[W]) {
+// Sums of four vectors.
+inline void store_sums(const Vec (&x)[4], float* to) {
 #if defined(CPU_CAPABILITY_AVX2)
   auto pair = [](__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); };
-  auto quad = [](__m256 a, __m256 b) {
-    const __m256d p = _mm256_castps_pd(a), q = _mm256_castps_pd(b);
-    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(p, q)), _mm256_castpd_ps(_mm256_unpackhi_pd(p, q)));
-  };
-  const __m256 low = quad(pair(x[0], x[1]), pair(x[2], x[3]));
-  const __m256 high = quad(pair(x[4], x[5]), pair(x[6], x[7]));
-  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+  const __m256d low = _mm256_castps_pd(pair(x[0], x[1])), high = _mm256_castps_pd(pair(x[2], x[3]));
+  const __m256 halves = _mm256_add_ps(
+      _mm256_castpd_ps(_mm256_unpacklo_pd(low, high)), _mm256_castpd_ps(_mm256_unpackhi_pd(low, high)));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 #else
-  alignas(64) float rows[W * W], columns[W * W];
-  for (int64_t i = 0; i < W; ++i) x[i].store(rows + i * W);
-  at::vec::transpose_mxn<float, W, W>(rows, W, columns, W);
-  Vec total = Vec::loadu(columns);
-  for (int64_t i = 1; i < W; ++i) total = total + Vec::loadu(columns + i * W);
-  return total;
+  for (int i = 0; i < 4; ++i) to[i] = sum_of(x[i]);
 #endif
 }
 
-// scores[row][j] = query[row] . keys[j]: dot products over rows of keys as they lie in a page, W keys at a time.
-inline void dot_products(
-    const float* query, int64_t rows, const float* keys, int64_t count, int64_t dim, float* scores, int64_t ld_scores) {
-  for (int64_t j = 0; j < count; j += W) {
-    const float* group = keys + j * dim;
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* q = query + row * dim;
-      Vec acc[W];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < W; ++i) acc[i] = Vec(0.f);
-      for (int64_t d = 0; d < dim; d += W) {
-        const Vec chunk = Vec::loadu(q + d);
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < W; ++i) acc[i] = at::vec::fmadd(chunk, Vec::loadu(group + i * dim + d), acc[i]);
-      }
-      sums(acc).store(scores + row * ld_scores + j);
+// Dot products of R queries with four keys.
+template <int R, int kLines, typename T>
+inline void dot_block(
+    const float* query, const T* keys, int64_t dim, float* scores, int64_t ld_scores, const char*& ahead) {
+  Vec acc[R][4];
+#pragma GCC unroll 4
+  for (int row = 0; row < R; ++row) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) acc[row][i] = Vec(0.f);
+  }
+  for (int64_t d = 0; d < dim; d += W) {
+    ask<kLines>(ahead);
+    Vec key[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) key[i] = load_floats(keys + i * dim + d);
+#pragma GCC unroll 4
+    for (int row = 0; row < R; ++row) {
+      const Vec chunk = Vec::loadu(query + row * dim + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) acc[row][i] = at::vec::fmadd(chunk, key[i], acc[row][i]);
     }
+  }
+#pragma GCC unroll 4
+  for (int row = 0; row < R; ++row) store_sums(acc[row], scores + row * ld_scores);
+}
+
+// scores[row][j] = query[row] . keys[j] for keys as they lie in a page: a multiple of four, from `count` up.
+// As many bytes as the keys have are asked for from `ahead` on.
+template <typename T>
+inline void dot_products(
+    const float* query, int64_t rows, const T* keys, int64_t count, int64_t dim, float* scores, int64_t ld_scores,
+    const char* ahead) {
+  constexpr int lines = std::max<int>(1, 4 * W * sizeof(T) / 64);
+  for (int64_t j = 0; j < count; j += 4) {
+    auto block = [&]<int R, int kLines>(int64_t row) {
+      dot_block<R, kLines>(query + row * dim, keys + j * dim, dim, scores + row * ld_scores + j, ld_scores, ahead);
+    };
+    // The first block asks for all.
+    if (rows == 1) block.template operator()<1, lines>(0);
+    if (rows == 2) block.template operator()<2, lines>(0);
+    if (rows >= 3) block.template operator()<3, lines>(0);
+    int64_t row = 3;
+    for (; row + 3 <= rows; row += 3) block.template operator()<3, 0>(row);
+    if (rows - row == 2) block.template operator()<2, 0>(row);
+    if (rows - row == 1) block.template operator()<1, 0>(row);
   }
 }
 
@@ -131,12 +190,22 @@ inline void scale_row(float* row, int64_t n, float factor) {
   for (int64_t i = 0; i < n; i += W) (Vec::loadu(row + i) * f).store(row + i);
 }
 
-inline float largest_of(const Vec& x) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
-}
-
-inline float sum_of(const Vec& x) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
+// exp(x) for x <= 0, and 0 below the smallest normal result; polynomial of Cephes' expf, good to two units in the
+// last place.
+inline Vec exp_of_nonpositive(const Vec& x) {
+  const Vec least(-87.f), rounder(12582912.f);  // 1.5 * 2^23: adding it leaves the rounded number in the lowest bits
+  const Vec clamped = at::vec::maximum(x, least);
+  const Vec shifted = at::vec::fmadd(clamped, Vec(1.44269504088896341f), rounder), n = shifted - rounder;
+  const Vec r = at::vec::fmadd(n, Vec(2.12194440e-4f), at::vec::fmadd(n, Vec(-0.693359375f), clamped));
+  Vec p = at::vec::fmadd(Vec(1.9875691500e-4f), r, Vec(1.3981999507e-3f));
+  p = at::vec::fmadd(p, r, Vec(8.3334519073e-3f));
+  p = at::vec::fmadd(p, r, Vec(4.1665795894e-2f));
+  p = at::vec::fmadd(p, r, Vec(1.6666665459e-1f));
+  p = at::vec::fmadd(p, r, Vec(5.0000001201e-1f));
+  p = at::vec::fmadd(p, r * r, r + Vec(1.f));
+  const auto exponent = at::vec::cast<int32_t>(shifted) << at::vec::Vectorized<int32_t>(23);
+  const Vec result = at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
+  return Vec::blendv(result, Vec(0.f), x < least);
 }
 
 // How raw products become scores: `scale * x`, then `softcap * tanh(score / softcap)` if softcap > 0.
@@ -169,7 +238,7 @@ inline float softmax_row(
   const Vec scale(scaling.scale), shift(maximum);
   Vec sum(0.f);
   for (int64_t j = first; j < last; j += W) {
-    const Vec weight = at::vec::fmsub(Vec::loadu(scores + j), scale, shift).exp();
+    const Vec weight = exp_of_nonpositive(at::vec::fmsub(Vec::loadu(scores + j), scale, shift));
     weight.store(scores + j);
     sum = sum + weight;
   }
