@@ -30,7 +30,7 @@ def inspect(
     """Show agents, streams, key transforms, bytes a token under each scheme, and refusals."""
     from lragent.runtime.memory import parse_bytes
 
-    size = parse_bytes(memory)
+    size = parse_bytes(memory, "--memory")
     if adapters is None:
         inspection = lragent.inspect(path)
     else:

@@ -25,11 +25,13 @@ from torch import Tensor
 
 from lragent.errors import ArtifactError, ModelError
 from lragent.manifest import FileEntry, Manifest, read_manifest, write_manifest
+from lragent.runtime.tokenizer import TokenizerFile
 
 BASE_WEIGHTS = "weights/base.safetensors"
 ADAPTER_WEIGHTS = "weights/adapters.safetensors"
 TOKENIZER = "tokenizer"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+FAST_TOKENIZER = "tokenizer.json"
+TOKENIZER_FILES = (FAST_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # Weight files are checked by size when an artifact is loaded; `lragent verify` hashes them too.
 
 
@@ -188,20 +190,28 @@ def write_weights(
 def write_tokenizer(source: str | None, directory: Path) -> bool:
     """Saves the model's tokenizer; False if it has none.
 
+    A `tokenizer.json` is copied as it is, with the files that belong to it: reading and saving it again could change it
+    (transformers rebuilds some models' tokenizers from their vocabulary). Older files are converted to one.
+
     Raises:
         ModelError: there are tokenizer files, but they can't be read.
     """
-    if source is None or not (Path(source) / "tokenizer_config.json").is_file():
-        held = Path(source) / "tokenizer.json" if source else None
-        if held is None or not held.is_file():
-            return False
-    from transformers import AutoTokenizer
-
+    if source is None or not any((Path(source) / name).is_file() for name in ("tokenizer_config.json", FAST_TOKENIZER)):
+        return False
+    target = directory / TOKENIZER
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        tokenizer.save_pretrained(directory / TOKENIZER)
+        if (Path(source) / FAST_TOKENIZER).is_file():
+            target.mkdir()
+            for name in TOKENIZER_FILES:
+                if (Path(source) / name).is_file():
+                    shutil.copyfile(Path(source) / name, target / name)
+            TokenizerFile(target / FAST_TOKENIZER)
+        else:
+            from transformers import AutoTokenizer
+
+            AutoTokenizer.from_pretrained(source).save_pretrained(target)
     except Exception as error:
         raise ModelError(
             f"the tokenizer in {source} can't be read: {error}", "Mend it, or remove its files."
         ) from error
-    return (directory / TOKENIZER / "tokenizer.json").is_file()
+    return (target / FAST_TOKENIZER).is_file()

@@ -53,6 +53,12 @@ def test_every_weight_is_stored_once_and_as_it_was(tiny_artifact: Path, tiny_lla
     assert stored < sum(unique.values()) + 200 * len(weights) + 4096
 
 
+def test_a_tokenizer_file_is_kept_as_it_is(tiny_artifact: Path, tiny_llama: WrittenModel) -> None:
+    """Reading and saving it again can change it."""
+    held, given = (folder / "tokenizer.json" for folder in (tiny_artifact / "tokenizer", tiny_llama.model_dir))
+    assert held.read_bytes() == given.read_bytes()
+
+
 def test_refuses_to_replace_without_being_told(tiny_llama: WrittenModel, artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="exists"):
         lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, artifact)

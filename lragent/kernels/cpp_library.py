@@ -9,7 +9,10 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -76,15 +79,16 @@ def _build(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         try:
-            cpp_extension.load(
-                name=file.stem,
-                sources=[str(source) for source in _files() if source.suffix == ".cpp"],
-                extra_cflags=list(_flags()),
-                extra_ldflags=["-fopenmp"],
-                extra_include_paths=[str(_KERNELS)],
-                build_directory=scratch,
-                is_python_module=False,
-            )
+            with _own_programs_on_path():
+                cpp_extension.load(
+                    name=file.stem,
+                    sources=[str(source) for source in _files() if source.suffix == ".cpp"],
+                    extra_cflags=list(_flags()),
+                    extra_ldflags=["-fopenmp"],
+                    extra_include_paths=[str(_KERNELS)],
+                    build_directory=scratch,
+                    is_python_module=False,
+                )
         except RuntimeError as error:
             raise CompilerMissing(f"the C++ kernels can't be built: {error}", _HINT) from error
         os.replace(Path(scratch) / file.name, file)
@@ -104,5 +108,23 @@ def _flags() -> tuple[str, ...]:
 
 def _missing_tools() -> list[str]:
     compiler = os.environ.get("CXX", "c++")
-    wanted = {f"compiler {compiler!r}": compiler.split()[0], "ninja": "ninja"}
-    return [name for name, command in wanted.items() if shutil.which(command) is None]
+    missing = [] if shutil.which(compiler.split()[0]) else [f"compiler {compiler!r}"]
+    return missing if shutil.which("ninja", path=_search_path()) else [*missing, "ninja"]
+
+
+def _search_path() -> str:
+    """PATH, then where this Python's own programs are: ninja is there, also if the environment isn't active."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+
+
+@contextmanager
+def _own_programs_on_path() -> Iterator[None]:
+    before = os.environ.get("PATH")
+    os.environ["PATH"] = _search_path()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PATH"]
+        else:
+            os.environ["PATH"] = before

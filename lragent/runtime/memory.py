@@ -15,12 +15,13 @@ import torch
 from lragent.errors import CacheMemoryError, InternalError, RequestError
 from lragent.kernels.cache_schema import CacheSchema, Columns
 from lragent.kernels.step import CacheTensors
+from lragent.runtime import huge_pages
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def parse_bytes(amount: int | str) -> int:
-    """Bytes of `"2GiB"`, `"1.5 GB"` or a plain number.
+def parse_bytes(amount: int | str, called: str = "kv_memory") -> int:
+    """Bytes of `"2GiB"`, `"1.5 GB"` or a plain number; `called` is its name in errors.
 
     Raises:
         RequestError: not a number with a known unit.
@@ -30,7 +31,7 @@ def parse_bytes(amount: int | str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", amount)
     if match is None or match[2].upper() not in _UNITS:
         raise RequestError(
-            f"kv_memory {amount!r} is not an amount of memory", 'Write it like "2GiB", "512MB" or 1048576.'
+            f"{called} {amount!r} is not an amount of memory", 'Write it like "2GiB", "512MB" or 1048576.'
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
@@ -98,17 +99,27 @@ class Cache:
 def allocate(
     schema: CacheSchema, columns: Columns, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
 ) -> Cache:
-    """All cache tensors, zeroed (the CPU commits their memory when it is first written)."""
+    """All cache tensors, zeroed (the CPU commits their memory when it is first written).
+
+    Raises:
+        CacheMemoryError: the system refuses so much memory.
+    """
     if schema.layout == "dense" and schema.low_rank:
         raise InternalError("a dense cache schema must not name low-rank streams")
 
     def zeros(*shape: int) -> torch.Tensor:
+        if device.type == "cpu":
+            return huge_pages.zeros(shape, dtype)
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    tensors = CacheTensors(
-        k_base=tuple(zeros(pages, layer.kv_heads, page_size, layer.k_dim) for layer in schema.base),
-        v_base=tuple(zeros(pages, layer.kv_heads, page_size, layer.v_dim) for layer in schema.base),
-        low_rank=tuple(zeros(stream.elements(columns, pages, page_size)) for stream in schema.low_rank),
-        tables=tuple(stream.table(columns, pages, page_size).to(device) for stream in schema.low_rank),
-    )
+    try:
+        tensors = CacheTensors(
+            k_base=tuple(zeros(pages, layer.kv_heads, page_size, layer.k_dim) for layer in schema.base),
+            v_base=tuple(zeros(pages, layer.kv_heads, page_size, layer.v_dim) for layer in schema.base),
+            low_rank=tuple(zeros(stream.elements(columns, pages, page_size)) for stream in schema.low_rank),
+            tables=tuple(stream.table(columns, pages, page_size).to(device) for stream in schema.low_rank),
+        )
+    except (OSError, RuntimeError) as error:  # mmap, PyTorch
+        size = page_bytes(schema, columns, page_size, dtype).total * pages
+        raise CacheMemoryError(f"{size} bytes of cache can't be allocated: {error}", "Give less kv_memory.") from error
     return Cache(tensors, schema, columns, pages, page_size)

@@ -117,6 +117,11 @@ def test_no_page_fits() -> None:
         Engine(toy_program("split"), "base_lr_shared", kv_memory="lots")
 
 
+def test_more_than_the_system_gives() -> None:
+    with pytest.raises(CacheMemoryError, match="can't be allocated"):
+        Engine(toy_program("split"), "base_lr_shared", kv_memory=1 << 60)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_peak_held_bytes_equal_the_formulas(scheme: str) -> None:
     """Numbers a token: DESIGN.md section 2; pages of four float64 tokens; three agents of ranks 2, 2, 3 and 2, 3, 0."""
