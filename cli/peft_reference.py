@@ -24,38 +24,37 @@ class Scored:
 
 
 class PeftReference:
-    """The model with its adapters, run token by token as transformers and PEFT do it.
+    """The model with one adapter at a time, run token by token as transformers and PEFT do it.
+
+    An agent's adapter is loaded alone on a fresh base when the agent changes: PEFT can't hold adapters of all variants
+    beside each other, and a trained bias would change the base under the others.
 
     Args:
         dtype: name of a torch dtype, that of the artifact.
     """
 
-    def __init__(self, model_dir: Path, adapters: Mapping[str, Path], dtype: str) -> None:
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM
+    def __init__(self, model: Path, adapters: Mapping[str, Path], dtype: str) -> None:
+        self._path, self._adapters, self._dtype = model, adapters, getattr(torch, dtype)
+        self._loaded: tuple[str, Any] | None = None
 
-        model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
-        # PEFT's names become module names, which can't hold dots.
-        self._names = {agent: f"adapter{index}" for index, agent in enumerate(adapters)}
-        peft_model: Any = None
-        for agent, path in adapters.items():
-            name = self._names[agent]
-            if peft_model is None:
-                peft_model = PeftModel.from_pretrained(model, path, adapter_name=name, autocast_adapter_dtype=False)
-            else:
-                peft_model.load_adapter(path, adapter_name=name, autocast_adapter_dtype=False)
-        self._model = peft_model.eval()
+    def _acting(self, agent: str) -> Any:
+        if self._loaded is None or self._loaded[0] != agent:
+            from lragent.checkpoint import read_base
+
+            self._loaded = None  # frees the last one first
+            model = read_base(self._path, self._dtype)
+            if agent in self._adapters:
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, self._adapters[agent], autocast_adapter_dtype=False)
+            self._loaded = (agent, model.eval())
+        return self._loaded[1]
 
     def score(self, agent: str, prompt: list[int], continuation: list[int]) -> Scored:
         """Log-probabilities of a continuation by an agent; `base` is the model without adapter."""
         ids = torch.tensor([prompt + continuation])
         with torch.no_grad():
-            if agent in self._names:
-                self._model.set_adapter(self._names[agent])
-                logits = self._model(ids, use_cache=False).logits
-            else:
-                with self._model.disable_adapter():
-                    logits = self._model(ids, use_cache=False).logits
+            logits = self._acting(agent)(ids, use_cache=False).logits
         logprobs_TV = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
         given_T = logprobs_TV.gather(1, torch.tensor(continuation)[:, None])[:, 0]
         return Scored(given_T.tolist(), (logprobs_TV.max(-1).values - given_T).tolist())

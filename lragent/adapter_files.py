@@ -1,104 +1,38 @@
-"""Adapter directories as PEFT writes them: reading, checking, fingerprints."""
+"""Adapter weight files as PEFT and tools around it write them: reading, names of keys, checks against the base."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lragent.errors import AdapterError
+from lragent.peft_layers import in_out
 
-if TYPE_CHECKING:
-    from lragent.loading import LoraWeights
-
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+OLD_WEIGHTS = "adapter_model.bin"
 PEFT_PREFIX = "base_model.model."
 
-# Settings of PEFT's LoraConfig that change what an adapter computes and that are not supported yet: name -> what it is.
-UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "alora_invocation_tokens": "activated LoRA (aLoRA)",
-    "lora_bias": "a bias in lora_B",
-    "modules_to_save": "fully trained modules (modules_to_save)",
-    "trainable_token_indices": "trained token rows (trainable_token_indices)",
-    "target_parameters": "adapters on bare parameters (target_parameters)",
-    "layer_replication": "layer replication",
-    "use_qalora": "QA-LoRA",
-    "use_bdlora": "BD-LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-}
+# Tools wrap the model before they save: torch.compile, FSDP, data parallel.
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)(?=\.)")
+_PART = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.|$)")
 
 
-def read_config(name: str, path: Path) -> dict[str, Any]:
-    """Reads and checks `adapter_config.json`.
+@dataclass(frozen=True)
+class AdapterFile:
+    """One adapter's tensors under PEFT's keys, and trained biases by module FQN."""
 
-    Raises:
-        AdapterError: no such folder or file, not JSON, or a kind of adapter that is not supported.
-    """
-    if not path.is_dir():
-        raise AdapterError(f"adapter {name}: no directory at {path}", f"Give a folder with {CONFIG} and {WEIGHTS}.")
-    file = path / CONFIG
-    if not file.is_file():
-        raise AdapterError(f"adapter {name}: {path} has no {CONFIG}", "Save the adapter with save_pretrained.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"adapter {name}: {file} is not JSON: {error}", "Save the adapter again.") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"adapter {name}: {file} holds no JSON object", "Save the adapter again.")
-    require_supported(name, config, str(file))
-    return config
-
-
-def require_supported(name: str, config: Mapping[str, Any], where: str) -> None:
-    """Refuses what is not plain LoRA.
-
-    Raises:
-        AdapterError: names adapter, setting and value.
-    """
-    kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
-    if kind != "LORA":
-        raise AdapterError(f"adapter {name}: peft_type is {kind!r} in {where}", "Only LoRA adapters can be shared.")
-    for setting, what in UNSUPPORTED.items():
-        if config.get(setting):
-            raise AdapterError(
-                f"adapter {name}: {setting}={config[setting]!r} in {where}: {what} is not supported",
-                "Train or merge the adapter without it.",
-            )
-    if config.get("bias", "none") != "none":
-        raise AdapterError(
-            f"adapter {name}: bias={config['bias']!r} in {where}: trained biases are not supported",
-            'Train the adapter with bias="none".',
-        )
-
-
-def require_same_base(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Adapters of one set must name the same base model (compared by the last part of its name)."""
-    bases = {
-        name: str(config["base_model_name_or_path"]).rstrip("/").rsplit("/", 1)[-1]
-        for name, config in configs.items()
-        if config.get("base_model_name_or_path")
-    }
-    if len(set(bases.values())) > 1:
-        found = ", ".join(f"{name}: {base}" for name, base in bases.items())
-        raise AdapterError(
-            f"adapters were trained on different base models ({found})",
-            f"Use adapters of one base, or correct base_model_name_or_path in {CONFIG}.",
-        )
+    tensors: dict[str, Tensor]
+    biases: dict[str, Tensor]
 
 
 def read_weights(name: str, path: Path) -> dict[str, Tensor]:
-    """Reads `adapter_model.safetensors`.
+    """Reads `adapter_model.safetensors`, or the `adapter_model.bin` of older versions (tensors only, nothing is run).
 
     Raises:
         AdapterError: missing or damaged.
@@ -106,64 +40,94 @@ def read_weights(name: str, path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file = path / WEIGHTS
-    if not file.is_file():
+    file, old = path / WEIGHTS, path / OLD_WEIGHTS
+    if not file.is_file() and not old.is_file():
         raise AdapterError(f"adapter {name}: {path} has no {WEIGHTS}", "Save the adapter as safetensors.")
     try:
-        return load_file(file)
+        if file.is_file():
+            return load_file(file)
+        loaded = torch.load(old, map_location="cpu", weights_only=True)
     except (SafetensorError, ValueError, OSError) as error:
         raise AdapterError(
             f"adapter {name}: {file} is damaged ({error}); size {file.stat().st_size} bytes", "Copy the file again."
         ) from error
+    except Exception as error:  # what unpickling raises is not one kind
+        raise AdapterError(
+            f"adapter {name}: {old} can't be read as tensors only ({type(error).__name__})",
+            "Save the adapter as safetensors.",
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise AdapterError(f"adapter {name}: {old} holds no tensors by name", "Save the adapter as safetensors.")
+    return loaded
 
 
-def linear_sizes(base: torch.nn.Module) -> dict[str, tuple[int, int] | None]:
-    """Every module of the base: input and output width where it is linear, else None."""
-    return {fqn: _in_out(module) for fqn, module in base.named_modules()}
+def in_peft_names(
+    name: str, path: Path, weights: Mapping[str, Tensor], saved_modules: Sequence[str], base: torch.nn.Module
+) -> AdapterFile:
+    """Brings keys into the names that PEFT reads, and sets biases apart.
 
+    Accepted: with or without `base_model.model.`, with the adapter's name inside (`lora_A.default.weight`), with
+    `_orig_mod.` or `_fsdp_wrapped_module.` anywhere. A copy of a base weight (saved when embeddings are adapted) is
+    dropped if it is equal to the base's.
 
-def require_fits(
-    name: str,
-    path: Path,
-    weights: Mapping[str, Tensor],
-    sizes: Mapping[str, tuple[int, int] | None],
-    architecture: str,
-) -> None:
-    """Every LoRA weight must belong to a module of the base (`sizes`, see `linear_sizes`), with its shape.
+    Args:
+        saved_modules: `modules_to_save` of the adapter's config: ends of module names.
 
     Raises:
-        AdapterError: names adapter, module, shapes.
+        AdapterError: a key that belongs to no module of the base, a shape that does not fit, a copy of a base weight
+            that differs.
     """
+    modules = dict(base.named_modules())
+    found = AdapterFile({}, {})
     for key, tensor in weights.items():
-        if ".lora_A." not in key and ".lora_B." not in key:
-            continue
-        part = "lora_A" if ".lora_A." in key else "lora_B"
-        fqn = key.removeprefix(PEFT_PREFIX).split(f".{part}.")[0]
-        if fqn not in sizes:
-            raise AdapterError(
-                f"adapter {name} ({path}) adapts module {fqn}, which {architecture} does not have",
-                "The adapter was trained on another architecture; use the base model that it was trained on.",
-            )
-        in_out = sizes[fqn]
-        if in_out is None:
-            continue
-        expected = in_out[0] if part == "lora_A" else in_out[1]
-        found = tensor.shape[1] if part == "lora_A" else tensor.shape[0]
-        if found != expected:
-            raise AdapterError(
-                f"adapter {name} ({path}): {key} has shape {list(tensor.shape)}, but {fqn} of the base needs"
-                f" {expected} there",
-                "The adapter was trained on another base model; use that one.",
-            )
+        plain = _WRAPPERS.sub("", key).lstrip(".")
+        while plain.startswith(PEFT_PREFIX):
+            plain = plain.removeprefix(PEFT_PREFIX)
+        part = _PART.search(plain)
+        owner = plain[: part.start()] if part else plain.replace(".base_layer.", ".").rpartition(".")[0]
+        if part is not None:
+            if owner not in modules:
+                raise AdapterError(
+                    f"adapter {name} ({path}) adapts module {owner}, which {type(base).__name__} does not have",
+                    "The adapter was trained on another architecture; use the base model that it was trained on.",
+                )
+            _require_shape(name, path, key, tensor, part[1], owner, modules[owner])
+            leaf = ".bias" if plain.endswith(".bias") else ".weight" if part[1] in ("lora_A", "lora_B") else ""
+            found.tensors[f"{PEFT_PREFIX}{owner}.{part[1]}{leaf}"] = tensor
+        elif any(owner.endswith(end) for end in saved_modules) or owner not in modules:
+            found.tensors[PEFT_PREFIX + plain] = tensor
+        elif plain.endswith(".bias"):
+            found.biases[owner] = tensor
+        else:
+            _require_base_copy(name, path, key, tensor, modules[owner])
+    return found
 
 
-def _in_out(module: torch.nn.Module) -> tuple[int, int] | None:
-    weight = getattr(module, "weight", None)
-    if isinstance(module, torch.nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(weight, Tensor) and weight.dim() == 2 and hasattr(module, "nf"):  # transformers' Conv1D
-        return weight.shape[0], weight.shape[1]
-    return None
+def _require_shape(
+    name: str, path: Path, key: str, tensor: Tensor, part: str, owner: str, module: torch.nn.Module
+) -> None:
+    sizes = in_out(module)
+    if sizes is None or tensor.dim() != 2:
+        return
+    expected = sizes[0] if part.endswith("_A") else sizes[1]
+    found = tensor.shape[1] if part.endswith("_A") else tensor.shape[0]
+    if found != expected:
+        raise AdapterError(
+            f"adapter {name} ({path}): {key} has shape {list(tensor.shape)}, but {owner} of the base needs"
+            f" {expected} there",
+            "The adapter was trained on another base model; use that one.",
+        )
+
+
+def _require_base_copy(name: str, path: Path, key: str, tensor: Tensor, module: torch.nn.Module) -> None:
+    """A weight of the base inside an adapter must be the base's: agents share it."""
+    own = getattr(module, key.rpartition(".")[2], None)
+    if isinstance(own, Tensor) and own.shape == tensor.shape and torch.equal(own, tensor.to(own.dtype)):
+        return
+    raise AdapterError(
+        f"adapter {name} ({path}): {key} holds another weight than the base, which agents share",
+        "Use the base that it was trained on; weights that were trained whole belong into modules_to_save.",
+    )
 
 
 @contextmanager
@@ -179,15 +143,3 @@ def peft_errors(name: str, path: Path) -> Iterator[None]:
             f"adapter {name}: PEFT can't load {path}: {text[0] if text else type(error).__name__}",
             "Check that the adapter was trained on this base model.",
         ) from error
-
-
-def digest(weights: Mapping[str, LoraWeights]) -> str:
-    """sha256 over an adapter's weights and scalings, independent of its name."""
-    sha = hashlib.sha256()
-    for module in sorted(weights):
-        pair = weights[module]
-        sha.update(f"{module} {pair.scaling!r}".encode())
-        for tensor in (pair.a, pair.b):
-            sha.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            sha.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()

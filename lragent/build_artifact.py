@@ -145,7 +145,7 @@ def write_programs(
                 agent.name,
                 agent.digest,
                 agent.rank,
-                tuple(sorted({loaded.lora[m][agent.name].scaling for m in agent.targets})),
+                _scalings(loaded, agent.name),
                 agent.targets,
             )
             for agent in loaded.agents
@@ -156,6 +156,10 @@ def write_programs(
         aliases=aliases,
         tokenizer=files.write_tokenizer(loaded.tokenizer_source, directory),
     )
+
+
+def _scalings(loaded: LoadedModel, agent: str) -> tuple[float, ...]:
+    return tuple(sorted({by_agent[agent].scaling for by_agent in loaded.lora.values() if agent in by_agent}))
 
 
 def _export(program: Transformed, dtype: torch.dtype, path: Path) -> None:

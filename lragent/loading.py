@@ -1,8 +1,9 @@
 """Stage 1: a model directory or a live PEFT model, with its adapters -> `LoadedModel`.
 
 Everything that can be wrong with the input is found here, before anything is captured: a missing file, an adapter of
-another base or architecture, a kind of adapter that is not supported. The caller's live model is never changed: modules
-are copied, tensors are shared.
+another base or architecture, a kind of adapter that is not supported. PEFT decides which modules an adapter is on and
+puts its weights there; then its layers are read and replaced (`peft_layers.py`). The caller's live model is never
+changed: modules are copied, tensors are shared.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lragent import adapter_files
-from lragent.errors import AdapterError, ModelError, RequestError
+from lragent import adapter_config, adapter_files, checkpoint
+from lragent.adapter_weights import LoraWeights, ReplacedRows, digest
+from lragent.errors import AdapterError, RequestError
+from lragent.peft_layers import Adapted, add_biases, put_hooks, take_apart
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 BASE_AGENT = "base"
+INTERNAL = "adapter"  # PEFT's name of the adapter that is being read; agents' names may hold dots, PEFT's may not
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,26 +43,14 @@ class Agent:
 
 
 @dataclass(frozen=True)
-class LoraWeights:
-    """One adapter on one linear module: `y = W x + scaling * B A x`; A `[r, in]`, B `[out, r]`."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-
-@dataclass(frozen=True)
 class LoadedModel:
     """A causal LM in eval mode with every adapter's weights known.
 
     Args:
-        model: the module to capture; a cover of the adapted modules is active in it (`active`).
+        model: the module to capture; each adapted module is a hook (`lragent.hooks`).
         lora: module FQN -> agent name -> weights.
-        lora_parameters: FQN of a lora_A / lora_B weight in `model` -> (module FQN, "a" or "b").
+        lora_parameters: FQN of a hook's parameter in `model` -> (module FQN, "a" or "b").
+        rows: module FQN -> agent name -> outputs (tokens) with weights of their own.
     """
 
     model: Any
@@ -71,10 +63,11 @@ class LoadedModel:
     dtype: torch.dtype
     architecture: str
     tokenizer_source: str | None
+    rows: Mapping[str, Mapping[str, ReplacedRows]] = field(default_factory=dict)
 
 
 def load_directories(model_dir: str | Path, adapters: Mapping[str, str | Path], dtype: str = "auto") -> LoadedModel:
-    """Reads a model directory and its adapters.
+    """Reads a model directory (or GGUF file) and its adapters.
 
     Args:
         dtype: "auto" (float32 on CPU), "float32", "bfloat16" or "float16".
@@ -82,34 +75,25 @@ def load_directories(model_dir: str | Path, adapters: Mapping[str, str | Path], 
     Raises:
         ModelError, AdapterError, RequestError: says what was found, where, and what to do.
     """
-    from peft import PeftModel
-
     check_agent_names(adapters)
-    configs = {name: adapter_files.read_config(name, Path(path)) for name, path in adapters.items()}
-    adapter_files.require_same_base(configs)
-    base = _read_base(Path(model_dir), _resolve_dtype(dtype))
-    if not adapters:
-        return _describe(base, {}, {}, tokenizer_source=str(model_dir))
-    sizes = adapter_files.linear_sizes(base)
-    model: Any = None
-    # PEFT's adapter names become module names, which can't hold dots: use names of our own.
-    internal = {name: f"adapter{i}" for i, name in enumerate(adapters)}
-    for name, path in adapters.items():
-        weights = adapter_files.read_weights(name, Path(path))
-        adapter_files.require_fits(name, Path(path), weights, sizes, type(base).__name__)
-        with adapter_files.peft_errors(name, Path(path)):
-            if model is None:
-                model = PeftModel.from_pretrained(
-                    base, str(path), adapter_name=internal[name], autocast_adapter_dtype=False
-                )
-                missing: list[str] = []
-            else:
-                report = model.load_adapter(str(path), adapter_name=internal[name], autocast_adapter_dtype=False)
-                missing = [key for key in report.missing_keys if internal[name] in key.split(".")]
-        if missing:
-            raise AdapterError(f"adapter {name}: {path} has no weights for {missing[0]}", "Save the adapter again.")
-    sources = {name: str(path) for name, path in adapters.items()}
-    return _describe(model, internal, sources, tokenizer_source=str(model_dir))
+    paths = {name: Path(path) for name, path in adapters.items()}
+    configs = {name: adapter_config.read_config(name, path) for name, path in paths.items()}
+    adapter_config.require_same_base(configs)
+    model = checkpoint.read_base(Path(model_dir), _resolve_dtype(dtype))
+    files = {
+        name: adapter_files.in_peft_names(
+            name, path, adapter_files.read_weights(name, path), configs[name].get("modules_to_save") or (), model
+        )
+        for name, path in paths.items()
+    }
+    adapted = Adapted()
+    # One at a time: PEFT can't hold adapters of all variants beside each other.
+    for name, path in paths.items():
+        with adapter_files.peft_errors(name, path):
+            _inject(model, name, path, configs[name], files[name].tensors)
+        take_apart(model, {name: INTERNAL}, adapted)
+        add_biases(model, name, files[name].biases, adapted)
+    return _describe(model, adapted, {name: str(path) for name, path in paths.items()}, str(model_dir))
 
 
 def load_live(peft_model: Any, tokenizer_source: str | None = None) -> LoadedModel:
@@ -123,9 +107,18 @@ def load_live(peft_model: Any, tokenizer_source: str | None = None) -> LoadedMod
     model = copy.deepcopy(peft_model, shared)
     names = list(getattr(model, "peft_config", {}))
     for name in names:
-        adapter_files.require_supported(name, model.peft_config[name].to_dict(), "the live model")
+        config = model.peft_config[name].to_dict()
+        adapter_config.require_supported(name, config, "the live model")
+        if config.get("bias", "none") != "none":
+            raise AdapterError(
+                f"adapter {name}: bias={config['bias']!r}: the live model's own biases were trained over",
+                "Save the adapter and convert it with the model directory, which still has them.",
+            )
     check_agent_names(names)
-    return _describe(model, {n: n for n in names}, {n: "live model" for n in names}, tokenizer_source)
+    adapted = Adapted()
+    causal_lm = model.get_base_model() if names else model
+    take_apart(causal_lm, {name: name for name in names}, adapted)
+    return _describe(causal_lm, adapted, dict.fromkeys(names, "live model"), tokenizer_source)
 
 
 def check_agent_names(names: Mapping[str, object] | list[str]) -> None:
@@ -146,142 +139,62 @@ def _resolve_dtype(dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _read_base(model_dir: Path, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _inject(model: Any, name: str, path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Lets PEFT put an adapter's layers and weights into the model."""
+    from peft import PeftModel, set_peft_model_state_dict
 
-    if not model_dir.is_dir():
-        raise ModelError(f"no model directory at {model_dir}", "Give a folder with config.json and safetensors files.")
-    if not (model_dir / "config.json").is_file():
-        raise ModelError(f"{model_dir} has no config.json", "Give a folder saved with save_pretrained.")
-    try:
-        config = AutoConfig.from_pretrained(model_dir)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ModelError(f"{model_dir} is quantised", "Convert from the unquantised checkpoint.")
-        model, info = AutoModelForCausalLM.from_pretrained(
-            model_dir, config=config, dtype=dtype, output_loading_info=True
+    peft_model = PeftModel(
+        model, adapter_config.lora_config(name, config), adapter_name=INTERNAL, autocast_adapter_dtype=False
+    )
+    report = set_peft_model_state_dict(peft_model, dict(tensors), adapter_name=INTERNAL)
+    held = dict(peft_model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for key, parameter in held.items() if key not in report.missing_keys}
+    # What is tied to something that is there (token rows of a tied LM head) is stored once.
+    absent = [key for key in report.missing_keys if INTERNAL in key.split(".")]
+    missing = [key for key in absent if key not in held or id(held[key]) not in loaded]
+    if missing:
+        raise AdapterError(f"adapter {name}: {path} has no weights for {missing[0]}", "Save the adapter again.")
+    if report.unexpected_keys:
+        raise AdapterError(
+            f"adapter {name}: {path} has weights {report.unexpected_keys[0]}, which its config does not speak of",
+            "Save the adapter again, with its own config.",
         )
-    except ModelError:
-        raise
-    except Exception as error:
-        text = str(error).strip().splitlines()
-        raise ModelError(
-            f"transformers can't load a causal LM from {model_dir}: {type(error).__name__}: {text[0] if text else ''}",
-            "Check that all weight files are there and whole.",
-        ) from error
-    if info["missing_keys"]:
-        some = sorted(info["missing_keys"])
-        raise ModelError(f"{model_dir} lacks {len(some)} weights, {some[0]} for one", "The checkpoint is not complete.")
-    if info["mismatched_keys"]:
-        some = sorted(info["mismatched_keys"])
-        raise ModelError(f"{model_dir}: weight {some[0]} does not fit config.json", "Check the checkpoint.")
-    return model
 
 
 def _describe(
-    model: Any, internal: Mapping[str, str], sources: Mapping[str, str], tokenizer_source: str | None
+    causal_lm: Any, adapted: Adapted, sources: Mapping[str, str], tokenizer_source: str | None
 ) -> LoadedModel:
-    """Collects the facts of a loaded model; `internal` maps agent names to PEFT adapter names."""
-    model.eval()
-    for parameter in model.parameters():
+    """Collects the facts of a model; `sources`: agent name -> where its adapter is from."""
+    put_hooks(causal_lm, adapted)
+    causal_lm.eval()
+    for parameter in causal_lm.parameters():
         parameter.requires_grad_(False)
-    lora, parameters = _collect_lora(model, internal)
-    if internal:
-        active = _cover(lora, list(internal))
-        model.base_model.set_adapter([internal[name] for name in active], inference_mode=True)
-    causal_lm = model.get_base_model() if internal else model
-    names = {id(p): n for n, p in causal_lm.named_parameters(remove_duplicate=False)}
     config: PretrainedConfig = causal_lm.config.get_text_config()
-    agents = tuple(
-        Agent(
-            name=name,
-            digest=adapter_files.digest({m: lora[m][name] for m in lora if name in lora[m]}),
-            rank=max((lora[m][name].rank for m in lora if name in lora[m]), default=0),
-            targets=tuple(m for m in lora if name in lora[m]),
-            source=sources[name],
+    agents = []
+    for name, source in sources.items():
+        lora = {m: by_agent[name] for m, by_agent in adapted.lora.items() if name in by_agent}
+        rows = {m: by_agent[name] for m, by_agent in adapted.rows.items() if name in by_agent}
+        if not lora and not rows:
+            raise AdapterError(f"adapter {name} adapts no module of this model", "Check its target_modules.")
+        agents.append(
+            Agent(
+                name=name,
+                digest=digest(lora, rows),
+                rank=max((weights.rank for weights in lora.values()), default=0),
+                targets=(*lora, *(m for m in rows if m not in lora)),
+                source=source,
+            )
         )
-        for name in internal
-    )
-    for agent in agents:
-        if not agent.targets:
-            raise AdapterError(f"adapter {agent.name} adapts no module of this model", "Check its target_modules.")
-    floating = next(p.dtype for p in causal_lm.parameters() if p.is_floating_point())
     return LoadedModel(
         model=causal_lm,
-        agents=agents,
-        lora=lora,
-        lora_parameters={names[key]: value for key, value in parameters.items() if key in names},
-        max_positions=_max_positions(config),
+        agents=tuple(agents),
+        lora=adapted.lora,
+        lora_parameters=adapted.parameters,
+        max_positions=checkpoint.max_positions(config),
         vocab_size=int(config.vocab_size),
-        stop_token_ids=_stop_tokens(causal_lm),
-        dtype=floating,
+        stop_token_ids=checkpoint.stop_tokens(causal_lm),
+        dtype=next(p.dtype for p in causal_lm.parameters() if p.is_floating_point()),
         architecture=type(causal_lm).__name__,
         tokenizer_source=tokenizer_source,
+        rows=adapted.rows,
     )
-
-
-def _collect_lora(
-    model: Any, internal: Mapping[str, str]
-) -> tuple[dict[str, dict[str, LoraWeights]], dict[int, tuple[str, str]]]:
-    """All LoRA weights by module FQN and agent; and the role of each captured parameter by identity."""
-    from peft.tuners.lora import Linear as LoraLinear
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    lora: dict[str, dict[str, LoraWeights]] = {}
-    parameters: dict[int, tuple[str, str]] = {}
-    root = model.get_base_model() if internal else model
-    for fqn, module in root.named_modules():
-        if not isinstance(module, BaseTunerLayer):
-            continue
-        if type(module) is not LoraLinear:
-            raise AdapterError(
-                f"module {fqn} is adapted as {type(module).__name__}, which is not supported",
-                "Adapters on linear layers are supported: leave this module out of target_modules.",
-            )
-        if module.merged:
-            raise AdapterError(f"module {fqn} has a merged adapter", "Call unmerge_adapter() on the model first.")
-        if module.disable_adapters:
-            module.enable_adapters(True)
-        for name, key in internal.items():
-            if key not in module.lora_A:
-                continue
-            dtype = module.get_base_layer().weight.dtype
-            for part, layer in (("a", module.lora_A[key]), ("b", module.lora_B[key])):
-                if layer.weight.dtype != dtype:
-                    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
-                parameters[id(layer.weight)] = (fqn, part)
-            lora.setdefault(fqn, {})[name] = LoraWeights(
-                a=module.lora_A[key].weight.detach(),
-                b=module.lora_B[key].weight.detach(),
-                scaling=float(module.scaling[key]),
-            )
-    return lora, parameters
-
-
-def _cover(lora: Mapping[str, Mapping[str, LoraWeights]], names: list[str]) -> list[str]:
-    """Fewest agents (greedily) so that every adapted module has an active adapter: capture cost grows with them."""
-    open_modules = set(lora)
-    chosen: list[str] = []
-    while open_modules:
-        best = max(names, key=lambda name: sum(name in lora[m] for m in open_modules))
-        chosen.append(best)
-        open_modules = {m for m in open_modules if best not in lora[m]}
-    return chosen
-
-
-def _max_positions(config: Any) -> int:
-    for attribute in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
-        value = getattr(config, attribute, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    raise ModelError(
-        "config.json does not say how many positions the model has", "Set max_position_embeddings in config.json."
-    )
-
-
-def _stop_tokens(model: Any) -> tuple[int, ...]:
-    """Default stops: generation_config first, then the config."""
-    for holder in (getattr(model, "generation_config", None), model.config):
-        value = getattr(holder, "eos_token_id", None)
-        if value is not None:
-            return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
-    return ()

@@ -6,15 +6,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lragent.errors import AdapterError, ModelError, RequestError
 from lragent.loading import load_directories, load_live
 from tests.models import WrittenModel, write_model
-from tests.passes.tiny_lm import Tiny
+from tests.models.variants import write_variants
+from tests.passes.tiny_lm import Tiny, TinyConfig, TinyLM
 
 
 @pytest.fixture
@@ -83,19 +86,94 @@ def _edit(directory: Path, **changes: object) -> None:
         (lambda d: (d / "adapter_config.json").write_text("{"), "is not JSON"),
         (lambda d: (d / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
         (lambda d: _truncate(d / "adapter_model.safetensors"), "is damaged"),
-        (lambda d: _edit(d, peft_type="IA3"), "peft_type is 'IA3'"),
-        (lambda d: _edit(d, use_dora=True), "use_dora=True.*DoRA is not supported"),
-        (lambda d: _edit(d, bias="all"), "trained biases are not supported"),
-        (lambda d: _edit(d, modules_to_save=["lm_head"]), "modules_to_save"),
+        (lambda d: _edit(d, use_dora=True), r"has no weights for .*lora_magnitude_vector"),
+        (lambda d: _edit(d, modules_to_save=["lm_head"]), "adapter action: PEFT can't load .*lm_head"),
+        (lambda d: _edit(d, target_modules=["q_proj"]), "has weights .*k_proj.*, which its config does not speak of"),
         (lambda d: _edit(d, base_model_name_or_path="org/other-base"), "different base models.*action: other-base"),
     ],
-    ids=["no-dir", "no-config", "json", "no-weights", "truncated", "kind", "dora", "bias", "saved", "base"],
+    ids=["no-dir", "no-config", "json", "no-weights", "truncated", "no-dora", "no-saved", "more-weights", "base"],
 )
 def test_damaged_adapter(written: WrittenModel, damage: Callable[[Path], None], says: str) -> None:
     for path in written.adapters.values():
         _edit(path, base_model_name_or_path="org/tiny-base")
     damage(written.adapters["action"])
     with pytest.raises(AdapterError, match=says):
+        load_directories(written.model_dir, written.adapters)
+
+
+@pytest.mark.parametrize("kind", ["IA3", "VERA", "LOHA", "LOKR", "PREFIX_TUNING", "PROMPT_TUNING", "ADALORA", "OFT"])
+def test_other_kinds_of_adapters_are_refused(written: WrittenModel, kind: str) -> None:
+    _edit(written.adapters["action"], peft_type=kind)
+    with pytest.raises(AdapterError, match=rf"adapter action: peft_type is '{kind}'.*\n.*train the role as LoRA"):
+        load_directories(written.model_dir, written.adapters)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        ("alora_invocation_tokens", [5, 6], r"activated LoRA.*\n.*without invocation tokens"),
+        (
+            "target_parameters",
+            ["mlp.experts.down_proj"],
+            r"bare parameters, such as fused experts.*\nMerge the adapter",
+        ),
+        ("layer_replication", [[0, 2]], r"layer replication.*\nTrain the adapter without it"),
+        ("use_qalora", True, "QA-LoRA"),
+        ("use_bdlora", {"target_modules_bd_a": ["q_proj"]}, "BD-LoRA"),
+        ("arrow_config", {"top_k": 2}, r"Arrow routing.*\nUse the experts"),
+        ("kasa_config", {"beta": 1}, "KaSA"),
+        ("velora_config", {"num_groups": 2}, "VeLoRA"),
+        ("monteclora_config", {"num_samples": 2}, "MonteCLoRA"),
+        ("init_lora_weights", "pissa", r"'pissa' .* changes the base weights.*\n.*path_initial_model"),
+        ("init_lora_weights", "olora", "changes the base weights"),
+        ("init_lora_weights", "loftq", "changes the base weights"),
+    ],
+    ids=str,
+)
+def test_refused_settings_name_adapter_and_remedy(
+    written: WrittenModel, setting: str, value: object, says: str
+) -> None:
+    _edit(written.adapters["action"], **{setting: value})
+    with pytest.raises(AdapterError, match=rf"adapter action: {setting}=.*{says}"):
+        load_directories(written.model_dir, written.adapters)
+
+
+@pytest.mark.parametrize("setting", ["alora_invocation_tokens", "target_parameters", "layer_replication"])
+def test_settings_that_are_off_are_not_refused(written: WrittenModel, setting: str) -> None:
+    _edit(written.adapters["action"], **{setting: None}, init_lora_weights="gaussian")
+    assert len(load_directories(written.model_dir, written.adapters).agents) == 3
+
+
+def test_a_saved_module_that_is_no_linear_layer(tmp_path: Path) -> None:
+    written = write_variants(tmp_path, "llama", {"plan": {"modules_to_save": ["norm"]}})
+    with pytest.raises(AdapterError, match=r"adapter plan: module .*norm \(LlamaRMSNorm\) is in modules_to_save\n"):
+        load_directories(written.model_dir, written.adapters)
+
+
+def test_a_trained_bias_of_a_module_without_adapter(tmp_path: Path) -> None:
+    written = write_variants(tmp_path, "qwen2", {"plan": {"bias": "all", "target_modules": ["q_proj", "v_proj"]}})
+    with pytest.raises(AdapterError, match=r"adapter plan trained the bias of .*k_proj.*\n.*lora_only"):
+        load_directories(written.model_dir, written.adapters)
+
+
+def test_a_copy_of_a_base_weight_must_be_the_base(tmp_path: Path) -> None:
+    written = write_variants(tmp_path, "llama", {"plan": {"target_modules": ["q_proj", "embed_tokens"]}})
+    load_directories(written.model_dir, written.adapters)
+    file = written.adapters["plan"] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.model.embed_tokens.base_layer.weight"][0, 0] += 1
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match=r"adapter plan .*embed_tokens.* holds another weight than the base"):
+        load_directories(written.model_dir, written.adapters)
+
+
+def test_a_quantised_base_is_refused(written: WrittenModel) -> None:
+    file = written.model_dir / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    )
+    with pytest.raises(ModelError, match=r"is quantised\nConvert from the unquantised checkpoint"):
         load_directories(written.model_dir, written.adapters)
 
 
@@ -135,6 +213,38 @@ def test_live_model_with_merged_adapters() -> None:
     assert [a.name for a in load_live(model).agents] == ["plan", "action"]
 
 
-def test_adapter_on_an_embedding_is_refused() -> None:
-    with pytest.raises(AdapterError, match=r"module embed is adapted as Embedding"):
-        load_live(Tiny(targets=("embed", "gamma")).build())
+def test_live_model_with_trained_biases() -> None:
+    model = Tiny().build()
+    model.peft_config["plan"].bias = "lora_only"
+    with pytest.raises(AdapterError, match=r"adapter plan: bias='lora_only'.*\nSave the adapter"):
+        load_live(model)
+
+
+def test_an_adapted_module_of_another_kind_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r"module conv is adapted as Conv1d.*\n.*linear layers and embeddings"):
+        load_live(_tiny_with_convolution())
+
+
+def _tiny_with_convolution() -> Any:
+    base = TinyLM(TinyConfig())
+    base.conv = torch.nn.Conv1d(2, 2, 1)
+    return get_peft_model(base, LoraConfig(target_modules=["gamma", "conv"]))
+
+
+def test_loading_a_live_model_leaves_it_as_it_was() -> None:
+    model = Tiny().build()
+    before = [name for name, _ in model.named_modules()]
+    load_live(model)
+    assert [name for name, _ in model.named_modules()] == before
+
+
+def test_a_weighted_adapter_is_an_adapter_like_others() -> None:
+    model = Tiny(ranks={"plan": 4, "action": 4}).build()
+    for kind in ("cat", "linear", "svd"):
+        model.add_weighted_adapter(["plan", "action"], [0.7, 0.5], kind, combination_type=kind)
+    loaded = load_live(model)
+    assert [(a.name, a.rank) for a in loaded.agents][2:] == [("cat", 8), ("linear", 4), ("svd", 4)]
+    weights = loaded.lora["blocks.0.alpha"]
+    both = sum(f * weights[n].scaling * weights[n].b @ weights[n].a for n, f in (("plan", 0.7), ("action", 0.5)))
+    found = weights["cat"].scaling * weights["cat"].b @ weights["cat"].a
+    assert torch.allclose(found, torch.as_tensor(both), atol=1e-5)

@@ -45,7 +45,7 @@ def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassR
     streams: dict[fx.Node, int] = {}
     low_rank: list[LowRankStream] = []
     for side in (s for pair in sides for s in pair if s.routed is not None):
-        assert side.routed is not None
+        assert side.routed is not None and side.routed.low_rank is not None
         if side.routed.low_rank not in streams:
             streams[side.routed.low_rank] = len(low_rank)
             low_rank.append(side.routed.stream)
@@ -121,7 +121,7 @@ def _rewrite(
         )
         low_rank: list[object] = []
         for name, side in (("k", key), ("v", value)):
-            if side.routed is None or side.up_NHrD is None:
+            if side.routed is None or side.routed.low_rank is None or side.up_NHrD is None:
                 low_rank += [None, None, None]
                 continue
             number = streams[side.routed.low_rank]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from lragent.adapter_weights import ReplacedRows
 from lragent.kernels.cache_schema import BaseStreams, Layout, LowRankStream
 
 
@@ -33,10 +34,18 @@ class PassReport:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One agent's weights on one projection: A `[r, in]`, B `[out, r]` with the scaling folded in."""
+    """One agent's weights on one projection: `y = gain * (base(x) + (x A + ones) B)`; A `[r, in]`, B `[out, r]`.
+
+    Args:
+        b: with the scaling folded in.
+        ones: `[r]`, 1 at a column that is the constant one (its row of A is zero, its B is a bias); None: no such.
+        gain: `[out]`; None: 1.
+    """
 
     a: Tensor
     b: Tensor
+    ones: Tensor | None = None
+    gain: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class PassContext:
         adapters: projection FQN -> agent name -> weights.
         lora_parameters: FQN of a captured lora_A / lora_B weight -> (projection FQN, "a" or "b").
         captured_scaling: projection FQN -> scalings that may stand in its captured chains.
+        rows: projection FQN -> agent name -> outputs (of an embedding: tokens) with weights of the agent's own.
     """
 
     layout: Layout
@@ -57,16 +67,25 @@ class PassContext:
     captured_scaling: Mapping[str, frozenset[float]]
     max_positions: int
     attention: str
+    rows: Mapping[str, Mapping[str, ReplacedRows]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RoutedLinear:
-    """A projection with adapters after `route_adapters`: its base output and `x @ A_cat.T` (`[1, T, R]`) as nodes."""
+    """A projection with adapters after `route_adapters`.
+
+    Args:
+        base, low_rank: its base output and `x @ A_cat.T` (`[1, T, R]`) as nodes.
+        gain_NC: factor of each output by agent id, `[N + 1, out]`, row 0 ones; None if all are 1.
+        replaced: some agent has weights of its own for some outputs, so the base output is not every agent's.
+    """
 
     module: str
     base: fx.Node
-    low_rank: fx.Node
+    low_rank: fx.Node | None
     stream: LowRankStream
+    gain_NC: Tensor | None = None
+    replaced: bool = False
 
 
 @dataclass(frozen=True)

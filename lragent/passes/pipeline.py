@@ -8,11 +8,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
+from lragent.adapter_weights import LoraWeights
 from lragent.capture import Captured
 from lragent.errors import InternalError, SplitRefused
 from lragent.exporter_noise import without_exporter_noise
+from lragent.hooks import HOOK_SCALING
 from lragent.kernels.cache_schema import CacheSchema, Layout
 from lragent.loading import LoadedModel
 from lragent.passes import LOWER, REWRITE
@@ -80,14 +83,25 @@ def pass_context(loaded: LoadedModel, layout: Layout, attention: str = "referenc
         layout=layout,
         agents=tuple(agent.name for agent in loaded.agents),
         adapters={
-            module: {name: Adapter(w.a, w.b * w.scaling) for name, w in by_agent.items()}
+            module: {name: adapter(weights) for name, weights in by_agent.items()}
             for module, by_agent in loaded.lora.items()
         },
         lora_parameters=loaded.lora_parameters,
-        captured_scaling={m: frozenset(w.scaling for w in by_agent.values()) for m, by_agent in loaded.lora.items()},
+        captured_scaling={module: frozenset({HOOK_SCALING}) for module in (*loaded.lora, *loaded.rows)},
         max_positions=loaded.max_positions,
         attention=attention,
+        rows=loaded.rows,
     )
+
+
+def adapter(weights: LoraWeights) -> Adapter:
+    """The form that passes read: a constant becomes one more column of B, over a column of `x A` that is always 1."""
+    a, b = weights.a, weights.b * weights.scaling
+    if weights.constant is None:
+        return Adapter(a, b, gain=weights.gain)
+    column = weights.constant if weights.gain is None else weights.constant / weights.gain
+    ones = torch.cat([a.new_zeros(a.shape[0]), a.new_ones(1)])
+    return Adapter(torch.cat([a, a.new_zeros(1, a.shape[1])]), torch.cat([b, column[:, None]], 1), ones, weights.gain)
 
 
 def _copy(graph: fx.GraphModule) -> fx.GraphModule:

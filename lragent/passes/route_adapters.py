@@ -1,15 +1,17 @@
 """All agents' adapters on a projection become two GEMMs, chosen per token by `agent_ids`.
 
-Before (one chain per captured adapter):         After:
+Before (one chain per adapted module):           After:
     y  = linear(x, W)           [1, T, out]          y   = linear(x, W)                          [1, T, out]
-    a  = linear(x, A)           [1, T, r]            lr  = linear(x, A_cat)                      [1, T, R]
+    a  = linear(x, A)           [1, T, 1]            lr  = linear(x, A_cat, ones)                [1, T, R]
     b  = linear(a, B)           [1, T, out]          own = index_select(lr, 2, columns) * route[agent_ids]
     s  = mul(b, scaling)                             d   = linear(own, B_cat)                    [1, T, out]
-    y2 = add(y, s)                                   y2  = add(y, d)
+    y2 = add(y, s)                                   y2  = add(y * gain[agent_ids], d)
 
 R counts each distinct A once; `columns` gives every agent its own ranks again; `route` `[N + 1, sum of ranks]` is 1
-where a column belongs to the agent (row 0 = base: all zero). Scaling is folded into B_cat. Chains are found by the
-tensors they use, never by names; a projection called twice is routed twice.
+where a column belongs to the agent (row 0 = base: all zero). Scaling and gain are folded into B_cat. `ones` and `gain`
+appear where an adapter has a bias or is a DoRA. Of an embedding, `linear(x, A)` is `embedding(A, x)`. Outputs that an
+agent has rows of its own for are put in place last (`replaced_rows.py`). Chains are found by the tensors they use,
+never by names; a projection called twice is routed twice.
 """
 
 from __future__ import annotations
@@ -34,8 +36,11 @@ from lragent.passes.base import (
     add_constant,
     add_shared_constant,
     calls,
+    fetch,
     placeholder,
 )
+from lragent.passes.replaced_rows import replace_rows
+from lragent.passes.select_logits import ROWS
 
 aten = torch.ops.aten
 AGENT_IDS = "agent_ids"
@@ -43,22 +48,27 @@ AGENT_IDS = "agent_ids"
 
 @dataclass(frozen=True)
 class _Chain:
-    """One captured adapter: `total = before + scaling * linear(linear(x, A), B)`."""
+    """One captured chain: `total = before + scaling * linear(linear(x, A), B)`.
+
+    `width`: outputs of the module; of an embedding (`embeds`), its tokens.
+    """
 
     module: str
     x: fx.Node
     before: fx.Node
     total: fx.Node
+    embeds: bool
+    width: int
 
 
 def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
     chains: dict[tuple[str, fx.Node], list[_Chain]] = defaultdict(list)
     misses: list[Miss] = []
-    for down in calls(graph, aten.linear.default):
+    for down in calls(graph, aten.linear.default, aten.embedding.default):
         role = _lora_role(down, context)
         if role is None or role[1] != "a":
             continue
-        found = _match(down, role[0], context)
+        found = _match(graph, down, role[0], context)
         if isinstance(found, Miss):
             misses.append(found)
         else:
@@ -77,20 +87,21 @@ def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassR
 
 
 def _lora_role(node: fx.Node, context: PassContext) -> tuple[str, str] | None:
-    weight = node.args[1]
+    weight = node.args[0 if node.target is aten.embedding.default else 1]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return None
     # Names in the graph are those of the model, under the attribute of the exported wrapper.
     return context.lora_parameters.get(str(weight.target).partition(".")[2])
 
 
-def _match(down: fx.Node, module: str, context: PassContext) -> _Chain | Miss:
+def _match(graph: fx.GraphModule, down: fx.Node, module: str, context: PassContext) -> _Chain | Miss:
     def miss(node: fx.Node, reason: str) -> Miss:
         return Miss(module, node.name, reason)
 
-    x = down.args[0]
+    embeds = down.target is aten.embedding.default
+    x = down.args[1 if embeds else 0]
     assert isinstance(x, fx.Node)
-    if len(down.args) > 2 and down.args[2] is not None:
+    if not embeds and len(down.args) > 2 and down.args[2] is not None:
         return miss(down, "lora_A has a bias")
     up = _only_user(down)
     if up is None or up.target is not aten.linear.default or _lora_role(up, context) != (module, "b"):
@@ -108,7 +119,9 @@ def _match(down: fx.Node, module: str, context: PassContext) -> _Chain | Miss:
     others = [a for a in total.args if a is not scaled]
     if len(others) != 1 or not isinstance(others[0], fx.Node):
         return miss(total, "the adapter's output is not added to the projection")
-    return _Chain(module, x, others[0], total)
+    sized = down.args[0] if embeds else up.args[1]
+    assert isinstance(sized, fx.Node)
+    return _Chain(module, x, others[0], total, embeds, fetch(graph, sized).shape[0])
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -119,25 +132,75 @@ def _rewrite(graph: fx.GraphModule, context: PassContext, index: int, group: lis
     totals = {chain.total for chain in group}
     base = next(chain.before for chain in group if chain.before not in totals)
     last = next(chain.total for chain in group if not any(user in totals for user in chain.total.users))
-    adapters = context.adapters[group[0].module]
-    stream = low_rank_stream(group[0].module, context.agents, adapters)
-    a_cat, b_cat, columns, route = stack(stream, context.agents, adapters)
+    module, x = group[0].module, group[0].x
+    adapters, rows = context.adapters.get(module, {}), context.rows.get(module, {})
+    stream = low_rank_stream(module, context.agents, adapters)
+    gain_NC = gains(context.agents, adapters)
+    low_rank, total = None, base
     with graph.graph.inserting_before(last):
-        a_node = add_constant(graph, f"lora_a_{index}", a_cat)
-        low_rank = graph.graph.call_function(aten.linear.default, (group[0].x, a_node))
-        own = low_rank
-        if not torch.equal(columns, torch.arange(a_cat.shape[0])):
-            columns_node = add_shared_constant(graph, "lora_columns", columns)
-            own = graph.graph.call_function(aten.index_select.default, (low_rank, 2, columns_node))
-        route_node = add_shared_constant(graph, "lora_route", route)
-        mask = graph.graph.call_function(aten.index_select.default, (route_node, 0, agent_ids))
-        own = graph.graph.call_function(aten.mul.Tensor, (own, mask))
-        b_node = add_constant(graph, f"lora_b_{index}", b_cat)
-        delta = graph.graph.call_function(aten.linear.default, (own, b_node))
-        total = graph.graph.call_function(aten.add.Tensor, (base, delta))
+        ids = _ids_of_rows(graph, x, agent_ids)
+        if gain_NC is not None:
+            gain = graph.graph.call_function(
+                aten.index_select.default, (add_constant(graph, f"lora_gain_{index}", gain_NC), 0, ids)
+            )
+            total = graph.graph.call_function(aten.mul.Tensor, (base, gain))
+        if adapters:
+            low_rank, delta = _low_rank(graph, context, index, group[0], stream, ids)
+            total = graph.graph.call_function(aten.add.Tensor, (total, delta))
+        if rows:
+            chain = group[0]
+            total = replace_rows(
+                graph, f"lora_rows_{index}", context.agents, rows, x, total, ids, chain.width, chain.embeds
+            )
     total.meta["val"] = last.meta.get("val")
-    total.meta[ROUTED] = RoutedLinear(group[0].module, base, low_rank, stream)
+    total.meta[ROUTED] = RoutedLinear(module, base, low_rank, stream, gain_NC, bool(rows))
     last.replace_all_uses_with(total)
+
+
+def _low_rank(
+    graph: fx.GraphModule, context: PassContext, index: int, chain: _Chain, stream: LowRankStream, ids: fx.Node
+) -> tuple[fx.Node, fx.Node]:
+    """Nodes of `x @ A_cat.T` and of the delta, at the insertion point."""
+    a_cat, b_cat, columns, route, ones = stack(stream, context.agents, context.adapters[chain.module])
+    a_node = add_constant(graph, f"lora_a_{index}", a_cat.T if chain.embeds else a_cat)
+    ones_node = None if ones is None else add_constant(graph, f"lora_ones_{index}", ones)
+    if chain.embeds:
+        low_rank = graph.graph.call_function(aten.embedding.default, (a_node, chain.x))
+        if ones_node is not None:
+            low_rank = graph.graph.call_function(aten.add.Tensor, (low_rank, ones_node))
+    else:
+        bias = () if ones_node is None else (ones_node,)
+        low_rank = graph.graph.call_function(aten.linear.default, (chain.x, a_node, *bias))
+    own = low_rank
+    if not torch.equal(columns, torch.arange(a_cat.shape[0])):
+        columns_node = add_shared_constant(graph, "lora_columns", columns)
+        own = graph.graph.call_function(aten.index_select.default, (low_rank, 2, columns_node))
+    route_node = add_shared_constant(graph, "lora_route", route)
+    mask = graph.graph.call_function(aten.index_select.default, (route_node, 0, ids))
+    own = graph.graph.call_function(aten.mul.Tensor, (own, mask))
+    b_node = add_constant(graph, f"lora_b_{index}", b_cat)
+    return low_rank, graph.graph.call_function(aten.linear.default, (own, b_node))
+
+
+def _ids_of_rows(graph: fx.GraphModule, x: fx.Node, agent_ids: fx.Node) -> fx.Node:
+    """Agent ids of the tokens in x: of those whose logits are wanted, if x was cut down to them."""
+    rows = placeholder(graph, ROWS)
+    if rows is not None and x.target is aten.index_select.default and x.args[2] is rows:
+        return graph.graph.call_function(aten.index_select.default, (agent_ids, 0, rows))
+    return agent_ids
+
+
+def gains(agents: tuple[str, ...], adapters: Mapping[str, Adapter]) -> Tensor | None:
+    """Factor of each output by agent id, `[N + 1, out]`; None if no adapter has one."""
+    some = next((adapter.gain for adapter in adapters.values() if adapter.gain is not None), None)
+    if some is None:
+        return None
+    table = some.new_ones(len(agents) + 1, some.shape[0])
+    for row, name in enumerate(agents, 1):
+        gain = adapters[name].gain if name in adapters else None
+        if gain is not None:
+            table[row] = gain
+    return table
 
 
 def low_rank_stream(module: str, agents: tuple[str, ...], adapters: Mapping[str, Adapter]) -> LowRankStream:
@@ -151,7 +214,7 @@ def low_rank_stream(module: str, agents: tuple[str, ...], adapters: Mapping[str,
             (
                 other
                 for other in range(index)
-                if agents[other] in adapters and _equal(adapters[agents[other]].a, adapter.a)
+                if agents[other] in adapters and _same_columns(adapters[agents[other]], adapter)
             )
             if adapter
             else ()
@@ -160,26 +223,35 @@ def low_rank_stream(module: str, agents: tuple[str, ...], adapters: Mapping[str,
     return LowRankStream(module, tuple(ranks), tuple(group))
 
 
-def _equal(left: Tensor, right: Tensor) -> bool:
-    return left.shape == right.shape and torch.equal(left, right)
+def _same_columns(left: Adapter, right: Adapter) -> bool:
+    """Whether two adapters' columns `x A + ones` are the same numbers."""
+    if left.a.shape != right.a.shape or not torch.equal(left.a, right.a):
+        return False
+    if left.ones is None or right.ones is None:
+        return left.ones is right.ones
+    return torch.equal(left.ones, right.ones)
 
 
 def stack(
     stream: LowRankStream, agents: tuple[str, ...], adapters: Mapping[str, Adapter]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The tensors of a routed projection.
 
     Returns:
-        A_cat `[R, in]`, B_cat `[out, sum of ranks]` with scaling, columns `[sum of ranks]` (int64), and route
-        `[N + 1, sum of ranks]`.
+        A_cat `[R, in]`, B_cat `[out, sum of ranks]` with scaling and gain, columns `[sum of ranks]` (int64), route
+        `[N + 1, sum of ranks]`, and ones `[R]` (None if no adapter has any).
     """
     sources = stream.source_columns()
-    a_rows = [adapters[n].a for i, n in enumerate(agents) if stream.ranks[i] and stream.group[i] == i]
-    b_columns = [adapters[n].b for i, n in enumerate(agents) if stream.ranks[i]]
+    distinct = [adapters[n] for i, n in enumerate(agents) if stream.ranks[i] and stream.group[i] == i]
+    own = [adapters[n] for i, n in enumerate(agents) if stream.ranks[i]]
+    b_columns = [adapter.b if adapter.gain is None else adapter.gain[:, None] * adapter.b for adapter in own]
     columns = [c for i, rank in enumerate(stream.ranks) for c in range(sources[i], sources[i] + rank)]
     owners = torch.tensor([i + 1 for i, rank in enumerate(stream.ranks) for _ in range(rank)])
     route = (torch.arange(len(agents) + 1)[:, None] == owners[None, :]).to(b_columns[0].dtype)
-    return torch.cat(a_rows, 0), torch.cat(b_columns, 1), torch.tensor(columns), route
+    ones = None
+    if any(adapter.ones is not None for adapter in distinct):
+        ones = torch.cat([d.a.new_zeros(d.a.shape[0]) if d.ones is None else d.ones for d in distinct])
+    return torch.cat([d.a for d in distinct], 0), torch.cat(b_columns, 1), torch.tensor(columns), route, ones
 
 
 ROUTE_ADAPTERS = Pass("route_adapters", _run)

@@ -7,7 +7,8 @@ Before:                                          After:
                                                      return reshape(float(logits), [-1, V])
 
 The walk goes back from the output through ops that treat every token and logit alone (softcap, casts, scaling) to the
-linear op of the LM head. Where that is not found, rows are selected at the output: right, but every row is computed.
+linear op of the LM head (with its hook, if it is adapted). Where that is not found, rows are selected at the output:
+right, but every row is computed.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassR
         with graph.graph.inserting_before(output):
             logits = graph.graph.call_function(aten.index_select.default, (logits, 1, rows))
     else:
-        hidden = head.args[0]
-        assert isinstance(hidden, fx.Node)
-        with graph.graph.inserting_before(head):
+        hidden, users = head
+        with graph.graph.inserting_after(hidden):
             selected = graph.graph.call_function(aten.index_select.default, (hidden, 1, rows))
-        head.replace_input_with(hidden, selected)
+        for user in users:
+            user.replace_input_with(hidden, selected)
     with graph.graph.inserting_before(output):
         wide = graph.graph.call_function(aten.to.dtype, (logits, torch.float32))
         flat = graph.graph.call_function(aten.squeeze.dim, (wide, 0))
@@ -61,18 +62,34 @@ def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassR
     return PassReport(1, misses)
 
 
-def _head(logits: fx.Node) -> fx.Node | None:
-    """The linear op whose rows are the logits; None if something else than token-wise ops stands between."""
-    node = logits
-    while True:
-        if node.target in _PROJECTIONS:
-            return node
-        if node.target not in _POINTWISE:
+def _head(logits: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
+    """The input of the linear ops whose rows are the logits, and those ops: more than one if the LM head is adapted;
+    None if something else than token-wise ops stands between, or they read different inputs."""
+    stack, heads, seen = [logits], list[fx.Node](), set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        source = node.args[0] if node.args else None
+        if node.target in _PROJECTIONS and isinstance(source, fx.Node):
+            if source.target in _PROJECTIONS:  # lora_B over lora_A
+                stack.append(source)
+            else:
+                heads.append(node)
+        elif node.target in _POINTWISE:
+            tensors = [a for a in node.args if isinstance(a, fx.Node) and a.op == "call_function"]
+            if not tensors:
+                return None
+            stack.extend(tensors)
+        else:
             return None
-        tensors = [a for a in node.args if isinstance(a, fx.Node) and a.op == "call_function"]
-        if len(tensors) != 1:
-            return None
-        node = tensors[0]
+    inputs = {node.args[0] for node in heads}
+    if len(inputs) != 1:
+        return None
+    hidden = inputs.pop()
+    assert isinstance(hidden, fx.Node)
+    return hidden, heads
 
 
 SELECT_LOGITS = Pass("select_logits", _run)

@@ -30,6 +30,7 @@ from lragent.passes.base import (
     add_shared_constant,
 )
 from lragent.passes.key_transform import Probe, Underivable, derive_key, derive_value
+from lragent.passes.magnitudes import per_head, scale_side
 from lragent.passes.projection_path import ProjectionPath, adapted_path
 
 aten = torch.ops.aten
@@ -65,6 +66,8 @@ def _split(
         return SplitStream(base=end)
     if isinstance(path, Miss):
         return path
+    if path.routed.replaced or path.routed.low_rank is None:
+        return Miss(where, end.name, "an agent has a whole weight of its own for it, so there is no base part to share")
     adapters = context.adapters[path.routed.module]
     any_b = next(iter(adapters.values())).b
     probe = Probe(path.function(graph), any_b.shape[0], any_b.dtype, context.max_positions)
@@ -74,11 +77,14 @@ def _split(
             transform, channel_HD = None, None
         else:
             transform, channel_HD = derive_key(probe)
+        gain_NHD = per_head(probe, path.routed.gain_NC)
     except Underivable as reason:
         return Miss(where, end.name, str(reason))
     up = _up_projections(probe, path.routed, context, channel_HD)
     base = _base_stream(graph, path, transform, channel_HD)
     _set_arg(marker, position, base)
+    if gain_NHD is not None:
+        scale_side(graph, marker, position, gain_NHD)
     return SplitStream(base, path.routed, up, transform)
 
 

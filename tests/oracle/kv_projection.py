@@ -74,7 +74,7 @@ class KvProjection(nn.Module):
         assert now is not None and self.memory is not None and x.shape[1] == now.end
         base = (self.lora.base_layer if self.lora is not None else self.inner)(x)[0]
         columns = {a: m(x)[0] for a, m in self.lora.lora_A.items()} if self.lora is not None else {}
-        own = base + self._delta(columns, now.agent)
+        own = self._adapted(base, columns, now.agent)
         self.computed = Memory(base, own, columns)
         if now.full:
             old = torch.arange(now.end) < now.start
@@ -85,13 +85,23 @@ class KvProjection(nn.Module):
             merged = {
                 a: torch.where(old_columns[:, None], self.memory.columns[a][: now.end], c) for a, c in columns.items()
             }
-            held = torch.where(old_base[:, None], self.memory.base[: now.end], base) + self._delta(merged, now.agent)
+            kept = torch.where(old_base[:, None], self.memory.base[: now.end], base)
+            held = self._adapted(kept, merged, now.agent)
         return torch.where(self.kv, held, own)[None]
 
-    def _delta(self, columns: Mapping[str, Tensor], agent: str | None) -> Tensor:
+    def _adapted(self, base: Tensor, columns: Mapping[str, Tensor], agent: str | None) -> Tensor:
+        """What the agent makes of base outputs and its columns; a DoRA scales both, but not the base's bias."""
         if self.lora is None or agent not in columns:
-            return torch.zeros((), dtype=torch.float32)
-        return self.lora.lora_B[agent](columns[agent]) * self.lora.scaling[agent]
+            return base
+        delta = self.lora.lora_B[agent](columns[agent]) * self.lora.scaling[agent]
+        if not self.lora.use_dora[agent]:
+            return base + delta
+        layer = self.lora.base_layer
+        weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+        update = self.lora.lora_B[agent].weight @ self.lora.lora_A[agent].weight * self.lora.scaling[agent]
+        gain = self.lora.lora_magnitude_vector[agent].weight / (weight + update).norm(dim=1)
+        bias = layer.bias if layer.bias is not None else torch.zeros_like(gain)
+        return bias + gain * (base - bias + delta)
 
     def remember(self, base: bool, agents: tuple[str, ...]) -> None:
         """Keeps what the last pass computed: base (and whole) outputs, and columns of some agents."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lragent.passes.base import PassState, calls
 from lragent.passes.pipeline import pass_context
 from lragent.passes.select_logits import SELECT_LOGITS
-from tests.passes.stages import call, captured
+from tests.passes.stages import allowed, call, captured, peft_logits, run_until
 from tests.passes.tiny_lm import Tiny, TinyLM
 
 aten = torch.ops.aten
@@ -68,3 +68,20 @@ def test_second_run_changes_nothing() -> None:
     nodes = len(source.graph.graph.nodes)
     assert SELECT_LOGITS.run(source.graph, context, PassState()).changed == 0
     assert len(source.graph.graph.nodes) == nodes
+
+
+def test_an_adapted_lm_head_is_computed_for_selected_rows_only() -> None:
+    model = Tiny(targets=("gamma", "head")).build()
+    graph, report, _, _ = run_until(captured(model), "route_adapters")
+    assert report.misses == ()
+    ids, rows = torch.arange(3, 12), torch.tensor([8, 2])
+    for agent_id, agent in enumerate([None, "plan", "action"]):
+        found = call(
+            graph,
+            input_ids=ids[None],
+            position_ids=torch.arange(9)[None],
+            agent_ids=torch.full_like(ids, agent_id),
+            logits_rows=rows,
+        )
+        expected = peft_logits(model, ids, agent)[rows]
+        assert float((found - expected).abs().max()) <= allowed(model, ids, agent)

@@ -109,6 +109,7 @@ class Tiny:
     targets: tuple[str, ...] = ("alpha", "beta", "gamma")
     ranks: dict[str, int] = field(default_factory=lambda: {"plan": 2, "action": 4})
     shared_a: bool = False
+    use_dora: bool = False
 
     def build(self) -> Any:
         """The model with adapters of strong random weights, seeded."""
@@ -116,7 +117,7 @@ class Tiny:
         base = TinyLM(TinyConfig(), self.key_path, self.value_path).eval()
         model: Any = base
         for name, rank in self.ranks.items():
-            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(self.targets))
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(self.targets), use_dora=self.use_dora)
             if model is base:
                 model = get_peft_model(base, config, adapter_name=name)
             else:

@@ -1,0 +1,110 @@
+"""`adapter_config.json` of an adapter: what PEFT's settings mean here, and which are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lragent.errors import AdapterError
+
+log = logging.getLogger(__name__)
+
+CONFIG = "adapter_config.json"
+
+# Settings of PEFT's LoraConfig that change what an adapter computes and that are refused: name -> (what, what to do).
+_WITHOUT = "Train the adapter without it."
+_MERGE = "Merge the adapter into a model of its own, or train it on linear layers."
+UNSUPPORTED = {
+    "alora_invocation_tokens": ("activated LoRA (aLoRA)", "Train it as plain LoRA, without invocation tokens."),
+    "target_parameters": ("adapters on bare parameters, such as fused experts (target_parameters)", _MERGE),
+    "layer_replication": ("layer replication", _WITHOUT),
+    "use_qalora": ("QA-LoRA", _WITHOUT),
+    "use_bdlora": ("BD-LoRA", _WITHOUT),
+    "arrow_config": ("Arrow routing", "Use the experts as adapters of their own."),
+    "kasa_config": ("KaSA, which changes the base weights", _WITHOUT),
+    "velora_config": ("VeLoRA", _WITHOUT),
+    "monteclora_config": ("MonteCLoRA", _WITHOUT),
+}
+# How A and B were initialised does not matter once they are trained, unless the base was changed with it.
+_INITIAL_WEIGHTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def read_config(name: str, path: Path) -> dict[str, Any]:
+    """Reads and checks `adapter_config.json`.
+
+    Raises:
+        AdapterError: no such folder or file, not JSON, or a kind of adapter that is not supported.
+    """
+    if not path.is_dir():
+        raise AdapterError(f"adapter {name}: no directory at {path}", f"Give a folder with {CONFIG}.")
+    file = path / CONFIG
+    if not file.is_file():
+        raise AdapterError(f"adapter {name}: {path} has no {CONFIG}", "Save the adapter with save_pretrained.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"adapter {name}: {file} is not JSON: {error}", "Save the adapter again.") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"adapter {name}: {file} holds no JSON object", "Save the adapter again.")
+    require_supported(name, config, str(file))
+    return config
+
+
+def require_supported(name: str, config: Mapping[str, Any], where: str) -> None:
+    """Refuses what is not LoRA, and what LoRA can't be shared with.
+
+    Raises:
+        AdapterError: names adapter, setting and value.
+    """
+    kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
+    if kind != "LORA":
+        raise AdapterError(
+            f"adapter {name}: peft_type is {kind!r} in {where}",
+            "Only LoRA adapters have low-rank columns to share; train the role as LoRA.",
+        )
+    for setting, (what, remedy) in UNSUPPORTED.items():
+        if config.get(setting):
+            raise AdapterError(
+                f"adapter {name}: {setting}={config[setting]!r} in {where}: {what} is not supported", remedy
+            )
+    initial = config.get("init_lora_weights", True)
+    if initial not in _INITIAL_WEIGHTS:
+        raise AdapterError(
+            f"adapter {name}: init_lora_weights={initial!r} in {where} changes the base weights, which agents share",
+            "Save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion).",
+        )
+
+
+def lora_config(name: str, config: Mapping[str, Any]) -> Any:
+    """PEFT's `LoraConfig` for loading: settings that this version of PEFT does not know are left out, with a warning;
+    weights are not initialised in a special way; biases are read by `adapter_files`, as PEFT would write them into the
+    base that all agents share.
+    """
+    from peft import LoraConfig
+
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    unknown = sorted(key for key, value in config.items() if key not in known and value)
+    if unknown:
+        log.warning("adapter %s: settings unknown to the installed PEFT are ignored: %s", name, ", ".join(unknown))
+    kept = {key: value for key, value in config.items() if key in known}
+    kept |= {"inference_mode": True, "bias": "none", "init_lora_weights": True}
+    return LoraConfig(**kept)
+
+
+def require_same_base(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Adapters of one set must name the same base model (compared by the last part of its name)."""
+    bases = {
+        name: str(config["base_model_name_or_path"]).rstrip("/").rsplit("/", 1)[-1]
+        for name, config in configs.items()
+        if config.get("base_model_name_or_path")
+    }
+    if len(set(bases.values())) > 1:
+        found = ", ".join(f"{name}: {base}" for name, base in bases.items())
+        raise AdapterError(
+            f"adapters were trained on different base models ({found})",
+            f"Use adapters of one base, or correct base_model_name_or_path in {CONFIG}.",
+        )

@@ -1,0 +1,98 @@
+"""A base model as it lies on disk: a directory with safetensors in one file or many, or a GGUF file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lragent.errors import ModelError
+
+GGUF = ".gguf"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model is read from: its directory, and the GGUF file in it (None: config.json and safetensors)."""
+
+    directory: Path
+    gguf: str | None = None
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """What `path` names: a GGUF file, a directory with config.json, or a directory with exactly one GGUF file.
+
+    Raises:
+        ModelError: nothing there, no config.json, or several GGUF files.
+    """
+    if path.is_file() and path.suffix == GGUF:
+        return Checkpoint(path.parent, path.name)
+    if not path.is_dir():
+        raise ModelError(
+            f"no model directory at {path}", "Give a folder with config.json and safetensors files, or a GGUF file."
+        )
+    if (path / "config.json").is_file():
+        return Checkpoint(path)
+    found = sorted(file.name for file in path.glob(f"*{GGUF}"))
+    if len(found) > 1:
+        raise ModelError(f"{path} holds {len(found)} GGUF files ({', '.join(found)})", "Give one of them as the model.")
+    if not found:
+        raise ModelError(f"{path} has no config.json", "Give a folder saved with save_pretrained, or a GGUF file.")
+    return Checkpoint(path, found[0])
+
+
+def read_base(path: Path, dtype: torch.dtype) -> Any:
+    """The causal LM at `path` in one dtype; GGUF weights are dequantised.
+
+    Raises:
+        ModelError: it can't be read, lacks weights, or is quantised in a way that has no plain linear layers.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    checkpoint = find_checkpoint(path)
+    source: dict[str, Any] = {} if checkpoint.gguf is None else {"gguf_file": checkpoint.gguf}
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.directory, **source)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ModelError(
+                f"{path} is quantised", "Convert from the unquantised checkpoint, which its adapters fit as well."
+            )
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory, config=config, dtype=dtype, output_loading_info=True, **source
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        raise ModelError(
+            f"transformers can't load a causal LM from {path}: {type(error).__name__}: {text[0] if text else ''}",
+            "Check that all weight files are there and whole.",
+        ) from error
+    if info["missing_keys"]:
+        some = sorted(info["missing_keys"])
+        raise ModelError(f"{path} lacks {len(some)} weights, {some[0]} for one", "The checkpoint is not complete.")
+    if info["mismatched_keys"]:
+        some = sorted(info["mismatched_keys"])
+        raise ModelError(f"{path}: weight {some[0]} does not fit config.json", "Check the checkpoint.")
+    return model
+
+
+def max_positions(config: Any) -> int:
+    for attribute in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        value = getattr(config, attribute, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise ModelError(
+        "config.json does not say how many positions the model has", "Set max_position_embeddings in config.json."
+    )
+
+
+def stop_tokens(model: Any) -> tuple[int, ...]:
+    """Default stops: generation_config first, then the config."""
+    for holder in (getattr(model, "generation_config", None), model.config):
+        value = getattr(holder, "eos_token_id", None)
+        if value is not None:
+            return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+    return ()
