@@ -31,12 +31,12 @@ def test_attention_becomes_one_marker_a_layer_with_its_facts() -> None:
 
 
 def test_graph_has_any_number_of_tokens() -> None:
-    model = Tiny().build()
-    source = capture(load_live(model))
+    loaded = load_live(Tiny().build())
+    source = capture(loaded)
     for tokens in (1, 2, 31):
         ids, positions = torch.arange(tokens)[None], torch.arange(tokens)[None]
         with torch.no_grad():
-            expected = model(input_ids=ids, position_ids=positions).logits
+            expected = loaded.model(input_ids=ids, position_ids=positions).logits
         torch.testing.assert_close(source.graph(ids, positions), expected, rtol=1e-5, atol=1e-5)
 
 
