@@ -3,7 +3,8 @@
 Legend: T = packed tokens, Hq = query heads, H = KV heads, Dk / Dv = head dims, P = tokens a page, S = sequences,
 M = most pages of a sequence, N = agents, r = largest rank of a projection, R = columns of `x @ A_cat.T`.
 
-`attention_marker` stands for the model's attention in a captured graph. `write_kv` and `write_lr` put streams into the
+`attention_marker` stands for the model's attention in a captured graph. `routed_linears` is what `fuse_linears` makes
+of projections with one input, where there is a kernel for it. `write_kv` and `write_lr` put streams into the
 cache. `flash_lora_attention` reads the cache; its kernel here is the reference, which defines correctness, and
 `lower_attention` replaces it by one of the implementations in `lragent.kernels.dispatch`.
 """
@@ -19,6 +20,7 @@ from torch.library import custom_op
 
 from lragent.kernels.flash_lora_attention import reference as attention_reference
 from lragent.kernels.flash_lora_attention import torch_paged
+from lragent.kernels.routed_linear import reference as linear_reference
 from lragent.kernels.write_cache import torch_scatter
 
 
@@ -58,25 +60,51 @@ def _(
     )
 
 
-def _write_op(name: str, function: Callable[..., None], mutated: tuple[str, ...]) -> OpOverload:
-    """An op that writes into the cache, with a kernel for any device.
+def _light_op(
+    name: str, function: Callable[..., object], fake: Callable[..., object], mutated: tuple[str, ...] = ()
+) -> OpOverload:
+    """An op with a kernel for any device, and without a derivative.
 
-    It has no derivative, so it does without the layers that `custom_op` adds: they take longer than the writes.
+    So it does without the layers that `custom_op` adds: they would take longer than the work of a decode step.
     """
     qualified = f"lragent::{name}"
     schema = torch.library.infer_schema(function, mutates_args=mutated)
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualified, "default", function)
-    torch.library.register_fake(qualified, lambda *args: None)
+    torch.library.register_fake(qualified, fake)
     op: OpOverload = getattr(torch.ops.lragent, name).default
     return op
 
 
+def _nothing(*args: object) -> None: ...
+
+
 # Writes base K and V of T tokens into pages `[pages, H, P, D]` at `slots` (page * P + offset).
-write_kv = _write_op("write_kv", torch_scatter.write_kv, ("k_cache", "v_cache"))
+write_kv = _light_op("write_kv", torch_scatter.write_kv, _nothing, ("k_cache", "v_cache"))
 # Writes LR columns of T tokens into the column blocks of a flat LR tensor (see `LowRankStream.table`): agent a's block
 # takes columns `[source, source + rank)` of `lr_TR` at slot `slots_NT[a]`, if its row writes.
-write_lr = _write_op("write_lr", torch_scatter.write_lr, ("lr_cache",))
+write_lr = _light_op("write_lr", torch_scatter.write_lr, _nothing, ("lr_cache",))
+
+
+def _linears_fake(
+    x: Tensor,
+    agent_ids_T: Tensor,
+    tensors: list[Tensor],
+    bias_of: list[int],
+    up_of: list[int],
+    down_of: list[int],
+    routes: list[int],
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sum(weight.shape[0] for weight in tensors[: len(bias_of)]))
+
+
+# Projections `[..., N]` of one input `[..., K]`, side by side. `tensors` starts with their weights `[features, K]`; the
+# lists have an entry for each of them. Projection i is `x @ tensors[i].T`, plus `tensors[bias_of[i]]`, plus the adapter
+# of the token's agent: its columns of projection `down_of[i]` times its columns of `tensors[up_of[i]]`
+# `[features, ranks]`; -1 means none. `routes` holds the last agent id, then, for every projection with an up-projection
+# and every agent id, the first column among the down-projection's outputs, the first one of the up-projection, and the
+# rank. (One list of tensors, and the agents among the routes, since AOTInductor can't pass an empty list.)
+routed_linears = _light_op("routed_linears", linear_reference.routed_linears, _linears_fake)
 
 
 def _attention_fake(

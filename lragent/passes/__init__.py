@@ -3,6 +3,7 @@
 from lragent.passes.attach_cache import ATTACH_CACHE
 from lragent.passes.base import Pass
 from lragent.passes.cleanup import CLEANUP
+from lragent.passes.fuse_linears import FUSE_LINEARS
 from lragent.passes.lower_attention import LOWER_ATTENTION
 from lragent.passes.normalize import NORMALIZE
 from lragent.passes.route_adapters import ROUTE_ADAPTERS
@@ -18,5 +19,5 @@ REWRITE: tuple[Pass, ...] = (
     ATTACH_CACHE,
 )
 # The target's side: run again wherever an artifact is lowered.
-LOWER: tuple[Pass, ...] = (LOWER_ATTENTION, CLEANUP)
+LOWER: tuple[Pass, ...] = (LOWER_ATTENTION, FUSE_LINEARS, CLEANUP)
 PASSES = REWRITE + LOWER

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "float_rows.h"
+#include "../../vector/float_rows.h"
 
 namespace lragent {
 

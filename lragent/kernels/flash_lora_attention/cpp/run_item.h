@@ -114,7 +114,8 @@ class ItemRun {
       float* scores = space_.scores.data() + (h * rows_ + row) * scores_ld_ + first - tile_first;
       if (few_rows()) {
         keys.typed(0, [&](const auto* key) {
-          dot_products(query, rows, key, count, call_.k_pad, scores, scores_ld_, ahead);
+          const int64_t dim = call_.k_pad;
+          dot_products(query, dim, rows, key, dim, count, dim, scores, scores_ld_, ahead, keys.bytes(count * dim));
         });
       } else {
         multiply_transposed(query, rows, floats(keys, count, call_.k_pad, space_.tile.key), count, scores);

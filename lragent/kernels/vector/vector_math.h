@@ -128,10 +128,11 @@ inline void store_sums(const Vec (&x)[4], float* to) {
 #endif
 }
 
-// Dot products of R queries with four keys.
-template <int R, int kLines, typename T>
+// Dot products of R queries with four keys. Every vector of the rows asks for kAsks lines, `pace` bytes apart.
+template <int R, int kAsks, typename T>
 inline void dot_block(
-    const float* query, const T* keys, int64_t dim, float* scores, int64_t ld_scores, const char*& ahead) {
+    const float* query, int64_t ld_query, const T* keys, int64_t ld_keys, int64_t dim, float* scores, int64_t ld_scores,
+    const char*& ahead, int64_t pace) {
   Vec acc[R][4];
 #pragma GCC unroll 4
   for (int row = 0; row < R; ++row) {
@@ -139,13 +140,17 @@ inline void dot_block(
     for (int i = 0; i < 4; ++i) acc[row][i] = Vec(0.f);
   }
   for (int64_t d = 0; d < dim; d += W) {
-    ask<kLines>(ahead);
+#pragma GCC unroll 4
+    for (int i = 0; i < kAsks; ++i) {
+      __builtin_prefetch(ahead);
+      ahead += pace;
+    }
     Vec key[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) key[i] = load_floats(keys + i * dim + d);
+    for (int i = 0; i < 4; ++i) key[i] = load_floats(keys + i * ld_keys + d);
 #pragma GCC unroll 4
     for (int row = 0; row < R; ++row) {
-      const Vec chunk = Vec::loadu(query + row * dim + d);
+      const Vec chunk = Vec::loadu(query + row * ld_query + d);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) acc[row][i] = at::vec::fmadd(chunk, key[i], acc[row][i]);
     }
@@ -155,24 +160,30 @@ inline void dot_block(
 }
 
 // scores[row][j] = query[row] . keys[j] for keys as they lie in a page: a multiple of four, from `count` up.
-// As many bytes as the keys have are asked for from `ahead` on.
+// `bytes` are asked for from `ahead` on, evenly: the processor keeps few requests at a time.
 template <typename T>
 inline void dot_products(
-    const float* query, int64_t rows, const T* keys, int64_t count, int64_t dim, float* scores, int64_t ld_scores,
-    const char* ahead) {
-  constexpr int lines = std::max<int>(1, 4 * W * sizeof(T) / 64);
+    const float* query, int64_t ld_query, int64_t rows, const T* keys, int64_t ld_keys, int64_t count, int64_t dim,
+    float* scores, int64_t ld_scores, const char* ahead, int64_t bytes) {
+  const int64_t blocks = (rows + 2) / 3, vectors = (count + 3) / 4 * (dim / W) * blocks;
+  const int64_t pace = (bytes + vectors - 1) / vectors;
   for (int64_t j = 0; j < count; j += 4) {
-    auto block = [&]<int R, int kLines>(int64_t row) {
-      dot_block<R, kLines>(query + row * dim, keys + j * dim, dim, scores + row * ld_scores + j, ld_scores, ahead);
+    auto block = [&]<int R, int kAsks>(int64_t row, int64_t step) {
+      dot_block<R, kAsks>(
+          query + row * ld_query, ld_query, keys + j * ld_keys, ld_keys, dim, scores + row * ld_scores + j, ld_scores,
+          ahead, step);
     };
-    // The first block asks for all.
-    if (rows == 1) block.template operator()<1, lines>(0);
-    if (rows == 2) block.template operator()<2, lines>(0);
-    if (rows >= 3) block.template operator()<3, lines>(0);
-    int64_t row = 3;
-    for (; row + 3 <= rows; row += 3) block.template operator()<3, 0>(row);
-    if (rows - row == 2) block.template operator()<2, 0>(row);
-    if (rows - row == 1) block.template operator()<1, 0>(row);
+    auto blocks_of = [&]<int kAsks>(int64_t step) {
+      int64_t row = 0;
+      for (; row + 3 <= rows; row += 3) block.template operator()<3, kAsks>(row, step);
+      if (rows - row == 2) block.template operator()<2, kAsks>(row, step);
+      if (rows - row == 1) block.template operator()<1, kAsks>(row, step);
+    };
+    if (pace > 64) {
+      blocks_of.template operator()<2>((pace + 1) / 2);
+    } else {
+      blocks_of.template operator()<1>(pace);
+    }
   }
 }
 

@@ -1,0 +1,132 @@
+"""Times single steps of a compiled artifact beside their bound on this machine, and shows where the time goes.
+
+    python -m benchmarks.step ARTIFACT [--sharing base_lr_shared] [--context 512] [--sequences 1,8,32] [--prefill 512]
+
+The bound of a step is the time to read what it must read (weights once, every sequence's cache) at the measured read
+bandwidth, or its floating point operations at the measured GEMM rate, whichever is longer. One thread unless told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import lragent
+from lragent.artifact import open_artifact
+from lragent.exported import PAGE_SIZE
+from lragent.kernels.step import CacheTensors, Program, StepInputs
+from lragent.runtime.memory import allocate
+from lragent.runtime.schemes import SCHEMES
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the bound is derived from: bytes a second read from memory, float32 operations a second in a large GEMM."""
+
+    bandwidth: float
+    gemm: float
+
+
+def measure_machine() -> Machine:
+    """Best of several runs: the machine's limit, not its usual speed."""
+    numbers = torch.randn(64 << 20)
+    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    return Machine(
+        bandwidth=numbers.numel() * 4 / min(seconds(lambda: numbers.sum(), 7)),
+        gemm=2 * 1024**3 / min(seconds(lambda: left @ right, 7)),
+    )
+
+
+def seconds(work: Callable[[], object], repeats: int) -> list[float]:
+    """CPU seconds of the process over its threads, after one run to warm up."""
+    work()
+    found = []
+    for _ in range(repeats):
+        started = time.process_time()
+        work()
+        found.append((time.process_time() - started) / torch.get_num_threads())
+    return found
+
+
+def step_inputs(program: Program, sequences: int, tokens: int, context: int) -> StepInputs:
+    """Sequences with `tokens` new tokens each at the end of `context` tokens; agents take turns over sequences."""
+    size, agents = PAGE_SIZE, len(program.agents)
+    pages = -(-context // size)
+    table = 1 + torch.arange(sequences * pages).view(sequences, pages)
+    new = torch.arange(context - tokens, context)
+    slots = (table[:, new // size] * size + new % size).reshape(-1)
+    agent_ids = (torch.arange(sequences) % agents + 1).repeat_interleave(tokens)
+    return StepInputs(
+        token_ids=torch.randint(0, program.vocab_size, (sequences * tokens,)),
+        positions=new.repeat(sequences),
+        agent_ids=agent_ids,
+        logits_rows=torch.arange(sequences) * tokens + tokens - 1,
+        base_slots=slots,
+        lr_slots=slots.repeat(agents, 1),
+        seq_starts=torch.arange(sequences + 1) * tokens,
+        context_lens=torch.full((sequences,), context),
+        page_table=table,
+    )
+
+
+def bound(program: Program, machine: Machine, weights: list[torch.Tensor], size: int, step: StepInputs) -> float:
+    """Seconds that a step takes at least (see the module's text); `size`: bytes of a number in the cache."""
+    schema = program.schema
+    tokens, contexts = step.token_ids.numel(), step.context_lens.double()
+    cache = float(contexts.sum()) * schema.base_numbers_per_token() * size
+    weight_numbers = sum(t.numel() for t in weights)
+    weight_bytes = sum(t.numel() * t.element_size() for t in weights)
+    new = tokens / step.context_lens.numel()
+    keys = float((contexts - (new - 1) / 2).sum()) * new
+    attention = sum(4 * keys * layer.kv_heads * layer.k_dim for layer in schema.base)
+    return max((weight_bytes + cache) / machine.bandwidth, (2 * weight_numbers * tokens + attention) / machine.gemm)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--sharing", default="base_lr_shared")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--sequences", default="1,8,32")
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the one prefill step; 0: none")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--profile", action="store_true", help="show the ops that take longest")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    machine = measure_machine()
+    print(f"read {machine.bandwidth / 1e9:.1f} GB/s, GEMM {machine.gemm / 1e9:.0f} GFLOP/s, {options.threads} threads")
+    program = lragent.load(options.artifact, sharing=options.sharing, kv_memory="16MiB").program
+    dtype = getattr(torch, program.facts["dtype"])
+    held = open_artifact(options.artifact).weights().values()
+    matrices = list({t.data_ptr(): t for t in held if t.dim() == 2 and t.is_floating_point()}.values())
+    steps = [(int(n), 1, options.context) for n in options.sequences.split(",")]
+    if options.prefill:
+        steps.append((1, options.prefill, max(options.context, options.prefill)))
+    for sequences, tokens, context in steps:
+        step = step_inputs(program, sequences, tokens, context)
+        pages = 1 + sequences * -(-context // PAGE_SIZE)
+        columns = SCHEMES[options.sharing].columns
+        cache = allocate(program.schema, columns, pages, PAGE_SIZE, dtype, torch.device("cpu"))
+
+        def run(step: StepInputs = step, cache: CacheTensors = cache.tensors) -> object:
+            return program.run(step, cache)
+
+        found = statistics.median(seconds(run, options.repeats))
+        least = bound(program, machine, matrices, dtype.itemsize, step)
+        kind = "decode" if tokens == 1 else "prefill"
+        print(f"{kind:7} {sequences:3} x {tokens:4} at {context}: {found * 1e3:8.1f} ms, {found / least:.2f} x bound")
+        if options.profile:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                run()
+            print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=44))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+// Products of token rows with a strip of weight rows, which are read where they lie, in their dtype.
+//
+// Legend: T = tokens, K = input features, S = kStrip weight rows of a projection.
+#pragma once
+
+#include "../../vector/float_rows.h"
+
+namespace lragent {
+
+// Output features that are computed together: two vectors of a register block.
+constexpr int64_t kStrip = 2 * W;
+// Features of a sum that is computed in one go: four rows of a strip then stay in the innermost cache.
+constexpr int64_t kFeaturesForDotProducts = 768;
+// Up to so many tokens, numbers of half precision are extended while they are read, not once before.
+constexpr int64_t kTokensForInPlace = 9;
+
+// What a thread needs to compute strips, kept between calls.
+struct StripSpace {
+  std::vector<float> rows, sums, part, up, up_packed;
+};
+
+inline float* at_least(std::vector<float>& numbers, int64_t count) {
+  if (static_cast<int64_t>(numbers.size()) < count) numbers.resize(count);
+  return numbers.data();
+}
+
+// sums[t][s] = x[t] . rows[s] for rows that lie `k_pad` apart; `bytes` are asked for from `ahead` on (see `ask`).
+template <typename T>
+inline void dot_strip(
+    const float* x, int64_t tokens, const T* rows, int64_t k_pad, StripSpace& space, float* sums, const char* ahead,
+    int64_t bytes) {
+  const int64_t parts = (k_pad + kFeaturesForDotProducts - 1) / kFeaturesForDotProducts;
+  const int64_t features = padded((k_pad + parts - 1) / parts), bytes_a_part = bytes / parts;
+  for (int64_t begin = 0; begin < k_pad; begin += features) {
+    float* part = begin == 0 ? sums : at_least(space.part, tokens * kStrip);
+    dot_products(
+        x + begin, k_pad, tokens, rows + begin, k_pad, kStrip, std::min(features, k_pad - begin), part, kStrip, ahead,
+        bytes_a_part);
+    ahead += bytes_a_part;
+    for (int64_t i = 0; begin > 0 && i < tokens * kStrip; i += W) {
+      (Vec::loadu(sums + i) + Vec::loadu(part + i)).store(sums + i);
+    }
+  }
+}
+
+// sums[t][s] = x[t] . weight[first + s] for `tokens` rows of x, `[T, padded K]`, and `count` <= S rows of a weight
+// `[rows, K]`. Sums past `count` are undefined. `last` says that no rows follow: what comes next can't be asked for.
+inline void strip_products(
+    const float* x, int64_t tokens, const Numbers& weight, int64_t first, int64_t count, int64_t k, bool last,
+    StripSpace& space, float* sums) {
+  const int64_t k_pad = padded(k), element = first * k, bytes = last ? 0 : weight.bytes(kStrip * k);
+  const char* ahead = last ? weight.at(element) : weight.at(element + kStrip * k);
+  const bool as_they_lie = count == kStrip && k == k_pad;
+  if (as_they_lie && (tokens <= kTokensForInPlace || weight.type == at::kFloat)) {
+    weight.typed(element, [&](const auto* rows) { dot_strip(x, tokens, rows, k, space, sums, ahead, bytes); });
+    return;
+  }
+  float* rows = at_least(space.rows, kStrip * k_pad);
+  to_floats(weight, element, count, k, k, rows, k_pad);
+  dot_strip(x, tokens, rows, k_pad, space, sums, ahead, bytes);
+}
+
+}  // namespace lragent
