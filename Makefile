@@ -18,10 +18,10 @@ DEMO_INSTALLED := $(VENV)/.lragent-demo-model-installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types fmt clean
+.PHONY: help install demo test test-gpu check lint types fmt clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,9 @@ demo: $(DEMO_INSTALLED)  ## Real agents on a real model under every sharing sche
 
 test: $(INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(INSTALLED)  ## Run the tests that need a GPU (they skip elsewhere); wants pip install -e ".[gpu]"
+	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

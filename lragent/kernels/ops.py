@@ -220,11 +220,13 @@ flash_lora_attention_torch = custom_op(
 )
 flash_lora_attention_torch.register_fake(_attention_fake)
 
-# Its kernel is compiled: see `lragent.kernels.cpp_library`.
+# Kernels that are compiled: see `lragent.kernels.cpp_library` and `lragent.kernels.triton_library`.
 CPP_ATTENTION = "lragent::flash_lora_attention_cpp"
-torch.library.define(
-    CPP_ATTENTION,
-    torch.library.infer_schema(torch_paged.flash_lora_attention, mutates_args=()),
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.register_fake(CPP_ATTENTION, _attention_fake)
+TRITON_ATTENTION = "lragent::flash_lora_attention_triton"
+for _name in (CPP_ATTENTION, TRITON_ATTENTION):
+    torch.library.define(
+        _name,
+        torch.library.infer_schema(torch_paged.flash_lora_attention, mutates_args=()),
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    torch.library.register_fake(_name, _attention_fake)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from lragent.kernels import cpp_library, ops
 from tests.kernels.attention_cases import ARGUMENTS, CASES, Case
@@ -25,6 +26,14 @@ def test_cpp_attention_op() -> None:
     values = CASES[0].build()
     op = torch.ops.lragent.flash_lora_attention_cpp.default
     torch.library.opcheck(op, tuple(values[name] for name in ARGUMENTS), test_utils=CHECKS)
+
+
+def test_triton_attention_op_without_a_device() -> None:
+    values = CASES[0].build()
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in map(values.get, ARGUMENTS)]
+        found = torch.ops.lragent.flash_lora_attention_triton(*fakes)
+    assert found.shape == values["query"].shape and found.dtype == values["query"].dtype
 
 
 def test_marker() -> None:

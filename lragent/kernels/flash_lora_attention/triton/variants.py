@@ -1,0 +1,151 @@
+"""What a compiled attention kernel depends on, and the tile shapes and warps of each kind of variant.
+
+The shapes were chosen so that the compiler spills no register on sm_80, sm_90 and gfx942 and stays within shared
+memory; `tests/kernels/test_triton_compiled.py` holds that. No GPU timed them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import triton.language as tl
+
+Target = Literal["sm_80", "sm_90", "gfx942"]
+
+_TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+# A product of the compiler has at least this many channels, tokens or columns of `x A`.
+SMALLEST = 16
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Shapes and features of a call; ranks are those of the up-projections, 0 where K or V has no adapter."""
+
+    heads: int
+    group: int
+    page_size: int
+    k_dim: int
+    v_dim: int
+    k_rank: int
+    v_rank: int
+    dot_dtype: torch.dtype
+    final: bool
+    rope: bool
+    norm: bool
+    sinks: bool
+    window: int
+    softcap: float
+
+    @property
+    def is_half(self) -> bool:
+        return self.dot_dtype != torch.float32
+
+    def shared_constants(self) -> dict[str, Any]:
+        """Compile-time arguments that the decode and the prefill kernel have in common."""
+        return {
+            "H": self.heads,
+            "GROUP": self.group,
+            "P": self.page_size,
+            "DK": self.k_dim,
+            "DV": self.v_dim,
+            "RANK_K": self.k_rank,
+            "RANK_V": self.v_rank,
+            "FINAL": self.final,
+            "ROPE": self.rope,
+            "NORM": self.norm,
+            "WINDOW": self.window,
+            "SOFTCAP": self.softcap,
+            "D_V": padded(self.v_dim),
+            "DOT": _TRITON_DTYPES[self.dot_dtype],
+        }
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one kernel cuts its work.
+
+    Args:
+        rows: query heads of a decode program, or (query, head) rows of a prefill program.
+        tokens, channels: of a part of a key tile that is rebuilt at once.
+        unroll: the loop over the parts of a tile is unrolled, so that loads run ahead over tiles; takes registers.
+        least_rank: ranks are padded to at least this many columns; 64 lets sm_80 spread a product's columns over warps.
+    """
+
+    rows: int
+    tokens: int
+    channels: int
+    warps: int
+    stages: int
+    unroll: bool = False
+    least_rank: int = SMALLEST
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+    def constants(self, variant: Variant) -> dict[str, int]:
+        parts = -(-variant.k_dim // self.channels) if self.unroll else 1
+        r_k, r_v = (max(self.least_rank, padded(rank)) if rank else 0 for rank in (variant.k_rank, variant.v_rank))
+        return {"N": self.tokens, "C": self.channels, "UNROLL": parts, "R_K": r_k, "R_V": r_v}
+
+
+def padded(size: int) -> int:
+    return max(SMALLEST, 1 << (size - 1).bit_length())
+
+
+def dot_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """What products are computed in: the half-precision dtype that all operands have, else float32."""
+    first = dtypes[0]
+    return first if first in (torch.float16, torch.bfloat16) and set(dtypes) == {first} else torch.float32
+
+
+def decode_tiles(variant: Variant, target: Target) -> Tiles:
+    """Tiles of a decode kernel."""
+    stages = 1 if target == "gfx942" else 2
+    rows = SMALLEST if target == "gfx942" or variant.group > 8 else 8
+    if not variant.is_half:
+        return Tiles(rows, tokens=32, channels=16, warps=8, stages=stages)
+    rank, dim = max(variant.k_rank, variant.v_rank), max(variant.k_dim, variant.v_dim)
+    tokens, warps = 64, 4
+    if target == "sm_90" and rank > 64:
+        tokens, warps = 32 if dim <= 64 else 64, 8 if dim > 128 else 4
+    if target == "sm_80" and dim <= 64:
+        stages, warps = 1 if rank <= 16 else 2, 8 if rank > 64 else 4
+    if target == "sm_80" and dim > 128 and rank > 16:
+        tokens, warps = 64 if rank > 64 else 32, 8 if rank > 64 else 4
+    return Tiles(rows, tokens, channels=32, warps=warps, stages=stages)
+
+
+def prefill_tiles(variant: Variant, target: Target) -> Tiles:
+    """Tiles of a prefill kernel; a program has room for all query heads of a KV head."""
+    rows = 1 << (variant.group - 1).bit_length()
+    rank, dim = max(variant.k_rank, variant.v_rank), max(variant.k_dim, variant.v_dim)
+    if not variant.is_half:
+        return Tiles(max(rows, 16), tokens=16, channels=16, warps=8, stages=1)
+    if target == "gfx942":
+        return Tiles(max(rows, 64), tokens=64, channels=32, warps=4, stages=1)
+    if target == "sm_90" and dim <= 128 and rank <= 16:
+        return Tiles(max(rows, 128), tokens=32, channels=64, warps=8, stages=2)
+    if target == "sm_90" and (dim <= 128 or rank <= 16):
+        return Tiles(
+            max(rows, 64), tokens=32 if dim > 128 and not variant.final else 16, channels=32, warps=8, stages=2
+        )
+    if target == "sm_80" and dim <= 128 and rank <= 16:
+        return Tiles(max(rows, 64), tokens=16, channels=32 if variant.final else 16, warps=8, stages=2)
+    tokens = 16 if dim <= 64 and rank > 64 else 32
+    return Tiles(max(rows, 32), tokens, channels=16, warps=8, stages=2, least_rank=64 if dim > 128 else SMALLEST)
+
+
+def decode_constants(variant: Variant, tiles: Tiles) -> dict[str, Any]:
+    return variant.shared_constants() | tiles.constants(variant) | {"G": tiles.rows}
+
+
+def prefill_constants(variant: Variant, tiles: Tiles) -> dict[str, Any]:
+    return variant.shared_constants() | tiles.constants(variant) | {"M": tiles.rows, "SINKS": variant.sinks}
+
+
+def reduce_constants(variant: Variant) -> dict[str, Any]:
+    shared = variant.shared_constants()
+    own = {"R": padded(variant.v_rank), "SINKS": variant.sinks}
+    return {name: shared[name] for name in ("H", "GROUP", "DV", "RANK_V", "D_V")} | own

@@ -1,0 +1,42 @@
+"""The Triton kernels as kernels of the ops on CUDA and HIP devices; Triton compiles each at its first launch.
+
+`load` must have been called before a program with a Triton op runs.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from lragent.errors import RequestError
+from lragent.kernels.ops import TRITON_ATTENTION
+
+
+def is_loaded() -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(TRITON_ATTENTION, "CUDA"))
+
+
+def is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def load() -> None:
+    """Makes the Triton kernels known to PyTorch.
+
+    Raises:
+        RequestError: the package `triton` is missing.
+    """
+    if is_loaded():
+        return
+    if not is_installed():
+        raise RequestError(
+            "attention 'triton' needs the package triton, which isn't installed",
+            'Install lragent[gpu], or use attention="torch".',
+        )
+    from lragent.kernels.flash_lora_attention.triton.launch import flash_lora_attention
+    from lragent.kernels.write_cache import triton_scatter
+
+    torch.library.impl(TRITON_ATTENTION, "CUDA", flash_lora_attention)
+    torch.library.impl("lragent::write_kv", "CUDA", triton_scatter.write_kv)
+    torch.library.impl("lragent::write_lr", "CUDA", triton_scatter.write_lr)

@@ -1,0 +1,63 @@
+"""The Triton op on the device against the reference: float32 as all implementations, half precision as in its dtype."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lragent.kernels import ops
+from lragent.kernels.flash_lora_attention import reference
+from lragent.kernels.write_cache import torch_scatter
+from tests.kernels.attention_cases import CASES, Case, assert_as_exact_as_reference, call, in_double
+
+pytestmark = pytest.mark.gpu
+
+LONG = ((700, 1, 1), (1500, 1, 3), (300, 200, 1), (90, 60, 3), (300, 9, (1, 1, 1, 3, 3, 3, 2, 2, 0)), (1, 1, 0))
+
+
+def on_device(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.cuda() if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+def triton_op(*arguments: Any) -> Tensor:
+    result: Tensor = torch.ops.lragent.flash_lora_attention_triton(*arguments)
+    return result
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float32(case: Case) -> None:
+    assert_as_exact_as_reference(triton_op, on_device(case.build()))
+    assert_as_exact_as_reference(triton_op, on_device(replace(case, sequences=LONG).build()))
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (80, 96), (256, 256)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("final", [True, False], ids=["final", "raw"])
+def test_half_precision(
+    dims: tuple[int, int], dtype: torch.dtype, final: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(
+        "half", sequences=LONG, k_dim=dims[0], v_dim=dims[1], ranks=(16, 0, 8), cache_dtype=dtype, final=final,
+        norm=not final,
+    )  # fmt: skip
+    values = on_device(case.build(dtype))
+    exact = call(reference.flash_lora_attention, in_double(values))
+    found = call(triton_op, values)
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "compute_dtype", lambda dtype: dtype)
+        plain = call(reference.flash_lora_attention, values)
+    own, error = (float((x.double() - exact).abs().max()) for x in (plain, found))
+    assert error <= 2 * own
+
+
+def test_writes() -> None:
+    key, value = torch.randn(5, 2, 64, device="cuda"), torch.randn(5, 2, 32, device="cuda")
+    caches = [torch.zeros(4, 2, 16, dim, device="cuda", dtype=torch.bfloat16) for dim in (64, 32, 64, 32)]
+    slots = torch.tensor([16, 17, 40, 63, 5], device="cuda")
+    ops.write_kv(key, value, caches[0], caches[1], slots)
+    torch_scatter.write_kv(key, value, caches[2], caches[3], slots)
+    assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])

@@ -1,0 +1,109 @@
+"""The Triton attention kernels in the interpreter: run by `tests/kernels/test_triton_interpreted.py`.
+
+float32 against the reference's own error, as all implementations; half precision against the error of the same
+definition computed in that dtype throughout. What a kernel writes into begins as NaN, and so
+does what it must not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lragent.kernels.flash_lora_attention import reference
+from lragent.kernels.flash_lora_attention.triton.launch import Plan, flash_lora_attention
+from lragent.kernels.flash_lora_attention.triton.variants import Tiles
+from tests.kernels.attention_cases import CASES, Case, assert_as_exact_as_reference, call, in_double
+from tests.kernels.interpreter import shim
+
+SMALL = Plan(decode=Tiles(8, 32, 16, 4, 1), prefill=Tiles(32, 16, 16, 4, 1), splits=3)
+LARGE = Plan(decode=Tiles(16, 64, 32, 4, 2, unroll=True), prefill=Tiles(64, 64, 64, 8, 2, unroll=True), splits=1)
+# Decodes, one of which leaves splits empty, agents in a chunk, and the model without adapter.
+MIXED = ((70, 1, 1), (33, 9, (1, 1, 1, 3, 3, 3, 2, 2, 0)), (1, 1, 0))
+HALF = (torch.bfloat16, torch.float16)
+WIDE = Case("wide", sequences=MIXED, k_dim=64, v_dim=64, ranks=(16, 0, 8))
+FEATURES = {
+    "plain": WIDE,
+    "interleaved": replace(WIDE, rope="interleaved", ranks=(16, 0, 5)),
+    "norm": replace(WIDE, norm=True, final=False),
+    "window, cap, sinks": replace(WIDE, window=40, softcap=4.0, sinks=True),
+    "everything": replace(WIDE, norm=True, final=False, rope="partial", window=21, softcap=4.0, sinks=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def _exact_bfloat16() -> Iterator[None]:
+    with shim.exact_bfloat16():
+        yield
+
+
+def watched(plan: Plan) -> Callable[..., Tensor]:
+    """The kernels under a plan; an access outside the arguments raises."""
+
+    def run(*arguments: Any) -> Tensor:
+        tensors = {str(i): value for i, value in enumerate(arguments) if isinstance(value, Tensor)}
+        with shim.watched(tensors):
+            return flash_lora_attention(*arguments, plan=plan)
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float32(case: Case) -> None:
+    assert_as_exact_as_reference(watched(SMALL), case.build())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FEATURES.values(), ids=FEATURES)
+def test_other_tiles(case: Case) -> None:
+    assert_as_exact_as_reference(watched(LARGE), case.build())
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", FEATURES.values(), ids=FEATURES)
+def test_half_precision(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = replace(case, cache_dtype=dtype).build(dtype)
+    exact = call(reference.flash_lora_attention, in_double(values))
+    found = call(watched(LARGE), values)
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "compute_dtype", lambda dtype: dtype)
+        plain = call(reference.flash_lora_attention, values)
+    assert plain.dtype == found.dtype == dtype
+    own, error = (float((x.double() - exact).abs().max()) for x in (plain, found))
+    assert error <= 2 * own
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_cache_of_a_float32_model(cache_dtype: torch.dtype) -> None:
+    for name in ("plain", "everything"):
+        assert_as_exact_as_reference(watched(SMALL), replace(FEATURES[name], cache_dtype=cache_dtype).build())
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"k_dim": 80, "v_dim": 96, "page_size": 8, "ranks": (3, 1, 17)},
+        {"k_dim": 24, "v_dim": 12, "page_size": 64, "group": 17, "heads": 1},
+        {"k_dim": 128, "v_dim": 64, "page_size": 32, "ranks": (64, 2, 0), "rope": "partial"},
+        {"k_dim": 256, "v_dim": 256, "ranks": (128, 0, 0), "heads": 1, "rope": "interleaved"},
+    ],
+    ids=lambda sizes: f"{sizes['k_dim']}-{sizes['v_dim']}",
+)
+@pytest.mark.parametrize("final", [True, False], ids=["final", "raw"])
+def test_sizes(sizes: dict[str, Any], final: bool) -> None:
+    sequences = ((41, 1, 1), (35, 4, (1, 3, 3, 2)))
+    case = replace(Case("sizes", sequences=sequences, final=final, norm=not final), **sizes)
+    assert_as_exact_as_reference(watched(SMALL), case.build())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_with_every_shape_of_step(case: Case, plan: Plan) -> None:
+    for sequences in (((130, 1, 3), (64, 6, 3), *MIXED), MIXED[:1], MIXED[1:2], ((300, 1, 1), (5, 1, 3))):
+        assert_as_exact_as_reference(watched(plan), replace(case, sequences=sequences).build())
