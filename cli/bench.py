@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,7 @@ from .engine_options import (
     parse_schemes,
 )
 from .output import print_json, results
+from .roofline_table import NOTE, estimate_facts, estimate_table, shape_of
 from .scheme_runs import SchemeRun, comparison_table, run_scheme
 from .workflow_loading import Workflow
 
@@ -77,9 +79,20 @@ def bench(
     device: Device = "cpu",
     threads: Threads = None,
     allow_compiled: AllowCompiled = True,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Run nothing; estimate a decode step on a GPU. Takes a MODEL_DIR, too.")
+    ] = False,
+    gpu: Annotated[str, typer.Option(help="With --roofline: GPU by name.")] = "h100",
+    context: Annotated[int, typer.Option(min=1, help="With --roofline: tokens of each trajectory.")] = 4096,
+    decoding: Annotated[int, typer.Option(min=1, help="With --roofline: agents of a trajectory in one step.")] = 1,
+    agents: Annotated[int, typer.Option(min=1, help="With --roofline of a MODEL_DIR: agents.")] = 3,
+    rank: Annotated[int, typer.Option(min=1, help="With --roofline of a MODEL_DIR: rank of their adapters.")] = 16,
     as_json: AsJson = False,
 ) -> None:
     """Time a synthetic workload: forced random tokens, the same ones under every scheme."""
+    if roofline:
+        _estimate(artifact, schemes, gpu, (trajectories, decoding, context), (agents, rank), as_json)
+        return
     workload = Workload(trajectories, turns, prompt_tokens, new_tokens, observation_tokens)
     options = EngineOptions(kv_memory, max_batch_tokens, backend, attention, device, threads, allow_compiled)
     runs: list[SchemeRun] = []
@@ -88,14 +101,29 @@ def bench(
         engine = options.load(artifact, sharing)
         facts = dict(engine.program.facts)
         warm_up(engine, workload)
-        agents = tuple(name for name in engine.agents if name != "base") or engine.agents
-        workflow = workload.workflow(agents, engine.program.vocab_size)
+        acting = tuple(name for name in engine.agents if name != "base") or engine.agents
+        workflow = workload.workflow(acting, engine.program.vocab_size)
         runs.append(run_scheme(engine, workflow, workload.tasks(), concurrency))
         del engine
     if as_json:
         print_json({**facts, "workload": dataclasses.asdict(workload), "runs": [run.to_dict() for run in runs]})
     else:
         results.print(comparison_table(runs, f"{artifact} ({', '.join(facts.values())})"))
+
+
+def _estimate(
+    source: Path, schemes: str, gpu_name: str, load: tuple[int, int, int], imagined: tuple[int, int], as_json: bool
+) -> None:
+    """`--roofline`; load: trajectories, agents of each that decode, context; imagined: agents and rank for a model."""
+    from lragent.roofline import Load, estimate, gpu_named
+
+    chosen, gpu, shape = Load(*load), gpu_named(gpu_name), shape_of(source, *imagined)
+    estimates = [estimate(shape, gpu, chosen, sharing) for sharing in parse_schemes(schemes)]
+    facts = estimate_facts(gpu_name, gpu, shape, chosen)
+    if as_json:
+        print_json({"note": NOTE, **facts, "estimates": [row.to_dict() for row in estimates]})
+    else:
+        results.print(estimate_table(estimates, facts))
 
 
 def warm_up(engine: Any, workload: Workload) -> None:

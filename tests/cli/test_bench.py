@@ -1,6 +1,7 @@
 from pathlib import Path
 
 from tests.cli.conftest import EAGER, call
+from tests.models import WrittenModel
 
 SMALL = ("--trajectories", 2, "--turns", 4, "--prompt-tokens", 20, "--new-tokens", 3, "--observation-tokens", 5)
 
@@ -27,3 +28,19 @@ def test_the_table_has_a_column_a_scheme(eager_artifact: Path) -> None:
     for text in ("non_shared", "base_lr_shared", "computed: catch-up", "cache at peak", "wall time"):
         assert text in outcome.out
     assert "exact match" not in outcome.out and "tasks failed" not in outcome.out
+
+
+def test_roofline_of_an_artifact_says_that_it_is_an_estimate(eager_artifact: Path) -> None:
+    outcome = call("bench", eager_artifact, "--roofline", "--gpu", "h100", "--context", 8192, "--decoding", 3)
+    assert outcome.code == 0, outcome.err
+    for text in ("estimated decode step", "An estimate, not a measurement", "base_lr_shared", "8192 tokens", " ms"):
+        assert text in outcome.out
+
+
+def test_roofline_of_a_model_directory(tiny_llama: WrittenModel) -> None:
+    outcome = call("bench", tiny_llama.model_dir, "--roofline", "--agents", 5, "--json")
+    assert outcome.code == 0, outcome.err
+    found = outcome.json()
+    times = {row["sharing"]: row["seconds_once"] for row in found["estimates"]}
+    assert found["agents"] == 5 and len(times) == 5 and "estimate" in found["note"]
+    assert times["full_shared"] <= times["base_lr_shared"]
