@@ -38,21 +38,32 @@ def convert(
     ] = "split",
     attention: Attention = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there.")] = False,
+    spare: Annotated[int, typer.Option(min=0, help="Slots kept free for agents that --update adds later.")] = 0,
+    update: Annotated[
+        bool, typer.Option("--update", help="Give the artifact these adapters; its compiled programs stay.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write an artifact from a model directory and LoRA adapters."""
-    with stages("converting") as show:
-        report = lragent.convert(
-            model_dir,
-            parse_adapters(adapters),
-            out,
-            dtype=dtype,
-            layouts=LAYOUTS[layouts],
-            attention=attention,
-            overwrite=overwrite,
-            compiled=layouts != "none",
-            progress=show,
-        )
+    named = parse_adapters(adapters)
+    if update and (overwrite or spare):
+        raise typer.BadParameter("--update keeps the artifact's slots; it does not go with --overwrite or --spare")
+    with stages("updating" if update else "converting") as show:
+        if update:
+            report = lragent.update(out, model_dir, named, show)
+        else:
+            report = lragent.convert(
+                model_dir,
+                named,
+                out,
+                dtype=dtype,
+                layouts=LAYOUTS[layouts],
+                attention=attention,
+                overwrite=overwrite,
+                compiled=layouts != "none",
+                progress=show,
+                spare=spare,
+            )
     if as_json:
         print_json({**dataclasses.asdict(report), "out": str(report.out)})
         return
@@ -67,3 +78,5 @@ def print_report(report: ConvertReport, console: Console) -> None:
     if report.refusal:
         refusal = f"split layout refused, so only non_shared and full_shared work: {report.refusal}"
         console.print(refusal, markup=False, soft_wrap=True)
+    if report.advice:
+        console.print(f"note: {report.advice}", markup=False, soft_wrap=True)

@@ -35,6 +35,10 @@ AllowCompiled = Annotated[
     bool,
     typer.Option("--allow-compiled/--no-compiled", help="Run the artifact's compiled code, or lower its graph again."),
 ]
+Agents = Annotated[
+    str | None,
+    typer.Option(metavar="A,B,...", help="Agents that act: the cache has room for no others. All if not given."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Directory of a Hugging Face causal LM.")]
 Adapters = Annotated[
@@ -53,6 +57,7 @@ class EngineOptions:
     device: str = "cpu"
     threads: int | None = None
     allow_compiled: bool = True
+    agents: tuple[str, ...] | None = None
 
     def load(self, artifact: Path, sharing: str) -> Engine:
         return lragent.load(
@@ -65,6 +70,7 @@ class EngineOptions:
             device=self.device,
             threads=self.threads,
             allow_compiled=self.allow_compiled,
+            agents=self.agents,
         )
 
 

@@ -38,11 +38,13 @@ def inspect(
             inspection = lragent.inspect(path, parse_adapters(adapters))
     fit = inspection.tokens_that_fit(size)
     if as_json:
-        print_json({**inspection.to_dict(), "memory": size, "tokens_that_fit": fit})
+        facts = {**inspection.to_dict(), "break_even": inspection.break_even}
+        print_json({**facts, "memory": size, "tokens_that_fit": fit})
         return
     print_facts(inspection)
     results.print(layer_table(inspection))
     results.print(scheme_table(inspection, size))
+    print_break_even(inspection)
 
 
 def print_facts(inspection: Inspection) -> None:
@@ -56,10 +58,19 @@ def print_facts(inspection: Inspection) -> None:
         for agent in inspection.agents
     ]
     lines += [f"compiled for {target}: {', '.join(found)}" for target, found in inspection.compiled.items()]
+    if inspection.spare:
+        lines.append(f"{inspection.spare} spare slots for agents that an update adds")
     if inspection.refusal:
         lines.append(f"refused: {inspection.refusal}")
     for line in lines:
         results.print(line, markup=False, soft_wrap=True)
+
+
+def print_break_even(inspection: Inspection) -> None:
+    """From how many agents on each split scheme takes less cache than non_shared."""
+    for scheme, least in inspection.break_even.items():
+        when = f"once {least} agents have seen a token" if least is not None else "never, with these ranks"
+        results.print(f"{scheme} takes less than non_shared: {when}", markup=False, soft_wrap=True)
 
 
 def layer_table(inspection: Inspection) -> Table:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .engine_options import (
+    Agents,
     AllowCompiled,
     ArtifactArgument,
     AsJson,
@@ -50,6 +51,7 @@ def rollout(
     device: Device = "cpu",
     threads: Threads = None,
     allow_compiled: AllowCompiled = True,
+    agents: Agents = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a workflow over tasks; what fails in one task is that task's error line."""
@@ -61,7 +63,10 @@ def rollout(
     if left == 0:
         summary = {"out": str(out), "sharing": sharing, "tasks": len(ids), "kept": len(ids), "done": 0, "failed": 0}
     else:
-        options = EngineOptions(kv_memory, max_batch_tokens, backend, attention, device, threads, allow_compiled)
+        acting = None if agents is None else tuple(name.strip() for name in agents.split(","))
+        options = EngineOptions(
+            kv_memory, max_batch_tokens, backend, attention, device, threads, allow_compiled, acting
+        )
         engine = options.load(artifact, sharing)
         with ResultFile(out, existing) as file, RolloutProgress(engine, left, "rollout") as bar:
             run_into(file, bar, engine, function, pending_tasks(tasks, finished), concurrency)

@@ -83,7 +83,7 @@ def verify(
 
     named, texts = parse_adapters(adapters), read_prompts(prompts)
     opened = open_artifact(artifact)
-    missing = {agent.name for agent in opened.manifest.agents} ^ set(named)
+    missing = {agent.name for agent in opened.manifest.agents if agent.digest} ^ set(named)
     if missing:
         raise AdapterError(f"{artifact} and --adapters differ in {', '.join(sorted(missing))}", "Name all its agents.")
     with stages("verifying") as show:

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lragent.api import convert, inspect, load, optimize
+    from lragent.api import convert, inspect, load, optimize, update
     from lragent.build_artifact import ConvertReport
     from lragent.inspection import Inspection
     from lragent.runtime.engine import Engine
@@ -23,6 +23,7 @@ __all__ = [
     "inspect",
     "load",
     "optimize",
+    "update",
 ]
 
 _HOMES = {

@@ -27,6 +27,7 @@ def convert(
     overwrite: bool = False,
     compiled: bool = True,
     progress: Progress | None = None,
+    spare: int = 0,
 ) -> ConvertReport:
     """Model directory + adapters -> artifact.
 
@@ -35,19 +36,42 @@ def convert(
         layouts: which are compiled for this machine now; the other is compiled when it is first loaded.
         compiled: False writes the programs only (then no C++ compiler is needed).
         progress: is told the name of each stage as it begins.
+        spare: slots kept free for agents that `update` may add.
 
     Raises:
         UserError: one of its kinds, which says what was found, where, and what to do; nothing is left behind.
     """
     from lragent.build_artifact import build
     from lragent.loading import load_directories
+    from lragent.slots import fit, slots_of
 
     for layout in layouts:
         if layout not in LAYOUTS:
             raise RequestError(f"unknown layout {layout!r}", f"Use {' or '.join(LAYOUTS)}.")
     stages = Stages(progress)
     loaded = stages.run("load", lambda: load_directories(model_dir, adapters, dtype))
+    if spare > 0:
+        loaded = fit(loaded, slots_of(loaded, spare))
     return build(loaded, Path(out), layouts if compiled else (), attention, overwrite, stages, wanted=layouts)
+
+
+def update(
+    path: str | Path,
+    model_dir: str | Path,
+    adapters: Mapping[str, str | Path],
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Gives an artifact other adapters of the same form; its compiled programs stay.
+
+    Args:
+        adapters: all agents that there are afterwards: replaced, added to spare slots, or, where not named, removed.
+
+    Raises:
+        UserError: one of its kinds; the artifact is then as it was.
+    """
+    from lragent.update_artifact import update as update_artifact
+
+    return update_artifact(Path(path), model_dir, adapters, Stages(progress))
 
 
 def load(
@@ -61,6 +85,7 @@ def load(
     threads: int | None = None,
     kv_dtype: str = "auto",
     allow_compiled: bool = True,
+    agents: Sequence[str] | None = None,
 ) -> Engine:
     """Opens an artifact as an engine.
 
@@ -69,6 +94,7 @@ def load(
         kv_memory: bytes, or text such as "2GiB".
         backend: "compiled", or "eager" (slower, needs no C++ compiler).
         allow_compiled: False compiles again instead of running machine code from the artifact.
+        agents: those that will act besides `base`: the cache then holds no columns of others. None: all.
 
     Raises:
         ArtifactError, RequestError, CompilerMissing, SplitRefused: say what was found, where, and what to do.
@@ -101,6 +127,7 @@ def load(
         device=device,
         stop_token_ids=manifest.stop_token_ids,
         threads=threads,
+        agents=agents,
     )
 
 

@@ -4,7 +4,7 @@ NAME.lragent/
   manifest.json                      versions, agents, schemas, files
   programs/{split,dense}.pt2         rewritten programs, not lowered, no weights
   compiled/TARGET/LAYOUT-ATTENTION-KVDTYPE.pt2
-  weights/{base,adapters}.safetensors
+  weights/{base,adapters}.safetensors  (adapters-HASH.safetensors after an update)
   tokenizer/
 """
 
@@ -28,7 +28,8 @@ from lragent.manifest import FileEntry, Manifest, read_manifest, write_manifest
 from lragent.runtime.tokenizer import TokenizerFile
 
 BASE_WEIGHTS = "weights/base.safetensors"
-ADAPTER_WEIGHTS = "weights/adapters.safetensors"
+ADAPTER_FILES = "weights/adapters"  # how names of adapter weight files begin
+ADAPTER_WEIGHTS = f"{ADAPTER_FILES}.safetensors"
 TOKENIZER = "tokenizer"
 FAST_TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (FAST_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -164,27 +165,37 @@ def write_weights(
     Returns:
         The files, and aliases: name of a tied tensor -> the name under which it is stored.
     """
-    from safetensors.torch import save_file
+    stored, aliases = stored_once(tensors)
+    files = {
+        BASE_WEIGHTS: {name: tensor for name, tensor in stored.items() if name not in adapter_names},
+        ADAPTER_WEIGHTS: {name: tensor for name, tensor in stored.items() if name in adapter_names},
+    }
+    (directory / "weights").mkdir()
+    entries = [save_tensors(directory, relative, contents) for relative, contents in files.items() if contents]
+    return tuple(entries), aliases
 
-    stored: dict[tuple[int, torch.dtype, torch.Size, tuple[int, ...]], str] = {}
+
+def stored_once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor under one of its names, and its other names -> that one."""
+    names: dict[tuple[int, torch.dtype, torch.Size, tuple[int, ...]], str] = {}
+    stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    files: dict[str, dict[str, Tensor]] = {BASE_WEIGHTS: {}, ADAPTER_WEIGHTS: {}}
     for name, tensor in tensors.items():
         identity = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if identity in stored and tensor.numel() > 0:
-            aliases[name] = stored[identity]
+        if identity in names and tensor.numel() > 0:
+            aliases[name] = names[identity]
             continue
-        stored[identity] = name
-        file = ADAPTER_WEIGHTS if name in adapter_names else BASE_WEIGHTS
-        files[file][name] = tensor.detach().contiguous()
-    (directory / "weights").mkdir()
-    entries = []
-    for relative, contents in files.items():
-        if contents:
-            save_file(contents, directory / relative)
-            (directory / relative).chmod(0o644)
-            entries.append(describe_file(directory, relative))
-    return tuple(entries), aliases
+        names[identity] = name
+        stored[name] = tensor.detach().contiguous()
+    return stored, aliases
+
+
+def save_tensors(directory: Path, relative: str, tensors: dict[str, Tensor]) -> FileEntry:
+    from safetensors.torch import save_file
+
+    save_file(tensors, directory / relative)
+    (directory / relative).chmod(0o644)
+    return describe_file(directory, relative)
 
 
 def write_tokenizer(source: str | None, directory: Path) -> bool:

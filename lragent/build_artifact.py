@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,28 +14,35 @@ import torch
 from torch import Tensor
 
 from lragent import artifact as files
+from lragent.break_even import advice, bytes_per_token
 from lragent.capture import capture
 from lragent.compile import compile_package, require_compiler, target_name
-from lragent.errors import SplitRefused
+from lragent.errors import ArtifactError, SplitRefused
 from lragent.exported import PAGE_SIZE, export_graph, save_without_weights, tensors_of
+from lragent.fingerprint import fingerprint
 from lragent.kernels.cache_schema import Layout
 from lragent.kernels.dispatch import graphs, resolve
 from lragent.layouts import LAYOUTS, dtype_name
 from lragent.loading import LoadedModel
 from lragent.manifest import AgentEntry, FileEntry, LayerEntry, LayoutEntry, Manifest, write_manifest
 from lragent.passes.pipeline import Transformed, lower, transform
+from lragent.slots import slots_of
 from lragent.stages import Stages
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What `convert` did: seconds by stage, compiled packages, and why split layout was refused ("" if it was not)."""
+    """What `convert` did: seconds by stage, compiled packages, why split layout was refused ("" if it was not), and
+    what to think of before sharing (`lragent.break_even`)."""
 
     out: Path
     agents: tuple[str, ...]
     seconds: Mapping[str, float]
     compiled: tuple[str, ...]
     refusal: str
+    advice: str = ""
 
 
 def rewrite(loaded: LoadedModel, wanted: Sequence[Layout], stages: Stages) -> tuple[dict[Layout, Transformed], str]:
@@ -98,17 +106,22 @@ def write(
     chosen = resolve(attention, "cpu")
     with files.new_directory(out, overwrite) as directory:
         manifest = write_programs(loaded, programs, refusal, directory, stages)
+        if overwrite:
+            _keep_packages(out, manifest, directory)
         packages: dict[str, FileEntry] = {}
+        kept = manifest.compiled.get(target_name(), {})
         for layout in compile_layouts:
             for name in graphs(chosen):
                 key = f"{layout}-{name}-{dtype_name(loaded.dtype)}"
-                work = partial(_compile, programs[layout], loaded.dtype, name, directory, key)
-                packages[key] = stages.run(f"compile {layout}", work)
+                if key not in kept:
+                    work = partial(_compile, programs[layout], loaded.dtype, name, directory, key)
+                    packages[key] = stages.run(f"compile {layout}", work)
         if packages:
-            manifest.compiled[target_name()] = packages
+            manifest.compiled[target_name()] = {**kept, **packages}
         write_manifest(manifest, directory)
-    agents = tuple(agent.name for agent in loaded.agents)
-    return ConvertReport(out, agents, dict(stages.seconds), tuple(packages), refusal)
+    agents = tuple(agent.name for agent in loaded.agents if agent.digest)
+    sizes = bytes_per_token({n: e.schema for n, e in manifest.layouts.items()}, agents, manifest.dtype)
+    return ConvertReport(out, agents, dict(stages.seconds), tuple(packages), refusal, advice(sizes))
 
 
 def write_programs(
@@ -116,8 +129,8 @@ def write_programs(
 ) -> Manifest:
     """Writes programs, weights and tokenizer; returns the manifest, which is not written yet."""
     tensors: dict[str, Tensor] = {}
+    slots = slots_of(loaded, spare=0)
     layouts: dict[str, LayoutEntry] = {}
-    model_names = {f"model.{name}" for name, _ in loaded.model.named_parameters(remove_duplicate=False)}
     (directory / "programs").mkdir()
     for layout, program in programs.items():
         relative = f"programs/{layout}.pt2"
@@ -129,8 +142,9 @@ def write_programs(
             layers=tuple(
                 LayerEntry(layer.index, layer.k_module, layer.v_module, layer.key_transform) for layer in program.layers
             ),
+            fingerprint=fingerprint(program.graph, program.schema),
         )
-    from_adapters = frozenset(name for name in tensors if name not in model_names and name.startswith(("lora_", "up_")))
+    from_adapters = adapter_constants(loaded, tensors)
     weights, aliases = stages.run("write weights", lambda: files.write_weights(directory, tensors, from_adapters))
     return Manifest(
         versions={name: version(name) for name in ("lragent", "torch", "transformers", "peft")},
@@ -140,22 +154,45 @@ def write_programs(
         stop_token_ids=loaded.stop_token_ids,
         dtype=dtype_name(loaded.dtype),
         page_size=PAGE_SIZE,
-        agents=tuple(
-            AgentEntry(
-                agent.name,
-                agent.digest,
-                agent.rank,
-                _scalings(loaded, agent.name),
-                agent.targets,
-            )
-            for agent in loaded.agents
-        ),
+        agents=agent_entries(loaded),
         layouts=layouts,
         refusal=refusal,
         weights=weights,
         aliases=aliases,
         tokenizer=files.write_tokenizer(loaded.tokenizer_source, directory),
+        slot_ranks=dict(slots.ranks),
+        slot_groups=dict(slots.groups),
     )
+
+
+def adapter_constants(loaded: LoadedModel, tensors: Mapping[str, Tensor]) -> frozenset[str]:
+    """Names of the constants that adapters became; all others are the base model's."""
+    model_names = {f"model.{name}" for name, _ in loaded.model.named_parameters(remove_duplicate=False)}
+    return frozenset(name for name in tensors if name not in model_names and name.startswith(("lora_", "up_")))
+
+
+def agent_entries(loaded: LoadedModel) -> tuple[AgentEntry, ...]:
+    return tuple(
+        AgentEntry(agent.name, agent.digest, agent.rank, _scalings(loaded, agent.name), agent.targets)
+        for agent in loaded.agents
+    )
+
+
+def _keep_packages(old: Path, manifest: Manifest, directory: Path) -> None:
+    """Takes over packages of the artifact that is replaced, for any target, whose programs are the same."""
+    if not old.exists():
+        return
+    try:
+        replaced = files.open_artifact(old)
+        for target, packages in replaced.manifest.compiled.items():
+            for key, entry in packages.items():
+                layout = key.partition("-")[0]
+                before, now = replaced.manifest.layouts.get(layout), manifest.layouts.get(layout)
+                if before is not None and now is not None and before.fingerprint == now.fingerprint:
+                    kept = files.place(replaced.file(entry), directory, entry.path)
+                    manifest.compiled.setdefault(target, {})[key] = kept
+    except ArtifactError as error:
+        log.warning("packages of the artifact that is replaced are not kept: %s", error.message)
 
 
 def _scalings(loaded: LoadedModel, agent: str) -> tuple[float, ...]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lragent.artifact import open_artifact
+from lragent.break_even import break_even, bytes_per_token
 from lragent.kernels.cache_schema import CacheSchema
-from lragent.layouts import dtype_name, dtype_named
-from lragent.runtime.schemes import SCHEMES
+from lragent.layouts import dtype_name
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Inspection:
     """See the field names.
 
     `bytes_per_token`: scheme -> bytes of cache that one token takes once 1, 2, ... all agents have seen it, over all
-    layers, in the dtype of the cache. A scheme that is refused is missing.
+    layers, in the dtype of the cache. A scheme that is refused is missing. `spare`: slots without agent.
     """
 
     source: str
@@ -56,6 +56,12 @@ class Inspection:
     bytes_per_token: Mapping[str, tuple[int, ...]]
     refusal: str
     compiled: Mapping[str, tuple[str, ...]]
+    spare: int = 0
+
+    @property
+    def break_even(self) -> dict[str, int | None]:
+        """Split scheme -> how many agents must see a token so that it takes less than in `non_shared`; None: never."""
+        return break_even(self.bytes_per_token)
 
     def tokens_that_fit(self, memory: int) -> dict[str, tuple[int, ...]]:
         """Scheme -> tokens that `memory` bytes of cache hold, by number of agents that have seen them."""
@@ -74,11 +80,16 @@ def inspect_artifact(path: Path) -> Inspection:
         architecture=manifest.architecture,
         dtype=manifest.dtype,
         max_positions=manifest.max_positions,
-        agents=tuple(AgentLine(a.name, a.rank, len(a.targets), a.digest) for a in manifest.agents),
+        agents=tuple(AgentLine(a.name, a.rank, len(a.targets), a.digest) for a in manifest.agents if a.digest),
         layers=_groups(entry.schema, entry.layers),
-        bytes_per_token=_bytes_per_token({name: e.schema for name, e in manifest.layouts.items()}, manifest.dtype),
+        bytes_per_token=bytes_per_token(
+            {name: e.schema for name, e in manifest.layouts.items()},
+            tuple(a.name for a in manifest.agents if a.digest),
+            manifest.dtype,
+        ),
         refusal=manifest.refusal,
         compiled={target: tuple(packages) for target, packages in manifest.compiled.items()},
+        spare=sum(not a.digest for a in manifest.agents),
     )
 
 
@@ -98,7 +109,11 @@ def inspect_model(model_dir: Path, adapters: Mapping[str, str | Path]) -> Inspec
         max_positions=loaded.max_positions,
         agents=tuple(AgentLine(a.name, a.rank, len(a.targets), a.digest) for a in loaded.agents),
         layers=_groups(shown.schema, shown.layers),
-        bytes_per_token=_bytes_per_token({name: p.schema for name, p in programs.items()}, dtype_name(loaded.dtype)),
+        bytes_per_token=bytes_per_token(
+            {name: p.schema for name, p in programs.items()},
+            tuple(a.name for a in loaded.agents),
+            dtype_name(loaded.dtype),
+        ),
         refusal=refusal,
         compiled={},
     )
@@ -129,21 +144,3 @@ def _groups(schema: CacheSchema, layers: tuple[Any, ...]) -> tuple[LayerGroup, .
         else:
             groups.append(group)
     return tuple(groups)
-
-
-def _bytes_per_token(schemas: Mapping[str, CacheSchema], dtype: str) -> dict[str, tuple[int, ...]]:
-    """The formulas of the sharing schemes: base numbers once (or once an agent), LR columns as a scheme holds them."""
-    size = dtype_named(dtype).itemsize
-    result: dict[str, tuple[int, ...]] = {}
-    for name, scheme in SCHEMES.items():
-        schema = schemas.get(scheme.layout)
-        if schema is None:
-            continue
-        base, agents = schema.base_numbers_per_token(), range(len(schema.agents))
-        columns = [schema.lr_numbers_per_token(agent, scheme.columns) for agent in agents]
-        counts = []
-        for seen in range(1, max(len(agents), 1) + 1):
-            held = sum(columns[:seen]) if scheme.own_columns else sum(columns)
-            counts.append(size * (base * seen if scheme.agent_tables else base + held))
-        result[name] = tuple(counts)
-    return result

@@ -51,6 +51,7 @@ class LoadedModel:
         lora: module FQN -> agent name -> weights.
         lora_parameters: FQN of a hook's parameter in `model` -> (module FQN, "a" or "b").
         rows: module FQN -> agent name -> outputs (tokens) with weights of their own.
+        groups: module FQN -> for each agent, the first agent whose A it shares; empty: whoever has an equal A.
     """
 
     model: Any
@@ -64,6 +65,7 @@ class LoadedModel:
     architecture: str
     tokenizer_source: str | None
     rows: Mapping[str, Mapping[str, ReplacedRows]] = field(default_factory=dict)
+    groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def load_directories(model_dir: str | Path, adapters: Mapping[str, str | Path], dtype: str = "auto") -> LoadedModel:

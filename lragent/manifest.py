@@ -47,16 +47,23 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class LayoutEntry:
-    """One rewritten program and its cache schema."""
+    """One rewritten program and its cache schema.
+
+    `fingerprint`: what packages compiled from it depend on (`lragent.fingerprint`).
+    """
 
     program: FileEntry
     schema: CacheSchema
     layers: tuple[LayerEntry, ...]
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """See the field names; `compiled` maps target -> "layout-attention-kvdtype" -> package."""
+    """See the field names.
+
+    `compiled`: target -> "layout-attention-kvdtype" -> package. `slot_ranks`, `slot_groups`: see `lragent.slots.Slots`.
+    """
 
     versions: dict[str, str]
     architecture: str
@@ -72,6 +79,8 @@ class Manifest:
     aliases: dict[str, str]
     tokenizer: bool
     compiled: dict[str, dict[str, FileEntry]] = field(default_factory=dict)
+    slot_ranks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    slot_groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -126,6 +135,8 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
             "agents": tuple(_agent(entry) for entry in raw["agents"]),
             "layouts": {name: _layout(entry) for name, entry in raw["layouts"].items()},
             "weights": tuple(FileEntry(**entry) for entry in raw["weights"]),
+            "slot_ranks": {module: tuple(ranks) for module, ranks in raw.get("slot_ranks", {}).items()},
+            "slot_groups": {module: tuple(group) for module, group in raw.get("slot_groups", {}).items()},
             "compiled": {
                 target: {key: FileEntry(**entry) for key, entry in packages.items()}
                 for target, packages in raw["compiled"].items()
@@ -153,4 +164,5 @@ def _layout(raw: dict[str, Any]) -> LayoutEntry:
             ),
         ),
         layers=tuple(LayerEntry(**entry) for entry in raw["layers"]),
+        fingerprint=raw.get("fingerprint", ""),
     )

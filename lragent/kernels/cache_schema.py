@@ -10,7 +10,8 @@ page table serves both. Page 0 is the scratch page: a slot inside it means "do n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -49,11 +50,13 @@ class LowRankStream:
         module: FQN of the projection, for messages and manifests.
         ranks: rank per agent, 0 where the agent has no adapter on this projection; length N.
         group: per agent, index of the first agent whose A is bit-equal here (itself if none); length N.
+        held: per agent, whether the cache holds its columns; empty: all agents'. Others can't act.
     """
 
     module: str
     ranks: tuple[int, ...]
     group: tuple[int, ...]
+    held: tuple[bool, ...] = ()
 
     @property
     def width(self) -> int:
@@ -71,10 +74,12 @@ class LowRankStream:
         return tuple(starts[self.group[a]] for a in range(len(self.ranks)))
 
     def blocks(self, columns: Columns) -> tuple[int, ...]:
-        """Agents that own a column block (and so write it)."""
-        return tuple(
-            a for a, rank in enumerate(self.ranks) if rank > 0 and (columns == "per_agent" or self.group[a] == a)
-        )
+        """Agents that own a column block (and so write it): of agents with one A, the first that is held."""
+        owners: dict[int, int] = {}
+        for agent, rank in enumerate(self.ranks):
+            if rank > 0 and (not self.held or self.held[agent]):
+                owners.setdefault(agent if columns == "per_agent" else self.group[agent], agent)
+        return tuple(sorted(owners.values()))
 
     def table(self, columns: Columns, pages: int, page_size: int) -> torch.Tensor:
         """Where each agent's columns lie in the flat tensor: int64 `[N + 1, 4]`.
@@ -82,25 +87,25 @@ class LowRankStream:
         Row = agent id (0 = base, rank 0). Fields: element offset of the block, rank, first source column in
         `x @ A_cat.T`, and 1 if this agent's row writes the block.
         """
-        owners = self.blocks(columns)
         offset = 0
-        offsets: dict[int, int] = {}
+        offsets: dict[int, int] = {}  # by agent (per_agent), or by group
+        owners = self.blocks(columns)
         for agent in owners:
-            offsets[agent] = offset
+            offsets[agent if columns == "per_agent" else self.group[agent]] = offset
             offset += pages * page_size * self.ranks[agent]
         sources = self.source_columns()
         rows = [[0, 0, 0, 0]]
         for agent, rank in enumerate(self.ranks):
-            if rank == 0:
+            if rank == 0 or (self.held and not self.held[agent]):
                 rows.append([0, 0, 0, 0])
                 continue
-            owner = agent if agent in offsets else self.group[agent]
-            rows.append([offsets[owner], rank, sources[agent], int(owner == agent)])
+            block = offsets[agent if columns == "per_agent" else self.group[agent]]
+            rows.append([block, rank, sources[agent], int(agent in owners)])
         return torch.tensor(rows, dtype=torch.int64)
 
     def elements(self, columns: Columns, pages: int, page_size: int) -> int:
-        """Length of the flat tensor."""
-        return pages * page_size * sum(self.ranks[a] for a in self.blocks(columns))
+        """Length of the flat tensor; at least 2, which programs are exported for."""
+        return max(2, pages * page_size * sum(self.ranks[a] for a in self.blocks(columns)))
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,11 @@ class CacheSchema:
     agents: tuple[str, ...]
     base: tuple[BaseStreams, ...]
     low_rank: tuple[LowRankStream, ...]
+
+    def holding(self, names: Collection[str]) -> CacheSchema:
+        """The schema of a cache that holds LR columns of these agents only."""
+        held = tuple(name in names for name in self.agents)
+        return replace(self, low_rank=tuple(replace(stream, held=held) for stream in self.low_rank))
 
     def base_numbers_per_token(self) -> int:
         return sum(layer.numbers_per_token for layer in self.base)

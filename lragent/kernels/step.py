@@ -74,10 +74,14 @@ def cache_input_names(schema: CacheSchema) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class AgentFacts:
-    """What the runtime must know of an agent: its name and the sha256 of its adapter weights."""
+    """What the runtime must know of an agent: its name and the sha256 of its adapter weights ("": a spare slot)."""
 
     name: str
     digest: str
+
+    @property
+    def spare(self) -> bool:
+        return not self.digest
 
 
 @dataclass(frozen=True)

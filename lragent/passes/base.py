@@ -58,6 +58,7 @@ class PassContext:
         lora_parameters: FQN of a captured lora_A / lora_B weight -> (projection FQN, "a" or "b").
         captured_scaling: projection FQN -> scalings that may stand in its captured chains.
         rows: projection FQN -> agent name -> outputs (of an embedding: tokens) with weights of the agent's own.
+        groups: projection FQN -> for each agent, the first agent whose A it shares; empty: whoever has an equal A.
     """
 
     layout: Layout
@@ -68,6 +69,7 @@ class PassContext:
     max_positions: int
     attention: str
     rows: Mapping[str, Mapping[str, ReplacedRows]] = field(default_factory=dict)
+    groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ def pass_context(loaded: LoadedModel, layout: Layout, attention: str = "referenc
         max_positions=loaded.max_positions,
         attention=attention,
         rows=loaded.rows,
+        groups=loaded.groups,
     )
 
 

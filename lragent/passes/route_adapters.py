@@ -134,7 +134,7 @@ def _rewrite(graph: fx.GraphModule, context: PassContext, index: int, group: lis
     last = next(chain.total for chain in group if not any(user in totals for user in chain.total.users))
     module, x = group[0].module, group[0].x
     adapters, rows = context.adapters.get(module, {}), context.rows.get(module, {})
-    stream = low_rank_stream(module, context.agents, adapters)
+    stream = low_rank_stream(module, context.agents, adapters, context.groups.get(module))
     gain_NC = gains(context.agents, adapters)
     low_rank, total = None, base
     with graph.graph.inserting_before(last):
@@ -203,8 +203,13 @@ def gains(agents: tuple[str, ...], adapters: Mapping[str, Adapter]) -> Tensor | 
     return table
 
 
-def low_rank_stream(module: str, agents: tuple[str, ...], adapters: Mapping[str, Adapter]) -> LowRankStream:
-    """Ranks of a projection's adapters, and which agents share a bit-equal A."""
+def low_rank_stream(
+    module: str, agents: tuple[str, ...], adapters: Mapping[str, Adapter], groups: tuple[int, ...] | None = None
+) -> LowRankStream:
+    """Ranks of a projection's adapters, and which agents share a bit-equal A (unless `groups` says it)."""
+    if groups is not None:
+        ranks_of = (adapters[name].a.shape[0] if name in adapters else 0 for name in agents)
+        return LowRankStream(module, tuple(ranks_of), groups)
     ranks: list[int] = []
     group: list[int] = []
     for index, name in enumerate(agents):

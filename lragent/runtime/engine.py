@@ -39,6 +39,7 @@ class Engine:
         page_size: tokens a page.
         kv_dtype: of all cache tensors.
         stop_token_ids: the model's own stop tokens.
+        agents: those that will act besides `base`; the cache holds no LR columns of others. None: all.
         threads: for torch, which has one setting a process; None leaves it.
         saver: writes the model as an artifact to a path, for `save`.
 
@@ -58,6 +59,7 @@ class Engine:
         kv_dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         stop_token_ids: Sequence[int] = (),
+        agents: Sequence[str] | None = None,
         threads: int | None = None,
         saver: Callable[[Path], None] | None = None,
     ) -> None:
@@ -70,25 +72,28 @@ class Engine:
         if threads is not None:
             torch.set_num_threads(threads)
         device = torch.device(device)
-        sizes = memory.page_bytes(program.schema, scheme.columns, page_size, kv_dtype)
+        acting = _acting(program, agents)
+        schema = program.schema.holding(acting)
+        sizes = memory.page_bytes(schema, scheme.columns, page_size, kv_dtype)
         pages = memory.pages_that_fit(kv_memory, sizes)
         self._loop = EngineLoop(
             program=program,
             scheme=scheme,
-            cache=memory.allocate(program.schema, scheme.columns, pages, page_size, kv_dtype, device),
+            cache=memory.allocate(schema, scheme.columns, pages, page_size, kv_dtype, device),
             pool=PagePool(pages, sizes, track_columns=scheme.own_columns),
             tokenizer=tokenizer,
             stop_token_ids=frozenset(stop_token_ids),
             rules=_key_rules(program, scheme),
             names=(BASE, *program.schema.agents),
+            acting=(BASE, *acting),
             max_batch_tokens=max_batch_tokens,
             device=device,
         )
 
     @property
     def agents(self) -> tuple[str, ...]:
-        """Names of all agents, `base` first."""
-        return self._loop.names
+        """Names of all agents that may act, `base` first."""
+        return self._loop.acting
 
     @property
     def sharing(self) -> str:
@@ -204,6 +209,17 @@ def _check_program(program: Program, scheme: Scheme) -> None:
         raise InternalError(f"the program's agents {names} aren't those of its cache schema {program.schema.agents}")
     if BASE in names or len(set(names)) != len(names):
         raise RequestError(f"agent names {names} must differ from each other and from {BASE!r}")
+
+
+def _acting(program: Program, agents: Sequence[str] | None) -> tuple[str, ...]:
+    """The agents asked for, in the program's order; spare slots hold no agent."""
+    known = tuple(agent.name for agent in program.agents if not agent.spare)
+    if agents is None:
+        return known
+    for name in agents:
+        if name not in known and name != BASE:
+            raise RequestError(f"unknown agent {name!r}", f"Agents are: {', '.join((BASE, *known))}.")
+    return tuple(name for name in known if name in agents)
 
 
 def _key_rules(program: Program, scheme: Scheme) -> tuple[KeyRules, ...]:

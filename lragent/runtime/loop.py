@@ -35,6 +35,7 @@ class EngineLoop:
     Args:
         rules: key rules by owner of page tables: by agent id in `non_shared`, else one under key 0.
         names: agent names by agent id.
+        acting: names of those that may act.
         on_step: called after every step, for tests and monitors.
     """
 
@@ -46,6 +47,7 @@ class EngineLoop:
     stop_token_ids: frozenset[int]
     rules: tuple[KeyRules, ...]
     names: tuple[str, ...]
+    acting: tuple[str, ...]
     max_batch_tokens: int
     device: torch.device
     on_step: Callable[[], None] | None = None

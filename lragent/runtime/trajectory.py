@@ -173,8 +173,8 @@ class Trajectory:
             raise RequestError(f"{action}: a turn is in progress", "A trajectory takes one turn at a time.")
 
     def _agent_id(self, agent: str) -> int:
-        if agent not in self._loop.names:
-            raise RequestError(f"unknown agent {agent!r}", f"Agents are: {', '.join(self._loop.names)}.")
+        if agent not in self._loop.acting:
+            raise RequestError(f"unknown agent {agent!r}", f"Agents are: {', '.join(self._loop.acting)}.")
         return self._loop.names.index(agent)
 
     def _submit_turn(self, agent: str, options: TurnOptions) -> Request:

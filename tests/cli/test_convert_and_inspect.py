@@ -42,6 +42,25 @@ def test_inspect_of_a_model_is_a_dry_run_that_agrees_with_its_artifact(
     assert artifact["memory"] == 2**20
 
 
+def test_update_adds_an_agent_to_a_spare_slot(tiny_llama: WrittenModel, tmp_path: Path) -> None:
+    out = tmp_path / "m.lragent"
+    first = f"plan={tiny_llama.adapters['plan']},action={tiny_llama.adapters['action']}"
+    written = call(
+        "convert", tiny_llama.model_dir, "--adapters", first, "-o", out, "--layouts", "none", "--spare", 1, "--json"
+    )
+    assert written.json()["agents"] == ["plan", "action"]
+    assert "1 spare slots for agents" in call("inspect", out).out
+    every = adapters_option(tiny_llama)
+    updated = call("convert", tiny_llama.model_dir, "--adapters", every, "-o", out, "--update", "--json")
+    assert updated.code == 0, updated.err
+    assert updated.json()["agents"] == ["plan", "action", "reflect"]
+    shown = call("inspect", out).out
+    assert "agent reflect: rank 4" in shown and "spare" not in shown
+    assert "base_lr_shared takes less than non_shared: once 2 agents have seen a token" in shown
+    refused = call("convert", tiny_llama.model_dir, "--adapters", every, "-o", out, "--update", "--spare", 1)
+    assert refused.code == 2 and "--update" in refused.err
+
+
 def test_adapters_without_names_take_their_folders(tiny_llama: WrittenModel) -> None:
     folders = ",".join(map(str, tiny_llama.adapters.values()))
     found = call("inspect", tiny_llama.model_dir, "--adapters", folders, "--json").json()

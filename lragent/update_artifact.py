@@ -1,0 +1,97 @@
+"""`convert --update`: other adapters in an artifact whose compiled programs stay.
+
+The model is loaded, captured and rewritten again with the new adapters in the artifact's slots; where that gives the
+same programs, only their adapter weights differ. These are written beside the old ones, then the manifest is replaced
+in one step: whenever the update is cut off, the artifact is the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lragent import artifact as files
+from lragent.break_even import advice, bytes_per_token
+from lragent.build_artifact import ConvertReport, adapter_constants, agent_entries, rewrite
+from lragent.errors import ArtifactError
+from lragent.exported import tensors_of
+from lragent.fingerprint import fingerprint
+from lragent.layouts import LAYOUTS
+from lragent.loading import load_directories
+from lragent.manifest import FileEntry, write_manifest
+from lragent.slots import Slots, assign, fit
+from lragent.stages import Stages
+
+_ANEW = "Convert anew."
+
+
+def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path], stages: Stages) -> ConvertReport:
+    """Gives an artifact other adapters.
+
+    Args:
+        adapters: all agents that there are afterwards; one that is not named gives its slot back.
+
+    Raises:
+        AdapterError: an adapter that does not fit the artifact's slots; names agent, module and sizes.
+        ArtifactError: another base model or version, or programs that differ; says in what.
+    """
+    artifact = files.open_artifact(path)
+    manifest = artifact.manifest
+    if not all(entry.fingerprint for entry in manifest.layouts.values()):
+        raise ArtifactError(f"{path} was written before artifacts could be updated", _ANEW)
+    loaded = stages.run("load", lambda: load_directories(model_dir, adapters, manifest.dtype))
+    slots = Slots(tuple(agent.name for agent in manifest.agents), manifest.slot_ranks, manifest.slot_groups)
+    loaded = fit(loaded, assign(slots, tuple(adapters)))
+    programs, _ = rewrite(loaded, tuple(layout for layout in LAYOUTS if layout in manifest.layouts), stages)
+    tensors: dict[str, Tensor] = {}
+    for program in programs.values():
+        tensors.update(tensors_of(program.graph))
+    held = artifact.weights()
+    layouts = dict(manifest.layouts)
+    for layout, program in programs.items():
+        before = layouts.get(layout)
+        if before is None or fingerprint(program.graph, program.schema) != before.fingerprint:
+            raise ArtifactError(f"the {layout} program of {path} would change: {_difference(tensors, held)}", _ANEW)
+        layouts[layout] = dataclasses.replace(before, schema=program.schema)
+    stored, aliases = files.stored_once(tensors)
+    names = adapter_constants(loaded, tensors)
+    for name, tensor in stored.items():
+        if name not in names and not (name in held and torch.equal(held[name], tensor)):
+            raise ArtifactError(f"{path} was made from another base model: {name} differs", _ANEW)
+    written = stages.run("write weights", lambda: _write_adapters(path, {n: stored[n] for n in stored if n in names}))
+    old = [entry for entry in manifest.weights if entry.path.startswith(files.ADAPTER_FILES)]
+    base = tuple(entry for entry in manifest.weights if entry not in old)
+    weights = (*base, written)
+    agents = agent_entries(loaded)
+    acting = tuple(agent.name for agent in agents if agent.digest)
+    write_manifest(
+        dataclasses.replace(manifest, agents=agents, weights=weights, aliases=aliases, layouts=layouts), path
+    )
+    for entry in old:
+        if entry.path != written.path:
+            (path / entry.path).unlink(missing_ok=True)
+    sizes = bytes_per_token({name: entry.schema for name, entry in layouts.items()}, acting, manifest.dtype)
+    return ConvertReport(path, acting, dict(stages.seconds), (), manifest.refusal, advice(sizes))
+
+
+def _write_adapters(path: Path, tensors: dict[str, Tensor]) -> FileEntry:
+    """Writes the adapters' file under a name of its own."""
+    with tempfile.TemporaryDirectory(prefix=".update-", dir=path) as scratch:
+        built = files.save_tensors(Path(scratch), "adapters.safetensors", tensors)
+        return files.place(Path(scratch) / built.path, path, f"{files.ADAPTER_FILES}-{built.sha256[:12]}.safetensors")
+
+
+def _difference(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> str:
+    """The first constant that has another form, in words."""
+    for name, tensor in tensors.items():
+        if name not in held:
+            return f"it needs {name} {list(tensor.shape)}, which the artifact lacks"
+        before = held[name]
+        if before.shape != tensor.shape or before.dtype != tensor.dtype:
+            return f"{name} is {before.dtype} {list(before.shape)}, it would be {tensor.dtype} {list(tensor.shape)}"
+    return "its code differs (another kind of adapter, or another version of lragent, torch or transformers)"
