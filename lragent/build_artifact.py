@@ -179,11 +179,14 @@ def agent_entries(loaded: LoadedModel) -> tuple[AgentEntry, ...]:
 
 
 def _keep_packages(old: Path, manifest: Manifest, directory: Path) -> None:
-    """Takes over packages of the artifact that is replaced, for any target, whose programs are the same."""
+    """Takes over packages of the artifact that is replaced, for any target, whose programs (and versions of
+    what compiled them) are the same."""
     if not old.exists():
         return
     try:
         replaced = files.open_artifact(old)
+        if replaced.manifest.versions != manifest.versions:
+            return
         for target, packages in replaced.manifest.compiled.items():
             for key, entry in packages.items():
                 layout = key.partition("-")[0]

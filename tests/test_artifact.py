@@ -74,7 +74,10 @@ def test_overwrite_replaces_and_a_failed_convert_leaves_the_old_one(tiny_llama: 
     with pytest.raises(ModelError):
         lragent.convert(artifact / "nowhere", tiny_llama.adapters, artifact, overwrite=True, compiled=False)
     assert open_artifact(artifact).manifest.compiled
-    lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, artifact, overwrite=True, compiled=False)
+    lragent.convert(
+        tiny_llama.model_dir, {"one": tiny_llama.adapters["plan"]}, artifact, overwrite=True, compiled=False
+    )
+    assert [agent.name for agent in open_artifact(artifact).manifest.agents] == ["one"]
     assert not open_artifact(artifact).manifest.compiled
     assert [p.name for p in artifact.parent.iterdir()] == [artifact.name]
 
