@@ -1,7 +1,7 @@
 """What a compiled package depends on besides its target: the program's code and the form of its constants.
 
-A package holds no weights, so a program whose weights changed may keep its package. Constants of up to eight numbers
-are the exception: Inductor writes them into the code.
+A package holds no weights, so a program whose weights changed may keep its package. Exceptions are constants of up to
+eight numbers, which Inductor writes into the code, and those that say whose columns are where (`route_adapters`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from lragent.exported import tensors_of
 from lragent.kernels.cache_schema import CacheSchema
+from lragent.passes.route_adapters import COLUMNS, ROUTE
 
 # Inductor inlines constants without axes, and those of one axis up to this length.
 INLINED = 8
@@ -30,17 +31,18 @@ def fingerprint(graph: fx.GraphModule, schema: CacheSchema) -> str:
 
 
 def constants(graph: fx.GraphModule) -> dict[str, str]:
-    """Name of each constant -> its dtype and shape, what it is another name of, and its numbers where inlined."""
+    """Name of each constant -> dtype, shape, what it is another name of, and its numbers where code holds them."""
     first: dict[tuple[int, object, object], str] = {}
     described: dict[str, str] = {}
     for name, tensor in tensors_of(graph).items():
         same = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), name)
         tied = f" = {same}" if same != name and tensor.numel() > 0 else ""
-        described[name] = f"{tensor.dtype} {list(tensor.shape)}{tied}{_inlined(tensor)}"
+        described[name] = f"{tensor.dtype} {list(tensor.shape)}{tied}{_numbers(name, tensor)}"
     return described
 
 
-def _inlined(tensor: Tensor) -> str:
-    if tensor.dim() > 1 or tensor.numel() > INLINED:
+def _numbers(name: str, tensor: Tensor) -> str:
+    inlined = tensor.dim() <= 1 and tensor.numel() <= INLINED
+    if not inlined and not name.startswith((COLUMNS, ROUTE)):
         return ""
     return f" {tensor.tolist()}"

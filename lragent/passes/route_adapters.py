@@ -44,6 +44,8 @@ from lragent.passes.select_logits import ROWS
 
 aten = torch.ops.aten
 AGENT_IDS = "agent_ids"
+# Constants that say whose columns are where; passes that lower for a target may write them into the code.
+COLUMNS, ROUTE = "lora_columns", "lora_route"
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,9 @@ def _low_rank(
         low_rank = graph.graph.call_function(aten.linear.default, (chain.x, a_node, *bias))
     own = low_rank
     if not torch.equal(columns, torch.arange(a_cat.shape[0])):
-        columns_node = add_shared_constant(graph, "lora_columns", columns)
+        columns_node = add_shared_constant(graph, COLUMNS, columns)
         own = graph.graph.call_function(aten.index_select.default, (low_rank, 2, columns_node))
-    route_node = add_shared_constant(graph, "lora_route", route)
+    route_node = add_shared_constant(graph, ROUTE, route)
     mask = graph.graph.call_function(aten.index_select.default, (route_node, 0, ids))
     own = graph.graph.call_function(aten.mul.Tensor, (own, mask))
     b_node = add_constant(graph, f"lora_b_{index}", b_cat)
