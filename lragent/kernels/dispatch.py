@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from lragent.errors import CompilerMissing, RequestError
-from lragent.kernels import cpp_library
+from lragent.kernels import cpp_library, triton_library
 
 _LOG = logging.getLogger(__name__)
 
@@ -15,6 +15,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "torch": ("cpu", "cuda"),
     "inductor": ("cpu", "cuda"),
     "cpp": ("cpu",),
+    "triton": ("cuda",),
 }
 # Implementations that need several graphs; lragent.homogeneous splits steps between them.
 GRAPHS: dict[str, tuple[str, ...]] = {"inductor": ("inductor_decode", "inductor_prefill")}
@@ -28,22 +29,34 @@ def graphs(attention: str) -> tuple[str, ...]:
 def resolve(attention: str, device: str) -> str:
     """Name of the implementation for a device, ready to run; "auto" chooses.
 
-    The C++ kernels are loaded, and built once on a new machine, if they are what is chosen.
+    The C++ kernels are loaded, and built once on a new machine, if they are what is chosen; so are the Triton kernels.
 
     Raises:
-        RequestError: unknown, or not available on this device.
+        RequestError: unknown, not available on this device, or "triton" was asked for and isn't installed.
         CompilerMissing: "cpp" was asked for and can't be built.
     """
     kind = device.split(":")[0]
     if attention == "auto":
-        return "cpp" if kind == "cpu" and _has_cpp() else "torch"
+        return _best(kind)
     if attention not in IMPLEMENTATIONS:
         raise RequestError(f"attention {attention!r} is not available", f"Use auto, {', '.join(IMPLEMENTATIONS)}.")
     if kind not in IMPLEMENTATIONS[attention]:
         raise RequestError(f"attention {attention!r} does not run on {device}", "Use attention auto.")
     if attention == "cpp":
         cpp_library.load()
+    if attention == "triton":
+        triton_library.load()
     return attention
+
+
+def _best(kind: str) -> str:
+    if kind == "cpu":
+        return "cpp" if _has_cpp() else "torch"
+    if not triton_library.is_installed():
+        _LOG.warning("attention torch, which is slower: triton isn't installed")
+        return "torch"
+    triton_library.load()
+    return "triton"
 
 
 def _has_cpp() -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lragent.errors import CompilerMissing, RequestError
-from lragent.kernels import cpp_library
+from lragent.kernels import cpp_library, triton_library
 from lragent.kernels.dispatch import graphs, resolve
 
 
@@ -17,7 +17,27 @@ def test_explicit_names_are_kept() -> None:
 
 def test_auto_gives_an_available_one() -> None:
     assert resolve(resolve("auto", "cpu"), "cpu") == resolve("auto", "cpu")
-    assert resolve("auto", "cuda:0") == "torch"
+
+
+@pytest.mark.skipif(not triton_library.is_installed(), reason="triton isn't installed")
+def test_triton_is_taken_on_a_gpu() -> None:
+    assert resolve("auto", "cuda:0") == resolve("triton", "cuda:1") == "triton"
+    assert triton_library.is_loaded()
+
+
+@pytest.fixture
+def _no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_library, "is_loaded", lambda: False)
+    monkeypatch.setattr(triton_library, "is_installed", lambda: False)
+
+
+@pytest.mark.usefixtures("_no_triton")
+def test_without_triton_auto_says_what_it_takes_instead(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert resolve("auto", "cuda") == "torch"
+    assert "triton isn't installed" in caplog.text
+    with pytest.raises(RequestError, match="needs the package triton"):
+        resolve("triton", "cuda")
 
 
 @pytest.mark.skipif(not cpp_library.is_obtainable(), reason="no C++ compiler or no ninja")
@@ -46,10 +66,14 @@ def test_without_a_compiler_cpp_is_refused() -> None:
         resolve("cpp", "cpu")
 
 
-@pytest.mark.parametrize("name", ["magic", "triton"])
-def test_what_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(RequestError, match=f"attention '{name}' is not available"):
-        resolve(name, "cpu")
+def test_what_is_not_there_is_refused() -> None:
+    with pytest.raises(RequestError, match="attention 'magic' is not available"):
+        resolve("magic", "cpu")
+
+
+def test_triton_is_for_gpus() -> None:
+    with pytest.raises(RequestError, match="attention 'triton' does not run on cpu"):
+        resolve("triton", "cpu")
 
 
 def test_cpp_is_for_the_cpu() -> None:
