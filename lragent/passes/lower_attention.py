@@ -21,6 +21,7 @@ TARGETS: dict[str, Callable[..., Any]] = {
     "reference": ops.flash_lora_attention._opoverload,
     "torch": ops.flash_lora_attention_torch._opoverload,
     "cpp": torch.ops.lragent.flash_lora_attention_cpp.default,
+    "triton": torch.ops.lragent.flash_lora_attention_triton.default,
     "inductor_decode": inductor.decode_aten,
     "inductor_prefill": inductor.prefill_aten,
 }
