@@ -80,12 +80,14 @@ def bound(program: Program, machine: Machine, weights: list[torch.Tensor], size:
     schema = program.schema
     tokens, contexts = step.token_ids.numel(), step.context_lens.double()
     cache = float(contexts.sum()) * schema.base_numbers_per_token() * size
-    weight_numbers = sum(t.numel() for t in weights)
+    # The vocabulary's matrix, the largest one, is multiplied with the rows whose logits are wanted.
+    head = max(t.numel() for t in weights)
+    products = (sum(t.numel() for t in weights) - head) * tokens + head * step.logits_rows.numel()
     weight_bytes = sum(t.numel() * t.element_size() for t in weights)
     new = tokens / step.context_lens.numel()
     keys = float((contexts - (new - 1) / 2).sum()) * new
     attention = sum(4 * keys * layer.kv_heads * layer.k_dim for layer in schema.base)
-    return max((weight_bytes + cache) / machine.bandwidth, (2 * weight_numbers * tokens + attention) / machine.gemm)
+    return max((weight_bytes + cache) / machine.bandwidth, (2 * products + attention) / machine.gemm)
 
 
 def main() -> None:
