@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lragent.checkpoint import find_checkpoint
 from lragent.errors import ArtifactError, ModelError
 from lragent.manifest import FileEntry, Manifest, read_manifest, write_manifest
 from lragent.runtime.tokenizer import TokenizerFile
@@ -202,27 +203,30 @@ def write_tokenizer(source: str | None, directory: Path) -> bool:
     """Saves the model's tokenizer; False if it has none.
 
     A `tokenizer.json` is copied as it is, with the files that belong to it: reading and saving it again could change it
-    (transformers rebuilds some models' tokenizers from their vocabulary). Older files are converted to one.
+    (transformers rebuilds some models' tokenizers from their vocabulary). Older files are converted to one, and so is
+    what a GGUF file holds if no `tokenizer.json` lies beside it.
 
     Raises:
         ModelError: there are tokenizer files, but they can't be read.
     """
-    if source is None or not any((Path(source) / name).is_file() for name in ("tokenizer_config.json", FAST_TOKENIZER)):
+    checkpoint = None if source is None else find_checkpoint(Path(source))
+    if checkpoint is None:
         return False
-    target = directory / TOKENIZER
+    folder, target = checkpoint.directory, directory / TOKENIZER
+    if not any((folder / name).is_file() for name in ("tokenizer_config.json", FAST_TOKENIZER)) and not checkpoint.gguf:
+        return False
     try:
-        if (Path(source) / FAST_TOKENIZER).is_file():
+        if (folder / FAST_TOKENIZER).is_file():
             target.mkdir()
             for name in TOKENIZER_FILES:
-                if (Path(source) / name).is_file():
-                    shutil.copyfile(Path(source) / name, target / name)
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, target / name)
             TokenizerFile(target / FAST_TOKENIZER)
         else:
             from transformers import AutoTokenizer
 
-            AutoTokenizer.from_pretrained(source).save_pretrained(target)
+            AutoTokenizer.from_pretrained(folder, **checkpoint.arguments).save_pretrained(target)
     except Exception as error:
-        raise ModelError(
-            f"the tokenizer in {source} can't be read: {error}", "Mend it, or remove its files."
-        ) from error
+        remedy = "Put the model's tokenizer.json beside it." if checkpoint.gguf else "Mend it, or remove its files."
+        raise ModelError(f"the tokenizer in {source} can't be read: {error!r}", remedy) from error
     return (target / FAST_TOKENIZER).is_file()

@@ -20,6 +20,11 @@ class Checkpoint:
     directory: Path
     gguf: str | None = None
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What transformers' `from_pretrained` takes besides the directory."""
+        return {} if self.gguf is None else {"gguf_file": self.gguf}
+
 
 def find_checkpoint(path: Path) -> Checkpoint:
     """What `path` names: a GGUF file, a directory with config.json, or a directory with exactly one GGUF file.
@@ -52,15 +57,14 @@ def read_base(path: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     checkpoint = find_checkpoint(path)
-    source: dict[str, Any] = {} if checkpoint.gguf is None else {"gguf_file": checkpoint.gguf}
     try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, **source)
+        config = AutoConfig.from_pretrained(checkpoint.directory, **checkpoint.arguments)
         if getattr(config, "quantization_config", None) is not None:
             raise ModelError(
                 f"{path} is quantised", "Convert from the unquantised checkpoint, which its adapters fit as well."
             )
         model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory, config=config, dtype=dtype, output_loading_info=True, **source
+            checkpoint.directory, config=config, dtype=dtype, output_loading_info=True, **checkpoint.arguments
         )
     except ModelError:
         raise
