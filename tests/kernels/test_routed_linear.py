@@ -20,6 +20,7 @@ needs_cpp = pytest.mark.skipif(not cpp_library.is_obtainable(), reason="no C++ c
 class Case:
     """Two adapted projections (the second with a bias and a shared A), one plain, and their down-projections.
 
+    The first down-projection has a bias: columns that are the constant one, as adapters with biases have them.
     Agents 1 and 3 share their A on the second projection; agent 2 has no adapter there.
     """
 
@@ -35,14 +36,15 @@ class Case:
         widths = (first, second, plain, r1 + r2 + r3, r1)
         weights = [torch.randn(n, self.inputs) * self.inputs**-0.5 for n in widths]
         bias, up_first, up_second = torch.randn(second), torch.randn(first, r1 + r2 + r3), torch.randn(second, 2 * r1)
-        tensors = [t.to(dtype) for t in (*weights, bias, up_first, up_second)]
+        ones = (torch.arange(r1 + r2 + r3) % 3 == 0).float()
+        tensors = [t.to(dtype) for t in (*weights, bias, up_first, up_second, ones)]
         routes_first = [0, 0, 0, 0, 0, r1, r1, r1, r2, r1 + r2, r1 + r2, r3]
         routes_second = [0, 0, 0, 0, 0, r1, 0, 0, 0, 0, r1, r1]
         return (
             torch.randn(1, self.tokens, self.inputs).to(dtype),
             torch.randint(0, 4, (self.tokens,)),
             tensors,
-            [-1, 5, -1, -1, -1],
+            [-1, 5, -1, 8, -1],
             [6, 7, -1, -1, -1],
             [3, 4, -1, -1, -1],
             [3, *routes_first, *routes_second],
@@ -71,10 +73,9 @@ def _by_loops(x: Tensor, agent_ids: Tensor, tensors: list[Tensor], bias_of: Any,
     """Every token by itself, straight from the definition."""
     rows = []
     for token, agent in zip(x[0], agent_ids.tolist(), strict=True):
-        outputs = [tensors[i] @ token for i in range(len(bias_of))]
+        outputs = [tensors[i] @ token + (tensors[bias] if bias >= 0 else 0) for i, bias in enumerate(bias_of)]
         total, tables = [], 0
         for i, output in enumerate(outputs):
-            output = output + tensors[bias_of[i]] if bias_of[i] >= 0 else output
             if up_of[i] >= 0:
                 at = 1 + tables * (routes[0] + 1) * 3 + agent * 3
                 source, target, rank = routes[at : at + 3]

@@ -129,12 +129,12 @@ inline void run_strip(const LinearCall& call, const Strip& strip, int64_t token0
   strip_products(
       call.x + token0 * padded(call.k), tokens, projection.weight, strip.first, count, call.k, last, space, sums);
   const int64_t column = projection.first + strip.first, at = token0 * call.columns + column;
+  const float* bias = projection.bias.empty() ? nullptr : projection.bias.data() + strip.first;
   if (projection.low_first >= 0) {
     float* low = call.low.mutable_data_ptr<float>() + token0 * call.low_columns + projection.low_first + strip.first;
-    store_rows(sums, tokens, count, nullptr, low, call.low_columns);
+    store_rows(sums, tokens, count, bias, low, call.low_columns);
   }
   if (projection.up >= 0) add_routed(call, call.ups[projection.up], strip.first, count, token0, tokens, space, sums);
-  const float* bias = projection.bias.empty() ? nullptr : projection.bias.data() + strip.first;
   switch (call.out.scalar_type()) {
     case at::kFloat: return store_rows(sums, tokens, count, bias, call.out.mutable_data_ptr<float>() + at, call.columns);
     case at::kBFloat16:
