@@ -9,8 +9,10 @@ but in attention: a cache can only stand for attention.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,11 @@ from lragent.exporter_noise import without_exporter_noise
 from lragent.kernels import ops
 from lragent.kernels.markers import marker_nodes
 from lragent.loading import LoadedModel
-from lragent.plain_graph import plain_graph
+from lragent.plain_attention import mark_plain_attention
+from lragent.plain_graph import functional, plain_graph
+from lragent.positions import ask_for_positions
+
+log = logging.getLogger(__name__)
 
 ATTENTION_NAME = "lragent_marker"
 # Packed tokens a step may hold; only an upper bound for the exported dimension.
@@ -45,12 +51,14 @@ class Captured:
 class _LogitsOnly(nn.Module):
     """The call that is exported."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, offset: int) -> None:
         super().__init__()
         self.model = model
+        self.offset = offset
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        positions = position_ids + self.offset if self.offset else position_ids
+        logits: Tensor = self.model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
         return logits
 
 
@@ -61,12 +69,73 @@ def capture(loaded: LoadedModel) -> Captured:
         ModelError: it can't be exported, its attention is not behind transformers' attention interface, the exported
             graph computes something else than the model, or tokens meet outside attention.
     """
+    captured, reason = _capture_interface(loaded)
+    if captured is None:
+        captured = _capture_written_out(loaded, reason)
+    if not _is_token_wise(captured):
+        ask_for_positions(captured.graph)
+    _require_same_logits(captured)
+    _require_token_wise(captured)
+    return captured
+
+
+def _capture_interface(loaded: LoadedModel) -> tuple[Captured | None, str]:
+    """The graph with attention as it passes transformers' interface; None and the reason if the model doesn't go
+    through it, or not without a mask.
+
+    Raises:
+        ModelError: what the model gives to the interface can't be shared.
+    """
+    if not loaded.model._can_set_attn_implementation():
+        return None, ""
+    _require_no_recurrence(loaded)
+    try:
+        captured = _export(loaded, _marker_attention(loaded.model))
+    except NotExported as error:
+        if isinstance(error.__cause__, (TypeError, AttributeError)):
+            return None, "works on its mask itself"
+        raise
+    return (captured if marker_nodes(captured.graph) else None), ""
+
+
+def _capture_written_out(loaded: LoadedModel, unfit: str) -> Captured:
+    """The graph of the model as it is, masks included, with attention found in it.
+
+    Args:
+        unfit: why its attention could not be taken from the interface ("": it is not there).
+
+    Raises:
+        ModelError: no attention is found, or it is more than scale, causal mask and slopes.
+    """
+    # Models with tables of masks branch where the tokens fill the table.
+    where = f"{unfit} in its attention" if unfit else "computes attention outside transformers' attention interface"
+    try:
+        captured = _export(loaded, nullcontext(), most_tokens=max(loaded.max_positions - 1, EXAMPLE_TOKENS))
+    except NotExported as error:
+        raise NotExported(f"{loaded.architecture} {where}, and {error.message}", error.hint) from error
+    found, reason = mark_plain_attention(captured.graph, loaded.max_positions)
+    if not found or reason:
+        raise ModelError(
+            f"{loaded.architecture} {where}: {reason or 'none was found in its graph'}",
+            "Such a model can't be converted yet.",
+        )
+    return captured
+
+
+class NotExported(ModelError):
+    """torch.export failed."""
+
+
+def _export(
+    loaded: LoadedModel, attention: AbstractContextManager[None], most_tokens: int = MAX_PACKED_TOKENS
+) -> Captured:
+    """One graph of the model, as traced with `attention` in force."""
     ids, positions = _example(loaded, EXAMPLE_TOKENS)
-    tokens = torch.export.Dim("T", min=1, max=MAX_PACKED_TOKENS)
-    with without_exporter_noise(), _marker_attention(loaded.model), _exportable_experts(loaded.model), torch.no_grad():
+    tokens = torch.export.Dim("T", min=1, max=most_tokens)
+    with without_exporter_noise(), attention, _exportable_experts(loaded.model), torch.no_grad():
         try:
             program = torch.export.export(
-                _LogitsOnly(loaded.model),
+                _LogitsOnly(loaded.model, loaded.position_offset),
                 (ids, positions),
                 dynamic_shapes={"input_ids": {1: tokens}, "position_ids": {1: tokens}},
                 strict=False,
@@ -74,16 +143,12 @@ def capture(loaded: LoadedModel) -> Captured:
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(
+            raise NotExported(
                 f"torch.export can't capture {loaded.architecture}: {_first_line(error)}",
                 "This architecture needs support in capture; please report it with the model's config.json.",
             ) from error
     with without_exporter_noise():
-        captured = Captured(graph=plain_graph(program), loaded=loaded)
-    _require_markers(captured)
-    _require_same_logits(captured)
-    _require_token_wise(captured)
-    return captured
+        return Captured(graph=plain_graph(functional(program)), loaded=loaded)
 
 
 @contextmanager
@@ -114,6 +179,35 @@ def _exportable_experts(model: Any) -> Iterator[None]:
         yield
     finally:
         config._experts_implementation = before
+
+
+def _require_no_recurrence(loaded: LoadedModel) -> None:
+    """With every token seeing itself only, another token must change no other token's logits. Exporting a recurrence
+    takes minutes, and may fail for reasons that hide this one."""
+    from transformers.modeling_utils import AttentionInterface
+
+    calls: list[nn.Module] = []
+
+    def own(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        calls.append(module)
+        return _own_value(query, key, value), None
+
+    ids, positions = _example(loaded, EXAMPLE_TOKENS)
+    others = torch.arange(EXAMPLE_TOKENS) != 1
+    changed = torch.where(others, ids, (ids + 1) % loaded.vocab_size)
+    with _marker_attention(loaded.model), torch.no_grad():
+        AttentionInterface.register(ATTENTION_NAME, own)
+        try:
+            before, after = (
+                loaded.model(input_ids=i, position_ids=positions, use_cache=False).logits[0, others].float()
+                for i in (ids, changed)
+            )
+        except Exception as error:  # it wants more of attention: the export will say what
+            log.debug("no check for a recurrence: %s", error)
+            return
+    difference = float((before - after).abs().max())
+    if calls and difference > 256 * torch.finfo(loaded.dtype).eps * max(1.0, float(before.abs().max())):
+        raise _mixing(loaded, difference)
 
 
 # Keyword arguments of the attention interface that don't change what causal attention over packed tokens computes.
@@ -151,14 +245,6 @@ def _attention(
     return out, None
 
 
-def _require_markers(captured: Captured) -> None:
-    if not marker_nodes(captured.graph):
-        raise ModelError(
-            f"{captured.loaded.architecture} computes attention outside transformers' attention interface",
-            "Such a model can't be converted yet.",
-        )
-
-
 def _example(loaded: LoadedModel, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, loaded.vocab_size, (1, tokens), generator=generator)
@@ -170,7 +256,7 @@ def _require_same_logits(captured: Captured) -> None:
     loaded = captured.loaded
     ids, positions = _example(loaded, min(CHECK_TOKENS, loaded.max_positions), seed=1)
     with torch.no_grad():
-        expected = loaded.model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+        expected = loaded.model(input_ids=ids, use_cache=False).logits.float()
         found = captured.graph(ids, positions).float()
     # Both run in the model's dtype with sums in another order: allow its rounding over the spread of the logits.
     allowed = 64 * torch.finfo(loaded.dtype).eps * float(expected.abs().max())
@@ -183,35 +269,63 @@ def _require_same_logits(captured: Captured) -> None:
 
 
 def _require_token_wise(captured: Captured) -> None:
-    """With attention cut out, swapping two tokens (and positions) must swap their logits and change nothing else."""
-    loaded = captured.loaded
+    difference = _graph_mixing(captured)
+    if difference > 0:
+        raise _mixing(captured.loaded, difference)
+
+
+def _mixing(loaded: LoadedModel, difference: float) -> ModelError:
+    return ModelError(
+        f"{loaded.architecture} mixes tokens outside attention (a recurrence or convolution; logits move by"
+        f" {difference:.2e})",
+        "Its state is not a KV cache, so it can't be shared.",
+    )
+
+
+def _is_token_wise(captured: Captured) -> bool:
+    return _graph_mixing(captured) == 0
+
+
+def _graph_mixing(captured: Captured) -> float:
+    """`_token_mixing` of the graph with attention cut out."""
     cut = copy.deepcopy(captured.graph, {id(t): t for t in _tensors(captured.graph)})
     for node in marker_nodes(cut):
-        query, value = node.args[0], node.args[2]
         with cut.graph.inserting_before(node):
-            own = cut.graph.call_function(_own_value, (query, value))
+            own = cut.graph.call_function(_own_value, node.args[:3])
         node.replace_all_uses_with(own)
         cut.graph.erase_node(node)
     cut.recompile()
+    return _token_mixing(captured.loaded, cut)
+
+
+def _token_mixing(loaded: LoadedModel, run: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Swapping tokens (and positions) must swap their logits, and leaving some out must leave the others' as they are:
+    by how much the logits move, 0 if that is rounding."""
     ids, positions = _example(loaded, min(CHECK_TOKENS, loaded.max_positions), seed=2)
     order = torch.arange(ids.shape[1]).flip(0)
-    with torch.no_grad():
-        straight = cut(ids, positions).float()
-        flipped = cut(ids[:, order], positions[:, order]).float()
+    some = order[1::2]
+    try:
+        with torch.no_grad():
+            straight = run(ids, positions).float()
+            flipped = run(ids[:, order], positions[:, order]).float()
+            fewer = run(ids[:, some], positions[:, some]).float()
+    except (IndexError, RuntimeError):  # it takes positions for rows
+        return math.inf
     allowed = 256 * torch.finfo(loaded.dtype).eps * max(1.0, float(straight.abs().max()))
-    difference = float((straight[:, order] - flipped).abs().max())
-    if not difference <= allowed:
-        raise ModelError(
-            f"{loaded.architecture} mixes tokens outside attention (a recurrence or convolution; logits move by"
-            f" {difference:.2e})",
-            "Its state is not a KV cache, so it can't be shared.",
-        )
+    moved = torch.cat([straight[:, order] - flipped, straight[:, some] - fewer], 1)
+    difference = float(moved.abs().max())
+    return 0.0 if difference <= allowed else difference
 
 
-def _own_value(query_1HqTD: Tensor, value_1HTD: Tensor) -> Tensor:
-    """Stands for attention where each token sees itself only."""
-    groups = query_1HqTD.shape[1] // value_1HTD.shape[1]
-    return value_1HTD.repeat_interleave(groups, dim=1).transpose(1, 2).contiguous()
+def _own_value(query_1HqTD: Tensor, key_1HTD: Tensor, value_1HTDv: Tensor) -> Tensor:
+    """Stands for attention where each token sees itself only; what it gives still depends on all of query and key."""
+    groups = query_1HqTD.shape[1] // value_1HTDv.shape[1]
+    query_1HqT1, key_1HT1 = (
+        torch.tanh((x @ torch.cos(torch.arange(x.shape[-1]) + 1.0).to(x.dtype))[..., None])
+        for x in (query_1HqTD, key_1HTD)
+    )
+    key_1HqT1, value_1HqTDv = (x.repeat_interleave(groups, dim=1) for x in (key_1HT1, value_1HTDv))
+    return (value_1HqTDv * (1 + query_1HqT1 / 4 + key_1HqT1 / 4)).transpose(1, 2).contiguous()
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

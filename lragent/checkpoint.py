@@ -83,14 +83,16 @@ def read_base(path: Path, dtype: torch.dtype) -> Any:
     return model
 
 
+# Positions of a model whose config sets no limit.
+UNLIMITED_POSITIONS = 1 << 15
+
+
 def max_positions(config: Any) -> int:
     for attribute in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
         value = getattr(config, attribute, None)
         if isinstance(value, int) and value > 0:
             return value
-    raise ModelError(
-        "config.json does not say how many positions the model has", "Set max_position_embeddings in config.json."
-    )
+    return UNLIMITED_POSITIONS
 
 
 def stop_tokens(model: Any) -> tuple[int, ...]:

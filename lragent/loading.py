@@ -22,6 +22,7 @@ from lragent import adapter_config, adapter_files, checkpoint
 from lragent.adapter_weights import LoraWeights, ReplacedRows, digest
 from lragent.errors import AdapterError, RequestError
 from lragent.peft_layers import Adapted, add_biases, put_hooks, take_apart
+from lragent.positions import position_offset
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,6 +53,7 @@ class LoadedModel:
         lora_parameters: FQN of a hook's parameter in `model` -> (module FQN, "a" or "b").
         rows: module FQN -> agent name -> outputs (tokens) with weights of their own.
         groups: module FQN -> for each agent, the first agent whose A it shares; empty: whoever has an equal A.
+        position_offset: what the model adds to positions 0, 1, 2, ... when it isn't told them.
     """
 
     model: Any
@@ -59,6 +61,7 @@ class LoadedModel:
     lora: Mapping[str, Mapping[str, LoraWeights]]
     lora_parameters: Mapping[str, tuple[str, str]]
     max_positions: int
+    position_offset: int
     vocab_size: int
     stop_token_ids: tuple[int, ...]
     dtype: torch.dtype
@@ -187,12 +190,14 @@ def _describe(
                 source=source,
             )
         )
+    offset = position_offset(causal_lm, int(config.vocab_size))
     return LoadedModel(
         model=causal_lm,
         agents=tuple(agents),
         lora=adapted.lora,
         lora_parameters=adapted.parameters,
-        max_positions=checkpoint.max_positions(config),
+        max_positions=checkpoint.max_positions(config) - offset,
+        position_offset=offset,
         vocab_size=int(config.vocab_size),
         stop_token_ids=checkpoint.stop_tokens(causal_lm),
         dtype=next(p.dtype for p in causal_lm.parameters() if p.is_floating_point()),

@@ -1,4 +1,4 @@
-"""An exported program as a bare `GraphModule`: positional inputs, one output, no input checks of the exporter."""
+"""An exported program as a bare `GraphModule`: positional inputs, one output, no checks, nothing written in place."""
 
 from __future__ import annotations
 
@@ -19,3 +19,17 @@ def plain_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
         graph.graph.erase_node(node)
     graph.recompile()
     return graph
+
+
+def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program without writes into views; programs without such writes are returned as they are.
+
+    Before:                                      After:
+        k = new_empty(x, [1, H, T, 8])               k  = new_empty(x, [1, H, T, 8])
+        v = slice(k, 3, 0, 4)                        k1 = slice_scatter(k, left, 3, 0, 4)
+        copy_(v, left)
+    """
+    writes = any(
+        node.target._schema.is_mutable for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)
+    )
+    return program.run_decompositions({}) if writes else program

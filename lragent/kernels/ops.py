@@ -34,14 +34,38 @@ def attention_marker(
     scale: float,
     window: int,
     softcap: float,
+    slopes_Hq: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over the packed tokens of one sequence: `[1, T, Hq, Dv]`.
 
     Runs plain attention, so that a captured graph can be executed and compared before it has a cache.
+
+    Args:
+        slopes_Hq: `slope * position of the key` is added to each score (ALiBi).
     """
+    if slopes_Hq is not None:
+        at_T = torch.arange(key_1HTDk.shape[2], device=key_1HTDk.device)
+        query_1HqTDk, key_1HTDk = with_slopes(query_1HqTDk, key_1HTDk, slopes_Hq, at_T, scale)
     return attention_reference.causal_attention(
         query_1HqTDk, key_1HTDk, value_1HTDv, sinks_Hq, scale, window, softcap
     ).contiguous()
+
+
+# A position is kept as two numbers below this, which 16-bit floats hold exactly.
+SLOPE_STEP = 256
+SLOPE_CHANNELS = 2
+
+
+def with_slopes(
+    query_1HqTD: Tensor, key_1HTD: Tensor, slopes_Hq: Tensor, positions_T: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys with two channels more, whose product adds `slope * position of the key` to a score."""
+    heads, tokens = query_1HqTD.shape[1], query_1HqTD.shape[2]
+    per_step_Hq2 = torch.stack([slopes_Hq * SLOPE_STEP, slopes_Hq], -1) / scale
+    query_part = per_step_Hq2.to(query_1HqTD.dtype)[None, :, None].expand(1, heads, tokens, 2)
+    digits_T2 = torch.stack([positions_T // SLOPE_STEP, positions_T % SLOPE_STEP], -1)
+    key_part = digits_T2.to(key_1HTD.dtype)[None, None].expand(1, key_1HTD.shape[1], tokens, 2)
+    return torch.cat([query_1HqTD, query_part], -1), torch.cat([key_1HTD, key_part], -1)
 
 
 @attention_marker.register_fake
@@ -54,6 +78,7 @@ def _(
     scale: float,
     window: int,
     softcap: float,
+    slopes_Hq: Tensor | None = None,
 ) -> Tensor:
     return query_1HqTDk.new_empty(
         query_1HqTDk.shape[0], query_1HqTDk.shape[2], query_1HqTDk.shape[1], value_1HTDv.shape[3]
@@ -176,7 +201,8 @@ def flash_lora_attention(
         lr_v, lr_v_table, b_v: the same for V.
         rope_cos, rope_sin: `[positions, Dk]`, rope_partner: int64 `[Dk]`: the rotation of a key at position p is
             `cos[p, d] * x[d] + sin[p, d] * x[partner[d]]` (signs are in `sin`); None: no rotation.
-        norm_weight: `[Dk]`, RMSNorm of the key over its head dim before the rotation; None: no norm. norm_eps: its eps.
+        norm_weight: `[Dk]`, RMSNorm of the key over its head dim before the rotation, or `[H, Dk]`, one RMSNorm over
+            all heads; None: no norm. norm_eps: its eps.
         key_is_final: True: `k_cache` holds `f(base)` and f is linear, so the LR part is rotated and added.
             False: `k_cache` holds the raw base key and f is applied to the sum.
         sinks_Hq: one extra logit a head that takes part in the softmax and has no value.

@@ -7,16 +7,20 @@ Before:                                              After:
         [1, T, Hq, D]                                    write_lr(lr, lr_0, lr_table_0, lr_slots)
                                                          o = flash_lora_attention(q, k_base_0, ...)  [T, Hq, D]
 
-A projection that feeds both K and V (fused) has one LR stream.
+A projection that feeds both K and V (fused) has one LR stream. Slopes (ALiBi) become two more channels of query and
+key.
 """
 
 from __future__ import annotations
+
+import operator
 
 import torch
 from torch import fx
 
 from lragent.kernels.cache_schema import BaseStreams, CacheSchema, LowRankStream
-from lragent.kernels.markers import marker_nodes
+from lragent.kernels.markers import has_slopes, marker_nodes
+from lragent.kernels.ops import SLOPE_CHANNELS, with_slopes
 from lragent.kernels.step import STEP_INPUTS, cache_input_names
 from lragent.passes.base import (
     Pass,
@@ -69,7 +73,8 @@ def _base_streams(index: int, marker: fx.Node) -> BaseStreams:
     key, value = marker.args[1], marker.args[2]
     assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
     k_shape, v_shape = key.meta["val"].shape, value.meta["val"].shape
-    return BaseStreams(index, int(k_shape[1]), int(k_shape[3]), int(v_shape[3]))
+    more = SLOPE_CHANNELS if has_slopes(marker) else 0
+    return BaseStreams(index, int(k_shape[1]), int(k_shape[3]) + more, int(v_shape[3]))
 
 
 def _add_inputs(graph: fx.GraphModule, schema: CacheSchema) -> dict[str, fx.Node]:
@@ -100,7 +105,7 @@ def _rewrite(
     streams: dict[fx.Node, int],
     written: set[int],
 ) -> None:
-    query, _, _, sinks, _, scale, window, softcap = marker.args
+    query, _, _, sinks, _, scale, window, softcap, slopes = (*marker.args, None)[:9]
     key, value = pair
     with graph.graph.inserting_before(marker):
 
@@ -111,9 +116,13 @@ def _rewrite(
             return call(aten.transpose.int, call(aten.squeeze.dim, heads_first, 0), 0, 1)
 
         k_cache, v_cache = inputs[f"k_base_{index}"], inputs[f"v_base_{index}"]
+        base_key: object = key.base
+        if slopes is not None:
+            both = call(with_slopes, query, base_key, slopes, inputs["positions"], scale)
+            query, base_key = (call(operator.getitem, both, part) for part in (0, 1))
         call(
             lragent.write_kv.default,
-            tokens_first(key.base),
+            tokens_first(base_key),
             tokens_first(value.base),
             k_cache,
             v_cache,
@@ -129,7 +138,10 @@ def _rewrite(
             if number not in written:
                 _write_low_rank(call, side.routed, cache, table, inputs["lr_slots"])
                 written.add(number)
-            up = add_constant(graph, f"up_{name}_{index}", side.up_NHrD)
+            up_NHrD = side.up_NHrD
+            if name == "k" and slopes is not None:
+                up_NHrD = torch.nn.functional.pad(up_NHrD, (0, SLOPE_CHANNELS))
+            up = add_constant(graph, f"up_{name}_{index}", up_NHrD)
             low_rank += [cache, table, up]
         out = call(
             lragent.flash_lora_attention.default,

@@ -112,10 +112,10 @@ class KeyTransform:
     """f between the K projection and attention: optional RMSNorm over the head dim, then an optional rotation.
 
     Args:
-        kind: "linear" (no dependence on position), "rotary", "norm" or "norm+rotary".
+        kind: "linear" (no dependence on position), "rotary", "norm", "wide norm" (over all heads), or a norm "+rotary".
         final: the base key is cached after f (f is linear).
         cos_PD, sin_PD: rotation tables `[positions, D]`; partner_D: which channel `sin` takes.
-        norm_weight_D, norm_eps: RMSNorm before the rotation.
+        norm_weight_D, norm_eps: RMSNorm before the rotation; a weight `[H, D]` means one norm over all heads.
     """
 
     kind: str

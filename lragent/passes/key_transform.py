@@ -8,7 +8,8 @@ from names; structure is read off f's answers:
    identity and every RMSNorm sees the same mean square
 3. linear? position dependent? If linear and position dependent: which two channels a rotation pairs, then its cos and
    sin tables over all positions from two inputs
-4. if not linear: does scaling a head leave f unchanged (a norm)? its weight, its eps, then the rotation as above
+4. if not linear: does scaling leave f unchanged (a norm)? over each head or over all? its weight, its eps, then the
+   rotation as above
 5. the rebuilt f must equal f on random tokens, scales and positions; else it is refused with the reason.
 """
 
@@ -88,8 +89,9 @@ def derive_key(probe: Probe) -> tuple[KeyTransform, Tensor | None]:
         return KeyTransform("linear"), None
     channel_HD = _channels_at_zero(probe)
     norm = None if linear else _norm(probe, channel_HD)
+    norm_kind = "" if norm is None else "wide norm" if norm[0].dim() == 2 else "norm"
     found = KeyTransform(
-        kind="norm" if norm else "rotary",
+        kind=norm_kind or "rotary",
         final=linear,
         norm_weight_D=norm[0] if norm else None,
         norm_eps=norm[1] if norm else 0.0,
@@ -98,7 +100,7 @@ def derive_key(probe: Probe) -> tuple[KeyTransform, Tensor | None]:
         partner_D = _partners(probe, channel_HD)
         cos_PD, sin_PD = _tables(probe, channel_HD, partner_D, norm)
         found = KeyTransform(
-            kind="norm+rotary" if norm else "rotary",
+            kind=f"{norm_kind}+rotary" if norm else "rotary",
             final=linear,
             cos_PD=cos_PD.to(torch.float32),
             sin_PD=sin_PD.to(torch.float32),
@@ -114,7 +116,7 @@ def apply(transform: KeyTransform, raw_nHD: Tensor, positions_n: Tensor) -> Tens
     """The derived f on raw per-head keys, in their dtype."""
     key = raw_nHD
     if transform.norm_weight_D is not None:
-        mean = key.pow(2).mean(-1, keepdim=True)
+        mean = key.pow(2).mean((-2, -1) if transform.norm_weight_D.dim() == 2 else -1, keepdim=True)
         key = key * torch.rsqrt(mean + transform.norm_eps) * transform.norm_weight_D.to(key.dtype)
     if transform.cos_PD is not None and transform.sin_PD is not None and transform.partner_D is not None:
         cos = transform.cos_PD[positions_n].to(key.dtype)[:, None]
@@ -167,7 +169,7 @@ def _channels_at_zero(probe: Probe) -> Tensor:
 
 
 def _norm(probe: Probe, channel_HD: Tensor) -> tuple[Tensor, float]:
-    """Weight `[D]` and eps of an RMSNorm over each head."""
+    """Weight and eps of an RMSNorm: `[D]` over each head, `[H, D]` over all heads together."""
     x, _ = probe.random(8, seed=6)
     x = 32 * x  # large enough for any eps in use to vanish beside the mean square
     plain = probe(x, 0)
@@ -176,8 +178,7 @@ def _norm(probe: Probe, channel_HD: Tensor) -> tuple[Tensor, float]:
         raise Underivable("it is not linear, and not a norm of each head")
     first_head_wider = x.clone()
     first_head_wider[:, channel_HD[0]] *= 8
-    if float((probe(first_head_wider, 0) - plain).abs().max()) > loose:
-        raise Underivable("its norm spans more than one head")
+    over_all_heads = float((probe(first_head_wider, 0) - plain).abs().max()) > loose
     small = 2.0**-10
     ones = torch.ones(2, probe.channels)
     ones[1] *= small
@@ -186,9 +187,12 @@ def _norm(probe: Probe, channel_HD: Tensor) -> tuple[Tensor, float]:
     eps = small**2 * (1 - ratio**2) / max(ratio**2 - small**2, 1e-30)
     eps = _nearest_constant(probe, max(eps, 0.0))
     weight_HD = large_HD * math.sqrt(1 + eps)
+    weight_dtype = torch.float32 if probe.dtype != torch.float64 else torch.float64
+    if over_all_heads:
+        return weight_HD.to(weight_dtype), eps
     if not probe.same(weight_HD, weight_HD[:1].expand_as(weight_HD)):
         raise Underivable("its norm has different weights for different heads")
-    return weight_HD[0].to(torch.float32 if probe.dtype != torch.float64 else torch.float64), eps
+    return weight_HD[0].to(weight_dtype), eps
 
 
 def _nearest_constant(probe: Probe, eps: float) -> float:
@@ -236,7 +240,8 @@ def _tables(
         x[channel_HD[:, lit].reshape(-1)] = 1.0
         gain = torch.ones(dim, dtype=torch.float64)
         if norm is not None:
-            gain = norm[0].double() / math.sqrt(float(lit.sum()) / dim + norm[1])
+            first_head_D = norm[0][0] if norm[0].dim() == 2 else norm[0]
+            gain = first_head_D.double() / math.sqrt(float(lit.sum()) / dim + norm[1])
         for start in range(0, probe.max_positions, POSITIONS_A_CALL):
             stop = min(start + POSITIONS_A_CALL, probe.max_positions)
             answer = probe(x.expand(stop - start, -1), torch.arange(start, stop))[:, 0]

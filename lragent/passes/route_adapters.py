@@ -56,15 +56,23 @@ class _Chain:
     """
 
     module: str
-    x: fx.Node
+    down: fx.Node
     before: fx.Node
     total: fx.Node
     embeds: bool
     width: int
 
+    @property
+    def x(self) -> fx.Node:
+        """Input of the module as it is by now: it may be the output of one that was routed before."""
+        x = self.down.args[1 if self.embeds else 0]
+        assert isinstance(x, fx.Node)
+        return x
+
 
 def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
     chains: dict[tuple[str, fx.Node], list[_Chain]] = defaultdict(list)
+    roots: dict[fx.Node, fx.Node] = {}
     misses: list[Miss] = []
     for down in calls(graph, aten.linear.default, aten.embedding.default):
         role = _lora_role(down, context)
@@ -74,7 +82,10 @@ def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassR
         if isinstance(found, Miss):
             misses.append(found)
         else:
-            chains[found.module, found.x].append(found)
+            # Chains of one projection follow each other; a projection called twice has two bases.
+            root = roots.get(found.before, found.before)
+            roots[found.total] = root
+            chains[found.module, root].append(found)
     if not chains:
         return PassReport(0, tuple(misses))
     agent_ids = placeholder(graph, AGENT_IDS)
@@ -85,7 +96,17 @@ def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassR
     for index, group in enumerate(chains.values()):
         _rewrite(graph, context, index, group, agent_ids)
     graph.graph.eliminate_dead_code()
-    return PassReport(len(chains), tuple(misses))
+    return PassReport(len(chains), (*misses, *_left_over(graph, context, {miss.where for miss in misses})))
+
+
+def _left_over(graph: fx.GraphModule, context: PassContext, missed: set[str]) -> list[Miss]:
+    """Adapter weights that are still read, for modules not in `missed`: nobody's, whoever acts."""
+    left: dict[str, Miss] = {}
+    for node in graph.graph.find_nodes(op="get_attr"):
+        module, _ = context.lora_parameters.get(str(node.target).partition(".")[2], ("", ""))
+        if module and module not in missed and node.users:
+            left.setdefault(module, Miss(module, node.name, "its adapter's weights are read by another op than linear"))
+    return list(left.values())
 
 
 def _lora_role(node: fx.Node, context: PassContext) -> tuple[str, str] | None:
@@ -101,8 +122,6 @@ def _match(graph: fx.GraphModule, down: fx.Node, module: str, context: PassConte
         return Miss(module, node.name, reason)
 
     embeds = down.target is aten.embedding.default
-    x = down.args[1 if embeds else 0]
-    assert isinstance(x, fx.Node)
     if not embeds and len(down.args) > 2 and down.args[2] is not None:
         return miss(down, "lora_A has a bias")
     up = _only_user(down)
@@ -121,9 +140,21 @@ def _match(graph: fx.GraphModule, down: fx.Node, module: str, context: PassConte
     others = [a for a in total.args if a is not scaled]
     if len(others) != 1 or not isinstance(others[0], fx.Node):
         return miss(total, "the adapter's output is not added to the projection")
+    if not _rows_are_tokens(total):
+        return miss(total, "its rows are not the tokens in their order, so they can't be routed by agent")
     sized = down.args[0] if embeds else up.args[1]
     assert isinstance(sized, fx.Node)
-    return _Chain(module, x, others[0], total, embeds, fetch(graph, sized).shape[0])
+    return _Chain(module, down, others[0], total, embeds, fetch(graph, sized).shape[0])
+
+
+def _rows_are_tokens(node: fx.Node) -> bool:
+    """Whether a value is `[1, ..., 1, T, C]`."""
+    ids = next((n for n in node.graph.find_nodes(op="placeholder") if n.target == "input_ids"), None)
+    value = node.meta.get("val")
+    if ids is None or value is None:
+        return True
+    *ones, rows, _ = value.shape
+    return str(rows) == str(ids.meta["val"].shape[1]) and all(str(size) == "1" for size in ones)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -176,7 +207,7 @@ def _low_rank(
     own = low_rank
     if not torch.equal(columns, torch.arange(a_cat.shape[0])):
         columns_node = add_shared_constant(graph, COLUMNS, columns)
-        own = graph.graph.call_function(aten.index_select.default, (low_rank, 2, columns_node))
+        own = graph.graph.call_function(aten.index_select.default, (low_rank, -1, columns_node))
     route_node = add_shared_constant(graph, ROUTE, route)
     mask = graph.graph.call_function(aten.index_select.default, (route_node, 0, ids))
     own = graph.graph.call_function(aten.mul.Tensor, (own, mask))

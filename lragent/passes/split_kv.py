@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from lragent.kernels.markers import marker_nodes
+from lragent.kernels.markers import has_slopes, marker_nodes
 from lragent.passes.base import (
     KeyTransform,
     Miss,
@@ -25,10 +25,10 @@ from lragent.passes.base import (
     PassContext,
     PassReport,
     PassState,
-    RoutedLinear,
     SplitStream,
     add_shared_constant,
 )
+from lragent.passes.joined_columns import joined_columns
 from lragent.passes.key_transform import Probe, Underivable, derive_key, derive_value
 from lragent.passes.magnitudes import per_head, scale_side
 from lragent.passes.projection_path import ProjectionPath, adapted_path
@@ -66,26 +66,27 @@ def _split(
         return SplitStream(base=end)
     if isinstance(path, Miss):
         return path
-    if path.routed.replaced or path.routed.low_rank is None:
+    if any(r is not None and (r.replaced or r.low_rank is None) for r in path.routed):
         return Miss(where, end.name, "an agent has a whole weight of its own for it, so there is no base part to share")
-    adapters = context.adapters[path.routed.module]
-    any_b = next(iter(adapters.values())).b
-    probe = Probe(path.function(graph), any_b.shape[0], any_b.dtype, context.max_positions)
+    any_b = next(iter(context.adapters[path.modules[0]].values())).b
+    probe = Probe(path.function(graph), sum(path.widths), any_b.dtype, context.max_positions)
     try:
         if position == 2:
             derive_value(probe)
             transform, channel_HD = None, None
         else:
             transform, channel_HD = derive_key(probe)
-        gain_NHD = per_head(probe, path.routed.gain_NC)
+        gain_NHD = per_head(probe, path.gains)
     except Underivable as reason:
         return Miss(where, end.name, str(reason))
-    up = _up_projections(probe, path.routed, context, channel_HD)
+    if position == 1 and transform is not None and transform.kind != "linear" and has_slopes(marker):
+        return Miss(where, end.name, f"its transform is {transform.kind} and scores have a slope by position")
+    up = _up_projections(probe, path, context, channel_HD)
     base = _base_stream(graph, path, transform, channel_HD)
     _set_arg(marker, position, base)
     if gain_NHD is not None:
         scale_side(graph, marker, position, gain_NHD)
-    return SplitStream(base, path.routed, up, transform)
+    return SplitStream(base, joined_columns(graph, path), up, transform)
 
 
 def _set_arg(marker: fx.Node, position: int, value: fx.Node) -> None:
@@ -94,21 +95,29 @@ def _set_arg(marker: fx.Node, position: int, value: fx.Node) -> None:
     marker.args = tuple(arguments)
 
 
-def _up_projections(probe: Probe, routed: RoutedLinear, context: PassContext, channel_HD: Tensor | None) -> Tensor:
+def _up_projections(probe: Probe, path: ProjectionPath, context: PassContext, channel_HD: Tensor | None) -> Tensor:
     """Every agent's B per head, `[N + 1, H, r, D]`: its columns are pushed through f as if they were tokens, or picked
-    by channel where f rotates."""
-    stream = routed.stream
+    by channel where f rotates. Projections' columns stand one after the other, each on its own channels."""
     blocks: list[Tensor | None] = [None]
-    for name, rank in zip(context.agents, stream.ranks, strict=True):
-        if rank == 0:
+    for name in context.agents:
+        parts: list[Tensor] = []
+        start = 0
+        for routed, width in zip(path.routed, path.widths, strict=True):
+            adapter = context.adapters[routed.module].get(name) if routed is not None else None
+            if adapter is not None:
+                rows_rC = adapter.b.new_zeros(adapter.b.shape[1], sum(path.widths))
+                rows_rC[:, start : start + width] = adapter.b.T
+                parts.append(rows_rC)
+            start += width
+        if not parts:
             blocks.append(None)
             continue
-        rows_rC = context.adapters[routed.module][name].b.T
+        rows_rC = torch.cat(parts)
         heads_rHD = rows_rC[:, channel_HD] if channel_HD is not None else probe(rows_rC, 0).to(rows_rC.dtype)
         blocks.append(heads_rHD.transpose(0, 1))
-    heads, _, dim = next(b for b in blocks if b is not None).shape
     some = next(b for b in blocks if b is not None)
-    up = some.new_zeros(len(blocks), heads, max(stream.ranks), dim)
+    heads, _, dim = some.shape
+    up = some.new_zeros(len(blocks), heads, max(b.shape[1] for b in blocks if b is not None), dim)
     for row, block in enumerate(blocks):
         if block is not None:
             up[row, :, : block.shape[1]] = block
@@ -120,12 +129,13 @@ def _base_stream(
 ) -> fx.Node:
     """The node of the base stream `[1, H, T, D]`: f of the base output, or its raw channels per head."""
     if transform is None or transform.final:
-        return path.rebuild_on(graph, path.routed.base)
+        return path.rebuild_on_base(graph)
     assert channel_HD is not None
     heads, dim = channel_HD.shape
+    base = path.base(graph)
     with graph.graph.inserting_before(path.end):
         channels = add_shared_constant(graph, "key_channels", channel_HD.reshape(-1))
-        picked = graph.graph.call_function(aten.index_select.default, (path.routed.base, 2, channels))
+        picked = graph.graph.call_function(aten.index_select.default, (base, 2, channels))
         shaped = graph.graph.call_function(aten.unflatten.int, (picked, 2, [heads, dim]))
         raw = graph.graph.call_function(aten.transpose.int, (shaped, 1, 2))
     raw.meta["val"] = path.end.meta["val"]

@@ -37,6 +37,7 @@ class Case:
     adapted_v: bool = True
     rope: str = "half"
     norm: bool = False
+    wide_norm: bool = False
     final: bool = True
     sinks: bool = False
     window: int = 0
@@ -105,6 +106,8 @@ class Case:
             values |= self._rotation(max(contexts), dtype)
         if self.norm:
             values["norm_weight"] = (random(self.k_dim) + 1).to(dtype)
+        if self.wide_norm:
+            values["norm_weight"] = (random(self.heads, self.k_dim) + 1).to(dtype)
         if self.sinks:
             values["sinks"] = random(self.heads * self.group).to(dtype)
         return values
@@ -148,6 +151,12 @@ CASES = (
     Case("page borders", sequences=((15, 15, 1), (16, 16, 1), (17, 1, 3), (16, 1, 3), (100, 2, 1))),
     Case("large pages", page_size=32, sequences=((100, 1, 1), (64, 64, 3), (31, 1, 1))),
     Case("many decodes", sequences=tuple((length, 1, length % 4) for length in (1, 3, 16, 17, 90, 33, 34, 47))),
+)
+
+# One norm over all heads: `reference` and `torch` only (see passes/lower_attention.py).
+WIDE_NORM_CASES = (
+    Case("norm over all heads", wide_norm=True, final=False),
+    Case("norm over all heads without rotation", wide_norm=True, final=False, rope="", window=6),
 )
 
 

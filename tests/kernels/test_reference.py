@@ -10,27 +10,30 @@ import torch
 from torch import Tensor
 
 from lragent.kernels.flash_lora_attention import reference
-from tests.kernels.attention_cases import CASES, Case, call, in_double
+from tests.kernels.attention_cases import CASES, WIDE_NORM_CASES, Case, call, in_double
 
 
 def _key(v: dict[str, Any], agent: int, head: int, slot: tuple[int, int], position: int, page_size: int) -> Tensor:
     page, offset = slot
-    base = v["k_cache"][page, head, offset]
-    delta = torch.zeros_like(base)
+    base_HD = v["k_cache"][page, :, offset]
+    delta_HD = torch.zeros_like(base_HD)
     if v["lr_k"] is not None:
         start, rank, _, _ = v["lr_k_table"][agent].tolist()
         columns = v["lr_k"][start + (page * page_size + offset) * rank :][:rank]
         for c in range(rank):
-            delta = delta + columns[c] * v["b_k"][agent, head, c]
+            delta_HD = delta_HD + columns[c] * v["b_k"][agent, :, c]
 
-    def f(x: Tensor) -> Tensor:
-        if v["norm_weight"] is not None:
-            x = x / math.sqrt(float((x * x).mean()) + v["norm_eps"]) * v["norm_weight"]
+    def f(x_HD: Tensor) -> Tensor:
+        x, weight = x_HD[head], v["norm_weight"]
+        if weight is not None:
+            normed = x_HD if weight.dim() == 2 else x
+            x = x / math.sqrt(float((normed * normed).mean()) + v["norm_eps"])
+            x = x * (weight[head] if weight.dim() == 2 else weight)
         if v["rope_cos"] is not None:
             x = v["rope_cos"][position] * x + v["rope_sin"][position] * x[v["rope_partner"]]
         return x
 
-    return base + f(delta) if v["key_is_final"] else f(base + delta)
+    return base_HD[head] + f(delta_HD) if v["key_is_final"] else f(base_HD + delta_HD)
 
 
 def _naive(case: Case, v: dict[str, Any]) -> Tensor:
@@ -66,7 +69,7 @@ def _naive(case: Case, v: dict[str, Any]) -> Tensor:
 SHORT = ((9, 4, (1, 3, 3, 0)), (17, 1, 2), (18, 2, 3))
 
 
-@pytest.mark.parametrize("case", CASES[:18], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[:18] + WIDE_NORM_CASES, ids=lambda case: case.name)
 def test_reference_is_the_definition(case: Case) -> None:
     from dataclasses import replace
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from lragent.kernels.flash_lora_attention import torch_paged
-from tests.kernels.attention_cases import CASES, Case, assert_as_exact_as_reference, rounded
+from tests.kernels.attention_cases import CASES, WIDE_NORM_CASES, Case, assert_as_exact_as_reference, rounded
 
 
 def _check(case: Case, dtype: torch.dtype) -> None:
     assert_as_exact_as_reference(torch_paged.flash_lora_attention, case.build(dtype))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + WIDE_NORM_CASES, ids=lambda case: case.name)
 def test_float32(case: Case) -> None:
     _check(case, torch.float32)
 

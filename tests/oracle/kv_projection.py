@@ -8,7 +8,7 @@ then runs on them as it is. What rows before the start give further up is never 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -25,9 +25,15 @@ class Memory:
     base: Tensor
     full: Tensor
     columns: dict[str, Tensor]
+    later: list[Memory] = field(default_factory=list)  # of further calls of the projection in one pass
 
     def copy(self) -> Memory:
-        return Memory(self.base.clone(), self.full.clone(), {a: c.clone() for a, c in self.columns.items()})
+        return Memory(
+            self.base.clone(),
+            self.full.clone(),
+            {a: c.clone() for a, c in self.columns.items()},
+            [memory.copy() for memory in self.later],
+        )
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class KvProjection(nn.Module):
         self.inner, self.kv = inner, kv
         self.memory: Memory | None = None
         self.now: Pass | None = None
-        self.computed: Memory | None = None
+        self.computed: list[Memory] = []  # by call of the pass
 
     @property
     def lora(self) -> LoraLinear | None:
@@ -70,24 +76,33 @@ class KvProjection(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4:  # [1, 1, T, in]
+            return self.forward(x[0])[None]
         now = self.now
         assert now is not None and self.memory is not None and x.shape[1] == now.end
+        memory = self._held(len(self.computed), self.memory)
         base = (self.lora.base_layer if self.lora is not None else self.inner)(x)[0]
         columns = {a: m(x)[0] for a, m in self.lora.lora_A.items()} if self.lora is not None else {}
         own = self._adapted(base, columns, now.agent)
-        self.computed = Memory(base, own, columns)
+        self.computed.append(Memory(base, own, columns))
         if now.full:
             old = torch.arange(now.end) < now.start
-            held = torch.where(old[:, None], self.memory.full[: now.end], own)
+            held = torch.where(old[:, None], memory.full[: now.end], own)
         else:
             old_base = torch.arange(now.end) < (now.end if now.old_base else now.start)
             old_columns = torch.arange(now.end) < (now.end if now.old_columns else now.start)
-            merged = {
-                a: torch.where(old_columns[:, None], self.memory.columns[a][: now.end], c) for a, c in columns.items()
-            }
-            kept = torch.where(old_base[:, None], self.memory.base[: now.end], base)
+            merged = {a: torch.where(old_columns[:, None], memory.columns[a][: now.end], c) for a, c in columns.items()}
+            kept = torch.where(old_base[:, None], memory.base[: now.end], base)
             held = self._adapted(kept, merged, now.agent)
         return torch.where(self.kv, held, own)[None]
+
+    def _held(self, call: int, memory: Memory) -> Memory:
+        """Memory of a call of the pass: a layer that the model runs several times has one for each time."""
+        if call == 0:
+            return memory
+        while len(memory.later) < call:
+            memory.later.append(self.empty_memory(memory.base.dtype))
+        return memory.later[call - 1]
 
     def _adapted(self, base: Tensor, columns: Mapping[str, Tensor], agent: str | None) -> Tensor:
         """What the agent makes of base outputs and its columns; a DoRA scales both, but not the base's bias."""
@@ -103,16 +118,22 @@ class KvProjection(nn.Module):
         bias = layer.bias if layer.bias is not None else torch.zeros_like(gain)
         return bias + gain * (base - bias + delta)
 
+    def start(self, now: Pass, memory: Memory) -> None:
+        """Begins a pass."""
+        self.now, self.memory, self.computed = now, memory, []
+
     def remember(self, base: bool, agents: tuple[str, ...]) -> None:
         """Keeps what the last pass computed: base (and whole) outputs, and columns of some agents."""
-        assert self.now is not None and self.memory is not None and self.computed is not None
+        assert self.now is not None and self.memory is not None and self.computed
         rows = slice(self.now.start, self.now.end)
-        if base:
-            self.memory.base[rows] = self.computed.base[rows]
-            self.memory.full[rows] = self.computed.full[rows]
-        for agent in agents:
-            if agent in self.computed.columns:
-                self.memory.columns[agent][rows] = self.computed.columns[agent][rows]
+        for call, computed in enumerate(self.computed):
+            memory = self._held(call, self.memory)
+            if base:
+                memory.base[rows] = computed.base[rows]
+                memory.full[rows] = computed.full[rows]
+            for agent in agents:
+                if agent in computed.columns:
+                    memory.columns[agent][rows] = computed.columns[agent][rows]
 
 
 def kv_outputs(name: str, config: PretrainedConfig) -> Tensor | None:

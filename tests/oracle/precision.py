@@ -3,8 +3,8 @@ about half of float32's own error in a "float64" reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,4 +28,16 @@ def _widened(value: Any) -> Any:
 
 def computing_in(dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Inside, a float64 model computes in float64 only; other dtypes compute as the model says."""
-    return _TrueFloat64() if dtype == torch.float64 else nullcontext()
+    return _all_in_float64() if dtype == torch.float64 else nullcontext()
+
+
+@contextmanager
+def _all_in_float64() -> Iterator[None]:
+    """Also new tensors of Python numbers: a float64's lowest value, a usual mask, is no float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _TrueFloat64():
+            yield
+    finally:
+        torch.set_default_dtype(before)

@@ -132,7 +132,7 @@ class SharingOracle:
         """Logits of the last token of a pass."""
         memories = self.memories.setdefault(owner, [p.empty_memory(self.dtype) for p in self.projections])
         for projection, memory in zip(self.projections, memories, strict=True):
-            projection.now, projection.memory = now, memory
+            projection.start(now, memory)
         ids = torch.tensor([self.ids[: now.end]])
         with torch.no_grad(), computing_in(self.dtype):
             if now.agent is None:

@@ -9,7 +9,7 @@ from lragent.kernels.cache_schema import CacheSchema
 from lragent.kernels.step import STEP_INPUTS, cache_input_names
 from lragent.passes.base import calls
 from tests.passes.stages import allowed, captured, peft_logits, run_cached, run_until
-from tests.passes.test_split_kv import norm_then_rotate
+from tests.passes.test_split_kv import norm_over_heads_then_rotate, norm_then_rotate
 from tests.passes.tiny_lm import Path, Tiny, keep, rotate
 
 IDS = (torch.arange(40) * 7 + 3) % 64
@@ -28,7 +28,9 @@ def test_match_counts_ops_and_inputs() -> None:
 
 
 @pytest.mark.parametrize("layout", ["split", "dense"])
-@pytest.mark.parametrize("key_path", [keep, rotate, norm_then_rotate], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "key_path", [keep, rotate, norm_then_rotate, norm_over_heads_then_rotate], ids=lambda p: p.__name__
+)
 def test_chunked_run_over_the_cache_equals_peft(layout: str, key_path: Path) -> None:
     model = Tiny(key_path=key_path).build()
     graph, _, context, state = run_until(captured(model), "attach_cache", layout)

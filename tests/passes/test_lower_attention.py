@@ -7,9 +7,10 @@ import torch
 
 from lragent.passes.base import PassState, calls
 from lragent.passes.lower_attention import LOWER_ATTENTION, TARGETS
-from lragent.passes.pipeline import lower, transform
+from lragent.passes.pipeline import lower, pass_context, transform
 from tests.passes.stages import captured, peft_logits, run_cached
-from tests.passes.tiny_lm import Tiny
+from tests.passes.test_split_kv import norm_over_heads, norm_then_rotate
+from tests.passes.tiny_lm import Path, Tiny
 
 IDS = (torch.arange(40) * 7 + 3) % 64
 OP = torch.ops.lragent.flash_lora_attention.default
@@ -25,6 +26,16 @@ def test_match_and_output(attention: str) -> None:
     torch.testing.assert_close(found, peft_logits(model, IDS, "action"), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(("key_path", "ops"), [(norm_over_heads, "torch"), (norm_then_rotate, "inductor_decode")])
+def test_a_norm_over_all_heads_runs_torch_and_says_so(key_path: Path, ops: str) -> None:
+    source = captured(Tiny(key_path=key_path).build())
+    graph = transform(source, "split").graph
+    report = LOWER_ATTENTION.run(graph, pass_context(source.loaded, "split", "inductor_decode"), PassState())
+    assert len(list(calls(graph, TARGETS[ops]))) == report.changed == 2
+    assert [miss.where for miss in report.misses] == (["layer 0", "layer 1"] if ops == "torch" else [])
+    assert all("no norm over all heads" in miss.reason for miss in report.misses)
+
+
 def test_the_rewritten_graph_is_not_changed() -> None:
     program = transform(captured(Tiny().build()), "split")
     lower(program.graph, "torch")
@@ -35,8 +46,6 @@ def test_near_miss_a_lowered_graph_has_nothing_to_lower() -> None:
     source = captured(Tiny().build())
     program = transform(source, "split")
     graph = lower(program.graph, "torch")
-    from lragent.passes.pipeline import pass_context
-
     assert LOWER_ATTENTION.run(graph, pass_context(source.loaded, "split", "torch"), PassState()).changed == 0
 
 

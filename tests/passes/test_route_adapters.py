@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lragent.passes.base import calls
 from tests.passes.stages import allowed, call, captured, peft_logits, run_until
-from tests.passes.tiny_lm import Tiny
+from tests.passes.tiny_lm import Tiny, TinyAttention
 
 aten = torch.ops.aten
 IDS = torch.arange(3, 20) % 64
@@ -69,6 +70,44 @@ def test_different_targets_and_ranks_per_agent() -> None:
     for agent_id, agent in enumerate([None, "plan", "wide"]):
         found = _logits(graph, torch.full_like(IDS, agent_id))
         assert float((found - peft_logits(model, IDS, agent)).abs().max()) <= allowed(model, IDS, agent)
+
+
+class Composed(TinyAttention):
+    """One projection reads another's output as it is; one is called twice on the same input."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        x = self.delta(x)
+        self.value_path = lambda v, p, m: v + self.gamma(x).unflatten(-1, v.shape[-2:])
+        return super().forward(x, positions)
+
+
+class Sorted(TinyAttention):
+    """The near miss: rows of a projection are tokens in another order, two a token."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return super().forward(x, positions) + self.gamma(x.repeat(1, 2, 1))[:, : x.shape[1], :1]
+
+
+def _tiny(kind: type[TinyAttention], *targets: str) -> Any:
+    model = Tiny(targets=targets).build()
+    for block in model.get_base_model().blocks:
+        block.__class__ = kind
+    return model
+
+
+def test_projections_of_projections_and_repeated_ones_are_routed() -> None:
+    model = _tiny(Composed, "alpha", "beta", "gamma", "delta")
+    graph, report, _, _ = run_until(captured(model), "route_adapters")
+    assert (report.changed, report.misses) == (2 * 6, ())
+    for agent_id, agent in enumerate([None, "plan", "action"]):
+        found = _logits(graph, torch.full_like(IDS, agent_id))
+        assert float((found - peft_logits(model, IDS, agent)).abs().max()) <= allowed(model, IDS, agent)
+
+
+def test_near_miss_rows_that_are_not_the_tokens() -> None:
+    _, report, _, _ = run_until(captured(_tiny(Sorted, "gamma")), "route_adapters")
+    assert [miss.where for miss in report.misses] == ["blocks.0.gamma", "blocks.1.gamma"]
+    assert all("rows are not the tokens" in miss.reason for miss in report.misses)
 
 
 def _lora_b_doubled(graph: torch.fx.GraphModule) -> None:

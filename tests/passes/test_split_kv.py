@@ -52,6 +52,16 @@ def norm_then_rotate(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
     return rotate(rms_norm(x, positions, module), positions, module)
 
 
+def norm_over_heads(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
+    weight = torch.cat([module.key_norm, 2 * module.key_norm])
+    flat = x.flatten(-2)
+    return (weight * flat * torch.rsqrt(flat.pow(2).mean(-1, keepdim=True) + 1e-6)).unflatten(-1, (2, DIM))
+
+
+def norm_over_heads_then_rotate(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
+    return rotate(norm_over_heads(x, positions, module), positions, module)
+
+
 @pytest.mark.parametrize(
     ("key_path", "kind"),
     [
@@ -62,6 +72,8 @@ def norm_then_rotate(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
         (scaled_rotation, "rotary"),
         (rms_norm, "norm"),
         (norm_then_rotate, "norm+rotary"),
+        (norm_over_heads, "wide norm"),
+        (norm_over_heads_then_rotate, "wide norm+rotary"),
     ],
     ids=lambda p: p.__name__ if callable(p) else p,
 )
@@ -77,12 +89,8 @@ def clipped(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
     return x.clamp(-0.5, 0.5)
 
 
-def norm_over_heads(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
-    return rms_norm(x.flatten(-2).unflatten(-1, (1, -1)), positions, _Ones()).unflatten(-1, (2, DIM)).squeeze(2)
-
-
-class _Ones(nn.Module):
-    key_norm = 1.0
+def centred_norm(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
+    return rms_norm(x - x.mean(-1, keepdim=True), positions, module)
 
 
 def head_mixing(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
@@ -93,7 +101,7 @@ def head_mixing(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
     ("refused", "reason", "splits"),
     [
         (clipped, "not linear, and not a norm of each head", keep),
-        (norm_over_heads, "norm spans more than one head", rms_norm),
+        (centred_norm, "is not one channel of the projection", rms_norm),
         (head_mixing, "is not one channel of the projection", rotate),
     ],
     ids=lambda p: p.__name__ if callable(p) else None,
@@ -122,7 +130,7 @@ def test_refused_values_and_their_near_miss(refused: Path, reason: str, splits: 
     assert near.misses == ()
 
 
-def test_key_from_two_adapted_projections_is_refused_and_near_miss_splits() -> None:
+def test_key_summed_from_two_projections_is_refused_and_near_miss_splits() -> None:
     class TwoSources(tiny.TinyAttention):
         def forward(self, x: Tensor, positions: Tensor) -> Tensor:
             k2 = self.gamma(x).unflatten(-1, (tiny.KV_HEADS, DIM))
@@ -137,7 +145,7 @@ def test_key_from_two_adapted_projections_is_refused_and_near_miss_splits() -> N
         return run_until(captured(model), "split_kv")[1]
 
     refused = report(two=True)
-    assert "computed from 2 projections" in refused.misses[0].reason
+    assert "is not one channel of the projection" in refused.misses[0].reason
     assert report(two=False).misses == ()
 
 

@@ -93,7 +93,9 @@ class TinyLM(PreTrainedModel):
         )
         self.head = nn.Linear(HIDDEN, VOCAB, bias=False)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool = False) -> CausalLMOutput:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, use_cache: bool = False) -> CausalLMOutput:
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1])[None]
         x = self.embed(input_ids)
         for block in self.blocks:
             x = x + block(x, position_ids)

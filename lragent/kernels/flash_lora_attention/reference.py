@@ -76,9 +76,10 @@ def causal_attention(
     return weighted_values(weights, value)[None].to(query_1HqTDk.dtype)
 
 
-def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dim."""
-    return x_D * torch.rsqrt(x_D.square().mean(dim=-1, keepdim=True) + eps) * weight_D
+def rms_norm(x_HD: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dim for a weight `[D]`, over heads and last dim together for a weight `[H, D]`."""
+    over = (-2, -1) if weight.dim() == 2 else (-1,)
+    return x_HD * torch.rsqrt(x_HD.square().mean(dim=over, keepdim=True) + eps) * weight
 
 
 def rotate(key_LHD: Tensor, cos_LD: Tensor, sin_LD: Tensor, partner_D: Tensor) -> Tensor:

@@ -56,10 +56,12 @@ class _Attention:
     dtype: torch.dtype
 
     def transform(self, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The key transform f; cos and sin broadcast against `key [..., Dk]`."""
+        """The key transform f of `key [..., H, P, Dk]`; cos and sin broadcast against it."""
         if self.norm_weight is not None:
-            mean = key.square().mean(-1, keepdim=True)
-            key = key * torch.rsqrt(mean + self.norm_eps) * self.norm_weight.to(key.dtype)
+            weight = self.norm_weight.to(key.dtype)
+            over_all_heads = weight.dim() == 2
+            mean = key.square().mean((-3, -1) if over_all_heads else -1, keepdim=True)
+            key = key * torch.rsqrt(mean + self.norm_eps) * (weight[:, None] if over_all_heads else weight)
         if self.rope is not None:
             key = key * cos + key[..., self.rope[2]] * sin
         return key
