@@ -18,7 +18,7 @@ DEMO_INSTALLED := $(VENV)/.lragent-demo-model-installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu check lint types fmt clean
+.PHONY: help install demo test test-gpu coverage check lint types fmt clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,12 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+COVERAGE := .coverage-types.jsonl
+
+coverage: $(INSTALLED)  ## Every causal LM type of transformers, converted and compared: writes docs/coverage.md (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage.sweep --out $(COVERAGE)
+	$(BIN)/python -m tests.coverage.table $(COVERAGE) docs/coverage.md
 
 check: lint types test  ## What CI runs: lint, format, types, tests
 

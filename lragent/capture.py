@@ -11,9 +11,11 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +92,7 @@ def _capture_interface(loaded: LoadedModel) -> tuple[Captured | None, str]:
         return None, ""
     _require_no_recurrence(loaded)
     try:
-        captured = _export(loaded, _marker_attention(loaded.model))
+        captured = _export(loaded, partial(_marker_attention, loaded.model))
     except NotExported as error:
         if isinstance(error.__cause__, (TypeError, AttributeError)):
             return None, "works on its mask itself"
@@ -110,7 +112,7 @@ def _capture_written_out(loaded: LoadedModel, unfit: str) -> Captured:
     # Models with tables of masks branch where the tokens fill the table.
     where = f"{unfit} in its attention" if unfit else "computes attention outside transformers' attention interface"
     try:
-        captured = _export(loaded, nullcontext(), most_tokens=max(loaded.max_positions - 1, EXAMPLE_TOKENS))
+        captured = _export(loaded, nullcontext, most_tokens=max(loaded.max_positions - 1, EXAMPLE_TOKENS))
     except NotExported as error:
         raise NotExported(f"{loaded.architecture} {where}, and {error.message}", error.hint) from error
     found, reason = mark_plain_attention(captured.graph, loaded.max_positions)
@@ -127,26 +129,30 @@ class NotExported(ModelError):
 
 
 def _export(
-    loaded: LoadedModel, attention: AbstractContextManager[None], most_tokens: int = MAX_PACKED_TOKENS
+    loaded: LoadedModel, attention: Callable[[], AbstractContextManager[None]], most_tokens: int = MAX_PACKED_TOKENS
 ) -> Captured:
     """One graph of the model, as traced with `attention` in force."""
     ids, positions = _example(loaded, EXAMPLE_TOKENS)
-    tokens = torch.export.Dim("T", min=1, max=most_tokens)
-    with without_exporter_noise(), attention, _exportable_experts(loaded.model), torch.no_grad():
-        try:
-            program = torch.export.export(
-                _LogitsOnly(loaded.model, loaded.position_offset),
-                (ids, positions),
-                dynamic_shapes={"input_ids": {1: tokens}, "position_ids": {1: tokens}},
-                strict=False,
-            )
-        except ModelError:
-            raise
-        except Exception as error:
-            raise NotExported(
-                f"torch.export can't capture {loaded.architecture}: {_first_line(error)}",
-                "This architecture needs support in capture; please report it with the model's config.json.",
-            ) from error
+    for fewest in (1, 2):
+        tokens = torch.export.Dim("T", min=fewest, max=most_tokens)
+        with without_exporter_noise(), attention(), _exportable_experts(loaded.model), torch.no_grad():
+            try:
+                program = torch.export.export(
+                    _LogitsOnly(loaded.model, loaded.position_offset),
+                    (ids, positions),
+                    dynamic_shapes={"input_ids": {1: tokens}, "position_ids": {1: tokens}},
+                    strict=False,
+                )
+                break
+            except ModelError:
+                raise
+            except Exception as error:
+                if fewest == 1 and "Constraints violated" in str(error):
+                    continue  # some sizes are proven equal from two tokens on; one token is checked by running it
+                raise NotExported(
+                    f"torch.export can't capture {loaded.architecture}: {_export_failure(error)}",
+                    "This architecture needs support in capture; please report it with the model's config.json.",
+                ) from error
     with without_exporter_noise():
         return Captured(graph=plain_graph(functional(program)), loaded=loaded)
 
@@ -252,20 +258,21 @@ def _example(loaded: LoadedModel, tokens: int, seed: int = 0) -> tuple[Tensor, T
 
 
 def _require_same_logits(captured: Captured) -> None:
-    """The graph with plain attention in the marker must compute what the model computes."""
+    """The graph with plain attention in the marker must compute what the model computes untold of positions."""
     loaded = captured.loaded
-    ids, positions = _example(loaded, min(CHECK_TOKENS, loaded.max_positions), seed=1)
-    with torch.no_grad():
-        expected = loaded.model(input_ids=ids, use_cache=False).logits.float()
-        found = captured.graph(ids, positions).float()
-    # Both run in the model's dtype with sums in another order: allow its rounding over the spread of the logits.
-    allowed = 64 * torch.finfo(loaded.dtype).eps * float(expected.abs().max())
-    difference = float((expected - found).abs().max())
-    if not difference <= max(allowed, 1e-6) * max(1, len(marker_nodes(captured.graph))):
-        raise ModelError(
-            f"the captured graph of {loaded.architecture} differs from the model by {difference:.2e} in its logits",
-            "Its attention does something that the attention interface does not show; it can't be converted.",
-        )
+    for tokens in (min(CHECK_TOKENS, loaded.max_positions), 1):
+        ids, positions = _example(loaded, tokens, seed=1)
+        with torch.no_grad():
+            expected = loaded.model(input_ids=ids, use_cache=False).logits.float()
+            found = captured.graph(ids, positions).float()
+        # Both run in the model's dtype with sums in another order: allow its rounding over the spread of the logits.
+        allowed = 64 * torch.finfo(loaded.dtype).eps * float(expected.abs().max())
+        difference = float((expected - found).abs().max())
+        if not difference <= max(allowed, 1e-6) * max(1, len(marker_nodes(captured.graph))):
+            raise ModelError(
+                f"the captured graph of {loaded.architecture} differs from the model by {difference:.2e} in its logits",
+                "Its attention does something that the attention interface does not show; it can't be converted.",
+            )
 
 
 def _require_token_wise(captured: Captured) -> None:
@@ -332,6 +339,19 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
+def _export_failure(error: Exception) -> str:
+    """What the model's code does that can't be exported, in one line."""
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else ""
+    code = re.search(r"The following call raised this error:\n.*\n *(.+)", text)
+    if "data-dependent" in first:
+        return "its code branches on the values of tensors" + (f" ({code[1].strip()})" if code else "")
+    guard = re.search(r"satisfy the generated guard (.+)", text)
+    if "Constraints violated" in first:
+        return "its code depends on the number of tokens T" + (f" ({_short(guard[1])})" if guard else "")
+    return f"{type(error).__name__}: {first}"
+
+
+def _short(guard: str) -> str:
+    plain = guard.replace("L['input_ids'].size()[1]", "T").rstrip(".")
+    return plain if len(plain) <= 80 else plain[:77] + "..."

@@ -161,7 +161,7 @@ def _sizes(held: dict[str, Any], fill: bool) -> dict[str, Any]:
 
 
 def _fewer_layers(held: dict[str, Any], sizes: dict[str, Any], of_each: int) -> dict[str, Any]:
-    layers = next((held[name] for name in LAYERS if isinstance(held.get(name), int)), 0)
+    layers = max((held[name] for name in LAYERS if isinstance(held.get(name), int)), default=0)
     if layers <= FEWEST_LAYERS:
         return {}
     by_layer = {

@@ -101,7 +101,7 @@ def head_mixing(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
     ("refused", "reason", "splits"),
     [
         (clipped, "not linear, and not a norm of each head", keep),
-        (centred_norm, "is not one channel of the projection", rms_norm),
+        (centred_norm, "are zero for an input of ones", rms_norm),
         (head_mixing, "is not one channel of the projection", rotate),
     ],
     ids=lambda p: p.__name__ if callable(p) else None,
