@@ -90,10 +90,14 @@ def _capture_interface(loaded: LoadedModel) -> tuple[Captured | None, str]:
     """
     if not loaded.model._can_set_attn_implementation():
         return None, ""
-    _require_no_recurrence(loaded)
+    attention_calls, difference = _mixing_without_attention(loaded)
+    if attention_calls and difference > 0:
+        raise _mixing(loaded, difference)
     try:
         captured = _export(loaded, partial(_marker_attention, loaded.model))
     except NotExported as error:
+        if difference > 0:  # the reason behind the export's own
+            raise _mixing(loaded, difference) from error
         if isinstance(error.__cause__, (TypeError, AttributeError)):
             return None, "works on its mask itself"
         raise
@@ -187,9 +191,13 @@ def _exportable_experts(model: Any) -> Iterator[None]:
         config._experts_implementation = before
 
 
-def _require_no_recurrence(loaded: LoadedModel) -> None:
+def _mixing_without_attention(loaded: LoadedModel) -> tuple[int, float]:
     """With every token seeing itself only, another token must change no other token's logits. Exporting a recurrence
-    takes minutes, and may fail for reasons that hide this one."""
+    takes minutes, and may fail for reasons that hide this one.
+
+    Returns:
+        How often attention was called, and by how much others' logits move; 0 if that is rounding.
+    """
     from transformers.modeling_utils import AttentionInterface
 
     calls: list[nn.Module] = []
@@ -210,10 +218,10 @@ def _require_no_recurrence(loaded: LoadedModel) -> None:
             )
         except Exception as error:  # it wants more of attention: the export will say what
             log.debug("no check for a recurrence: %s", error)
-            return
+            return len(calls), 0.0
     difference = float((before - after).abs().max())
-    if calls and difference > 256 * torch.finfo(loaded.dtype).eps * max(1.0, float(before.abs().max())):
-        raise _mixing(loaded, difference)
+    allowed = 256 * torch.finfo(loaded.dtype).eps * max(1.0, float(before.abs().max()))
+    return len(calls), difference if difference > allowed else 0.0
 
 
 # Keyword arguments of the attention interface that don't change what causal attention over packed tokens computes.
@@ -238,8 +246,6 @@ def _attention(
     where = f"attention of {type(module).__name__}"
     if attention_mask is not None:
         raise ModelError(f"{where} adds a mask or bias of its own", "Only causal and sliding-window masks are shared.")
-    if getattr(module, "is_causal", True) is False or others.get("is_causal") is False:
-        raise ModelError(f"{where} is not causal", "Only decoder-only models can be converted.")
     unknown = sorted(name for name, given in others.items() if given is not None and name not in _IGNORED)
     if any(isinstance(others[name], Tensor) for name in unknown):
         raise ModelError(f"{where} passes {', '.join(unknown)}", "This attention input is not supported.")
@@ -269,6 +275,12 @@ def _require_same_logits(captured: Captured) -> None:
         allowed = 64 * torch.finfo(loaded.dtype).eps * float(expected.abs().max())
         difference = float((expected - found).abs().max())
         if not difference <= max(allowed, 1e-6) * max(1, len(marker_nodes(captured.graph))):
+            both_ways = [m for m in loaded.model.modules() if getattr(m, "is_causal", True) is False]
+            if both_ways:
+                raise ModelError(
+                    f"attention of {type(both_ways[0]).__name__} is not causal",
+                    "Only decoder-only models can be converted.",
+                )
             raise ModelError(
                 f"the captured graph of {loaded.architecture} differs from the model by {difference:.2e} in its logits",
                 "Its attention does something that the attention interface does not show; it can't be converted.",

@@ -207,7 +207,9 @@ def _low_rank(
     own = low_rank
     if not torch.equal(columns, torch.arange(a_cat.shape[0])):
         columns_node = add_shared_constant(graph, COLUMNS, columns)
-        own = graph.graph.call_function(aten.index_select.default, (low_rank, -1, columns_node))
+        own = graph.graph.call_function(
+            aten.index_select.default, (low_rank, chain.down.meta["val"].dim() - 1, columns_node)
+        )
     route_node = add_shared_constant(graph, ROUTE, route)
     mask = graph.graph.call_function(aten.index_select.default, (route_node, 0, ids))
     own = graph.graph.call_function(aten.mul.Tensor, (own, mask))

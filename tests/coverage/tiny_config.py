@@ -17,7 +17,7 @@ MOST_LAYERS = 8
 
 # Value -> attributes that take it, if a config has them and they are set.
 SIZES: dict[int, tuple[str, ...]] = {
-    VOCAB: ("vocab_size", "vocab_size_per_layer_input", "attention_hidden_size"),
+    VOCAB: ("vocab_size", "vocab_size_per_layer_input", "attention_hidden_size", "encoder_hash_byte_group_vocab"),
     64: (
         "hidden_size",
         "d_model",

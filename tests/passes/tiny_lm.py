@@ -55,7 +55,9 @@ def rms_norm(x_1THD: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
 
 
 def eager(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **kwargs: Any) -> Any:
-    out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=scaling)
+    out = nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=module.is_causal, enable_gqa=True, scale=scaling
+    )
     return out.transpose(1, 2), None
 
 
