@@ -103,14 +103,14 @@ def attention(kind: str, variant: Variant, target: Target) -> Resources:
     return _compiled(prefill_kernel, variant, target, prefill_constants(variant, tiles), **tiles.options())
 
 
-# No tile shape was found yet with which these don't spill.
-KNOWN_SPILLS = {("prefill", f"everything, {dim}, r 128", "sm_80") for dim in (64, 256)}
+# Bytes that a variant spills with the best tiles that were found.
+SPILLED = {("prefill", "everything, 256, r 128", "sm_80"): 10}
 
 
-def _check(kind: str, variant: Variant, target: Target) -> None:
+def _check(kind: str, variant: Variant, target: Target, spilled: int = 0) -> None:
     found = attention(kind, variant, target)
     print(kind, target, found)
-    assert found.spilled == 0, found
+    assert found.spilled == spilled, found
     assert found.shared <= TARGETS[target][1], found
     assert found.products > 0 or not variant.is_half, found
     assert found.wide_loads > 0, found
@@ -127,10 +127,8 @@ def test_usual_variants(kind: str, variant: Variant, target: Target) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 @pytest.mark.parametrize("name", SIZES | SHAPES)
-def test_every_variant(kind: str, name: str, target: Target, request: pytest.FixtureRequest) -> None:
-    if (kind, name, target) in KNOWN_SPILLS:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="spills"))
-    _check(kind, (SIZES | SHAPES)[name], target)
+def test_every_variant(kind: str, name: str, target: Target) -> None:
+    _check(kind, (SIZES | SHAPES)[name], target, SPILLED.get((kind, name, target), 0))
 
 
 @pytest.mark.parametrize("target", TARGETS)
