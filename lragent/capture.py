@@ -2,15 +2,11 @@
 
 The model is exported without a KV cache on packed tokens `[1, T]` with all representative adapters active. Attention
 arrives through transformers' `AttentionInterface`: our function is registered there only, not in the mask registry, so
-no mask nodes appear. What the graph computes is then compared with the model itself, and checked to mix tokens nowhere
-but in attention: a cache can only stand for attention.
+no mask nodes appear. What the graph computes is then checked (`captured_checks.py`).
 """
 
 from __future__ import annotations
 
-import copy
-import logging
-import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lragent import captured_checks as checks
 from lragent.errors import ModelError
 from lragent.exporter_noise import without_exporter_noise
 from lragent.kernels import ops
@@ -30,13 +27,10 @@ from lragent.plain_attention import mark_plain_attention
 from lragent.plain_graph import functional, plain_graph
 from lragent.positions import ask_for_positions
 
-log = logging.getLogger(__name__)
-
 ATTENTION_NAME = "lragent_marker"
 # Packed tokens a step may hold; only an upper bound for the exported dimension.
 MAX_PACKED_TOKENS = 1 << 20
 EXAMPLE_TOKENS = 7
-CHECK_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -74,10 +68,13 @@ def capture(loaded: LoadedModel) -> Captured:
     captured, reason = _capture_interface(loaded)
     if captured is None:
         captured = _capture_written_out(loaded, reason)
-    if not _is_token_wise(captured):
+    moved = checks.mixing(captured.graph, loaded)
+    if moved != 0:
         ask_for_positions(captured.graph)
-    _require_same_logits(captured)
-    _require_token_wise(captured)
+        moved = checks.mixing(captured.graph, loaded)
+    checks.require_same_logits(captured.graph, loaded)
+    if moved > 0:
+        raise checks.mixes_tokens(loaded, moved)
     return captured
 
 
@@ -90,14 +87,14 @@ def _capture_interface(loaded: LoadedModel) -> tuple[Captured | None, str]:
     """
     if not loaded.model._can_set_attn_implementation():
         return None, ""
-    attention_calls, difference = _mixing_without_attention(loaded)
-    if attention_calls and difference > 0:
-        raise _mixing(loaded, difference)
+    attention_calls, moved = _mixing_without_attention(loaded)
+    if attention_calls and moved > 0:
+        raise checks.mixes_tokens(loaded, moved)
     try:
         captured = _export(loaded, partial(_marker_attention, loaded.model))
     except NotExported as error:
-        if difference > 0:  # the reason behind the export's own
-            raise _mixing(loaded, difference) from error
+        if moved > 0:  # the reason behind the export's own
+            raise checks.mixes_tokens(loaded, moved) from error
         if isinstance(error.__cause__, (TypeError, AttributeError)):
             return None, "works on its mask itself"
         raise
@@ -136,7 +133,7 @@ def _export(
     loaded: LoadedModel, attention: Callable[[], AbstractContextManager[None]], most_tokens: int = MAX_PACKED_TOKENS
 ) -> Captured:
     """One graph of the model, as traced with `attention` in force."""
-    ids, positions = _example(loaded, EXAMPLE_TOKENS)
+    ids, positions = checks.example(loaded, EXAMPLE_TOKENS)
     for fewest in (1, 2):
         tokens = torch.export.Dim("T", min=fewest, max=most_tokens)
         with without_exporter_noise(), attention(), _exportable_experts(loaded.model), torch.no_grad():
@@ -192,8 +189,7 @@ def _exportable_experts(model: Any) -> Iterator[None]:
 
 
 def _mixing_without_attention(loaded: LoadedModel) -> tuple[int, float]:
-    """With every token seeing itself only, another token must change no other token's logits. Exporting a recurrence
-    takes minutes, and may fail for reasons that hide this one.
+    """`checks.mixing_of_model`, with every token seeing itself only.
 
     Returns:
         How often attention was called, and by how much others' logits move; 0 if that is rounding.
@@ -204,24 +200,12 @@ def _mixing_without_attention(loaded: LoadedModel) -> tuple[int, float]:
 
     def own(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         calls.append(module)
-        return _own_value(query, key, value), None
+        return checks.own_value(query, key, value), None
 
-    ids, positions = _example(loaded, EXAMPLE_TOKENS)
-    others = torch.arange(EXAMPLE_TOKENS) != 1
-    changed = torch.where(others, ids, (ids + 1) % loaded.vocab_size)
-    with _marker_attention(loaded.model), torch.no_grad():
+    with _marker_attention(loaded.model):
         AttentionInterface.register(ATTENTION_NAME, own)
-        try:
-            before, after = (
-                loaded.model(input_ids=i, position_ids=positions, use_cache=False).logits[0, others].float()
-                for i in (ids, changed)
-            )
-        except Exception as error:  # it wants more of attention: the export will say what
-            log.debug("no check for a recurrence: %s", error)
-            return len(calls), 0.0
-    difference = float((before - after).abs().max())
-    allowed = 256 * torch.finfo(loaded.dtype).eps * max(1.0, float(before.abs().max()))
-    return len(calls), difference if difference > allowed else 0.0
+        moved = checks.mixing_of_model(loaded, EXAMPLE_TOKENS)
+    return len(calls), moved
 
 
 # Keyword arguments of the attention interface that don't change what causal attention over packed tokens computes.
@@ -255,100 +239,6 @@ def _attention(
         query, key, value, s_aux, layer, float(scale), int(sliding_window or 0), float(softcap or 0.0)
     )
     return out, None
-
-
-def _example(loaded: LoadedModel, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, loaded.vocab_size, (1, tokens), generator=generator)
-    return ids, torch.arange(tokens)[None] % loaded.max_positions
-
-
-def _require_same_logits(captured: Captured) -> None:
-    """The graph with plain attention in the marker must compute what the model computes untold of positions."""
-    loaded = captured.loaded
-    for tokens in (min(CHECK_TOKENS, loaded.max_positions), 1):
-        ids, positions = _example(loaded, tokens, seed=1)
-        with torch.no_grad():
-            expected = loaded.model(input_ids=ids, use_cache=False).logits.float()
-            found = captured.graph(ids, positions).float()
-        # Both run in the model's dtype with sums in another order: allow its rounding over the spread of the logits.
-        allowed = 64 * torch.finfo(loaded.dtype).eps * float(expected.abs().max())
-        difference = float((expected - found).abs().max())
-        if not difference <= max(allowed, 1e-6) * max(1, len(marker_nodes(captured.graph))):
-            both_ways = [m for m in loaded.model.modules() if getattr(m, "is_causal", True) is False]
-            if both_ways:
-                raise ModelError(
-                    f"attention of {type(both_ways[0]).__name__} is not causal",
-                    "Only decoder-only models can be converted.",
-                )
-            raise ModelError(
-                f"the captured graph of {loaded.architecture} differs from the model by {difference:.2e} in its logits",
-                "Its attention does something that the attention interface does not show; it can't be converted.",
-            )
-
-
-def _require_token_wise(captured: Captured) -> None:
-    difference = _graph_mixing(captured)
-    if difference > 0:
-        raise _mixing(captured.loaded, difference)
-
-
-def _mixing(loaded: LoadedModel, difference: float) -> ModelError:
-    return ModelError(
-        f"{loaded.architecture} mixes tokens outside attention (a recurrence or convolution; logits move by"
-        f" {difference:.2e})",
-        "Its state is not a KV cache, so it can't be shared.",
-    )
-
-
-def _is_token_wise(captured: Captured) -> bool:
-    return _graph_mixing(captured) == 0
-
-
-def _graph_mixing(captured: Captured) -> float:
-    """`_token_mixing` of the graph with attention cut out."""
-    cut = copy.deepcopy(captured.graph, {id(t): t for t in _tensors(captured.graph)})
-    for node in marker_nodes(cut):
-        with cut.graph.inserting_before(node):
-            own = cut.graph.call_function(_own_value, node.args[:3])
-        node.replace_all_uses_with(own)
-        cut.graph.erase_node(node)
-    cut.recompile()
-    return _token_mixing(captured.loaded, cut)
-
-
-def _token_mixing(loaded: LoadedModel, run: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Swapping tokens (and positions) must swap their logits, and leaving some out must leave the others' as they are:
-    by how much the logits move, 0 if that is rounding."""
-    ids, positions = _example(loaded, min(CHECK_TOKENS, loaded.max_positions), seed=2)
-    order = torch.arange(ids.shape[1]).flip(0)
-    some = order[1::2]
-    try:
-        with torch.no_grad():
-            straight = run(ids, positions).float()
-            flipped = run(ids[:, order], positions[:, order]).float()
-            fewer = run(ids[:, some], positions[:, some]).float()
-    except (IndexError, RuntimeError):  # it takes positions for rows
-        return math.inf
-    allowed = 256 * torch.finfo(loaded.dtype).eps * max(1.0, float(straight.abs().max()))
-    moved = torch.cat([straight[:, order] - flipped, straight[:, some] - fewer], 1)
-    difference = float(moved.abs().max())
-    return 0.0 if difference <= allowed else difference
-
-
-def _own_value(query_1HqTD: Tensor, key_1HTD: Tensor, value_1HTDv: Tensor) -> Tensor:
-    """Stands for attention where each token sees itself only; what it gives still depends on all of query and key."""
-    groups = query_1HqTD.shape[1] // value_1HTDv.shape[1]
-    query_1HqT1, key_1HT1 = (
-        torch.tanh((x @ torch.cos(torch.arange(x.shape[-1]) + 1.0).to(x.dtype))[..., None])
-        for x in (query_1HqTD, key_1HTD)
-    )
-    key_1HqT1, value_1HqTDv = (x.repeat_interleave(groups, dim=1) for x in (key_1HT1, value_1HTDv))
-    return (value_1HqTDv * (1 + query_1HqT1 / 4 + key_1HqT1 / 4)).transpose(1, 2).contiguous()
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 def _export_failure(error: Exception) -> str:

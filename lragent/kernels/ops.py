@@ -111,15 +111,7 @@ write_kv = _light_op("write_kv", torch_scatter.write_kv, _nothing, ("k_cache", "
 write_lr = _light_op("write_lr", torch_scatter.write_lr, _nothing, ("lr_cache",))
 
 
-def _linears_fake(
-    x: Tensor,
-    agent_ids_T: Tensor,
-    tensors: list[Tensor],
-    bias_of: list[int],
-    up_of: list[int],
-    down_of: list[int],
-    routes: list[int],
-) -> Tensor:
+def _linears_fake(x: Tensor, agent_ids_T: Tensor, tensors: list[Tensor], bias_of: list[int], *_: list[int]) -> Tensor:
     return x.new_empty(*x.shape[:-1], sum(weight.shape[0] for weight in tensors[: len(bias_of)]))
 
 

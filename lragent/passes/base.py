@@ -161,6 +161,11 @@ def placeholder(graph: fx.GraphModule, name: str) -> fx.Node | None:
     return next((n for n in graph.graph.nodes if n.op == "placeholder" and n.target == name), None)
 
 
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The node's user if it has exactly one."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def fetch(graph: fx.GraphModule, node: fx.Node) -> Tensor:
     """The tensor behind a `get_attr` node."""
     value: object = graph

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from lragent.kernels import ops
-from lragent.passes.base import Pass, PassContext, PassReport, PassState, calls, fetch, placeholder
+from lragent.passes.base import Pass, PassContext, PassReport, PassState, calls, fetch, only_user, placeholder
 
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,16 +74,16 @@ def _is_projection(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 def _delta(graph: fx.GraphModule, base: fx.Node, members: list[fx.Node], agent_ids: fx.Node) -> _Delta | None:
     """The routed delta that is added to a projection and to nothing else, if it has the usual form."""
-    total = _only_user(base)
+    total = only_user(base)
     if total is None or total.target is not aten.add.Tensor or total.kwargs or total.args[0] is not base:
         return None
     up = total.args[1]
-    if not isinstance(up, fx.Node) or up.target is not aten.linear.default or _only_user(up) is not total:
+    if not isinstance(up, fx.Node) or up.target is not aten.linear.default or only_user(up) is not total:
         return None
     own = up.args[0]
     if len(up.args) != 2 or not _is_stored(graph, up.args[1], 2) or not isinstance(own, fx.Node):
         return None
-    if own.target is not aten.mul.Tensor or _only_user(own) is not up:
+    if own.target is not aten.mul.Tensor or only_user(own) is not up:
         return None
     low_rank, mask = own.args
     columns = None
@@ -101,10 +101,6 @@ def _delta(graph: fx.GraphModule, base: fx.Node, members: list[fx.Node], agent_i
         return None
     routes = _routes(fetch(graph, route), columns)
     return None if routes is None else _Delta(total, low_rank, up.args[1], routes)  # type: ignore[arg-type]
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _routes(route: Tensor, columns: Tensor | None) -> Routes | None:

@@ -37,6 +37,7 @@ from lragent.passes.base import (
     add_shared_constant,
     calls,
     fetch,
+    only_user,
     placeholder,
 )
 from lragent.passes.replaced_rows import replace_rows
@@ -124,17 +125,17 @@ def _match(graph: fx.GraphModule, down: fx.Node, module: str, context: PassConte
     embeds = down.target is aten.embedding.default
     if not embeds and len(down.args) > 2 and down.args[2] is not None:
         return miss(down, "lora_A has a bias")
-    up = _only_user(down)
+    up = only_user(down)
     if up is None or up.target is not aten.linear.default or _lora_role(up, context) != (module, "b"):
         return miss(up or down, "the output of lora_A does not go into lora_B alone")
     if len(up.args) > 2 and up.args[2] is not None:
         return miss(up, "lora_B has a bias")
-    scaled = _only_user(up)
+    scaled = only_user(up)
     if scaled is None or scaled.target is not aten.mul.Tensor or not isinstance(scaled.args[1], (int, float)):
         return miss(scaled or up, "the output of lora_B is not multiplied by a constant")
     if float(scaled.args[1]) not in context.captured_scaling[module]:
         return miss(scaled, f"scaling {scaled.args[1]} is not the adapter's")
-    total = _only_user(scaled)
+    total = only_user(scaled)
     if total is None or total.target is not aten.add.Tensor or total.kwargs:
         return miss(total or scaled, "the adapter's output is not added to the projection")
     others = [a for a in total.args if a is not scaled]
@@ -155,10 +156,6 @@ def _rows_are_tokens(node: fx.Node) -> bool:
         return True
     *ones, rows, _ = value.shape
     return str(rows) == str(ids.meta["val"].shape[1]) and all(str(size) == "1" for size in ones)
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _rewrite(graph: fx.GraphModule, context: PassContext, index: int, group: list[_Chain], agent_ids: fx.Node) -> None:

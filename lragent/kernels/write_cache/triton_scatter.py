@@ -5,6 +5,7 @@ A GPU can't raise for a slot outside the cache: such a slot is left out, and nev
 
 from __future__ import annotations
 
+import triton
 from torch import Tensor
 
 from lragent.kernels.write_cache.triton_kernels import write_kv_kernel, write_lr_kernel
@@ -23,7 +24,7 @@ def write_kv(key_THDk: Tensor, value_THDv: Tensor, k_cache: Tensor, v_cache: Ten
     write_kv_kernel[(heads, tokens)](
         key, value, k_cache, v_cache, slots_T.contiguous(), k_cache.shape[0],
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        H=heads, P=k_cache.shape[2], DK=k_dim, DV=v_dim, D=_power_of_two(max(k_dim, v_dim)), num_warps=1,
+        H=heads, P=k_cache.shape[2], DK=k_dim, DV=v_dim, D=triton.next_power_of_2(max(k_dim, v_dim)), num_warps=1,
     )  # fmt: skip
 
 
@@ -35,13 +36,9 @@ def write_lr(lr_TR: Tensor, lr_cache: Tensor, lr_table: Tensor, slots_NT: Tensor
         return
     write_lr_kernel[(agents, tokens)](
         lr, lr_cache, lr_table, slots_NT.contiguous(), lr_cache.numel(), tokens, lr.stride(0), agents,
-        ROWS=_power_of_two(agents + 1), R=COLUMNS, num_warps=1,
+        ROWS=triton.next_power_of_2(agents + 1), R=COLUMNS, num_warps=1,
     )  # fmt: skip
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
