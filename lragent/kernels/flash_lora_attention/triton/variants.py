@@ -116,6 +116,8 @@ def decode_tiles(variant: Variant, target: Target) -> Tiles:
         stages, warps = 1 if rank <= 16 else 2, 8 if rank > 64 else 4
     if target == "sm_80" and dim > 128 and rank > 16:
         tokens, warps = 64 if rank > 64 else 32, 8 if rank > 64 else 4
+    if target == "sm_80" and dim > 128 and rank > 64 and not variant.final:
+        return Tiles(rows, tokens, channels=16, warps=warps, stages=1)
     return Tiles(rows, tokens, channels=32, warps=warps, stages=stages)
 
 
@@ -137,7 +139,8 @@ def prefill_tiles(variant: Variant, target: Target) -> Tiles:
         return Tiles(max(rows, 64), tokens=16, channels=32 if variant.final or dim <= 64 else 16, warps=8, stages=2)
     if target == "sm_80" and rank > 64 and not variant.final and not 64 < dim <= 128:
         return Tiles(max(rows, 16 if dim > 128 else 32), tokens=16, channels=16, warps=8, stages=1)
-    tokens = 16 if rank > 64 and dim > 128 else 32
+    narrow = rank > 64 if dim > 128 else target == "sm_80" and dim > 64 and not variant.final
+    tokens = 16 if narrow else 32
     return Tiles(max(rows, 32), tokens, channels=16, warps=8, stages=2, least_rank=64 if dim > 128 else SMALLEST)
 
 
