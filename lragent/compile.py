@@ -22,8 +22,8 @@ from lragent.homogeneous import homogeneous_call
 from lragent.kernels.cache_schema import CacheSchema
 from lragent.kernels.step import AgentFacts, Program, run_flat
 
-# Version of the custom ops' signatures: a package compiled against another one can't be loaded.
-OP_ABI = 1
+# Version of the custom ops' signatures and meaning: a package compiled against another one is not loaded.
+OP_ABI = 2
 # Graphs that serve one kind of step only.
 STEPS: dict[str, StepKind] = {"inductor_decode": "decode", "inductor_prefill": "prefill"}
 

@@ -117,10 +117,12 @@ def _linears_fake(x: Tensor, agent_ids_T: Tensor, tensors: list[Tensor], bias_of
 
 # Projections `[..., N]` of one input `[..., K]`, side by side. `tensors` starts with their weights `[features, K]`; the
 # lists have an entry for each of them. Projection i is `x @ tensors[i].T`, plus `tensors[bias_of[i]]`, plus the adapter
-# of the token's agent: its columns of projection `down_of[i]` times its columns of `tensors[up_of[i]]`
-# `[features, ranks]`; -1 means none. `routes` holds the last agent id, then, for every projection with an up-projection
-# and every agent id, the first column among the down-projection's outputs, the first one of the up-projection, and the
-# rank. (One list of tensors, and the agents among the routes, since AOTInductor can't pass an empty list.)
+# of the token's agent: its columns of `x @ tensors[down_of[i]].T` times its columns of `tensors[up_of[i]]`
+# `[ranks, features]`; -1 means none. A down-projection that is one of the projections has its bias added and is there
+# for all agents; of another one, own columns are all that is computed. `routes` holds the last agent id, then, for
+# every projection with an up-projection and every agent id, the first column of the down-projection, the first one of
+# the up-projection, and the rank. (One list of tensors, and the agents among the routes, since AOTInductor can't pass
+# an empty list.)
 routed_linears = _light_op("routed_linears", linear_reference.routed_linears, _linears_fake)
 
 

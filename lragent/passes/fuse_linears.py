@@ -1,14 +1,15 @@
 """Projections of one input, with their routed adapters, become one call where there is a kernel for it (cpp).
 
 Before:                                              After:
-    q   = linear(x, W_q)          [1, T, Nq]             y  = routed_linears(x, [W_q, A_q, W_k, B_q], ...)
-    lr  = linear(x, A_q)          [1, T, R]              q2 = y[..., 0 : Nq]
-    own = lr[..., columns] * route[agent_ids]            lr = y[..., Nq : Nq + R]
-    q2  = q + linear(own, B_q)                           k  = y[..., Nq + R : N]
-    k   = linear(x, W_k)
+    v   = linear(x, W_v)          [1, T, Nv]             y  = routed_linears(x, [W_v, A_v, W_q, B_v, A_q, B_q], ...)
+    lr  = linear(x, A_v)          [1, T, R]              v2 = y[..., 0 : Nv]
+    own = lr[..., columns] * route[agent_ids]            lr = y[..., Nv : Nv + R]     if the cache takes it too
+    v2  = v + matmul(own, B_v)                           q2 = y[..., Nv + R : N]
+    q2  = ... (likewise, with lr used here only)
 
-The kernel takes an agent's own columns only. A routed delta of another form than `route_adapters` gives it stays as it
-is; so does a projection that isn't a linear of a stored matrix.
+The kernel multiplies a token with its own agent's B only, and, where nothing else takes the low-rank columns (A_q),
+with its own agent's A only: there, what adapters cost does not grow with the number of agents. A routed delta of
+another form than `route_adapters` gives it stays as it is; so does a projection that isn't a linear of a stored matrix.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Routes = list[int]
 
 @dataclass(frozen=True)
 class _Delta:
-    """What an adapter adds to a projection: `total = base + own columns of low_rank @ up.T`."""
+    """What an adapter adds to a projection: `total = base + own columns of low_rank @ up`."""
 
     total: fx.Node
     low_rank: fx.Node
@@ -46,14 +47,9 @@ def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassR
             groups[node.args[0]].append(node)  # type: ignore[index]
     agent_ids = placeholder(graph, "agent_ids")
     assert agent_ids is not None
-    done: set[fx.Node] = set()
-    for linears in groups.values():
-        # Up-projections are linears too: of what belongs to their group's delta.
-        members = [n for n in linears if n not in done]
+    for members in groups.values():
         deltas = {n: delta for n in members if (delta := _delta(graph, n, members, agent_ids)) is not None}
-        if members:
-            done.update(d for delta in deltas.values() for d in delta.total.all_input_nodes)
-            _fuse(graph, members, deltas, agent_ids)
+        _fuse(graph, members, deltas, agent_ids)
     for node in calls(graph, aten.view.default):
         node.target = aten.reshape.default  # a part of a wider row can't always be viewed
     graph.graph.eliminate_dead_code()
@@ -78,10 +74,10 @@ def _delta(graph: fx.GraphModule, base: fx.Node, members: list[fx.Node], agent_i
     if total is None or total.target is not aten.add.Tensor or total.kwargs or total.args[0] is not base:
         return None
     up = total.args[1]
-    if not isinstance(up, fx.Node) or up.target is not aten.linear.default or only_user(up) is not total:
+    if not isinstance(up, fx.Node) or up.target is not aten.matmul.default or only_user(up) is not total:
         return None
-    own = up.args[0]
-    if len(up.args) != 2 or not _is_stored(graph, up.args[1], 2) or not isinstance(own, fx.Node):
+    own, up_weight = up.args
+    if not _is_stored(graph, up_weight, 2) or not isinstance(own, fx.Node):
         return None
     if own.target is not aten.mul.Tensor or only_user(own) is not up:
         return None
@@ -100,7 +96,7 @@ def _delta(graph: fx.GraphModule, base: fx.Node, members: list[fx.Node], agent_i
     if not isinstance(route, fx.Node) or route.op != "get_attr":
         return None
     routes = _routes(fetch(graph, route), columns)
-    return None if routes is None else _Delta(total, low_rank, up.args[1], routes)  # type: ignore[arg-type]
+    return None if routes is None else _Delta(total, low_rank, up_weight, routes)  # type: ignore[arg-type]
 
 
 def _routes(route: Tensor, columns: Tensor | None) -> Routes | None:
@@ -118,36 +114,40 @@ def _routes(route: Tensor, columns: Tensor | None) -> Routes | None:
     return table
 
 
-def _fuse(graph: fx.GraphModule, members: list[fx.Node], deltas: dict[fx.Node, _Delta], agent_ids: fx.Node) -> None:
-    def stored(node: object) -> fx.Node:
-        assert isinstance(node, fx.Node)
-        return graph.graph.get_attr(str(node.target))
+def _is_own(down: fx.Node) -> bool:
+    """Whether a delta's down-projection serves that delta only."""
+    return only_user(down) is not None and (len(down.args) < 3 or down.args[2] is None)
 
-    biased = [n for n in members if len(n.args) > 2 and n.args[2] is not None]
-    adapted = [n for n in members if n in deltas]
-    bias_place = {n: len(members) + i for i, n in enumerate(biased)}
-    up_place = {n: len(members) + len(biased) + i for i, n in enumerate(adapted)}
+
+def _fuse(graph: fx.GraphModule, members: list[fx.Node], deltas: dict[fx.Node, _Delta], agent_ids: fx.Node) -> None:
+    own_downs = {delta.low_rank for delta in deltas.values() if _is_own(delta.low_rank)}
+    projections = [n for n in members if n not in own_downs]
+    adapted = [n for n in projections if n in deltas]
+    stored: list[object] = [n.args[1] for n in projections]
+
+    def place(tensor: object) -> int:
+        stored.append(tensor)
+        return len(stored) - 1
+
+    def down_place(down: fx.Node) -> int:
+        return place(down.args[1]) if down in own_downs else projections.index(down)
+
+    bias_of = [place(n.args[2]) if len(n.args) > 2 and n.args[2] is not None else -1 for n in projections]
+    down_of = [down_place(deltas[n].low_rank) if n in deltas else -1 for n in projections]
+    up_of = [place(deltas[n].up) if n in deltas else -1 for n in projections]
+    routes = [number for n in adapted for number in deltas[n].routes]
     agents = len(deltas[adapted[0]].routes) // 3 - 1 if adapted else 0
     with graph.graph.inserting_before(members[0]):
-        weights, biases = [stored(n.args[1]) for n in members], [stored(n.args[2]) for n in biased]
-        ups = [stored(deltas[n].up) for n in adapted]
+        tensors = [graph.graph.get_attr(str(tensor.target)) for tensor in stored]  # type: ignore[attr-defined]
         fused = graph.graph.call_function(
             ops.routed_linears,
-            (
-                members[0].args[0],
-                agent_ids,
-                [*weights, *biases, *ups],
-                [bias_place.get(n, -1) for n in members],
-                [up_place.get(n, -1) for n in members],
-                [members.index(deltas[n].low_rank) if n in deltas else -1 for n in members],
-                [agents, *(number for n in adapted for number in deltas[n].routes)],
-            ),
+            (projections[0].args[0], agent_ids, tensors, bias_of, up_of, down_of, [agents, *routes]),
         )
         first = 0
-        for node in members:
+        for node in projections:
             features = fetch(graph, node.args[1]).shape[0]  # type: ignore[arg-type]
             part = fused
-            if len(members) > 1:
+            if len(projections) > 1:
                 part = graph.graph.call_function(aten.slice.Tensor, (fused, -1, first, first + features))
             first += features
             replaced = deltas[node].total if node in deltas else node

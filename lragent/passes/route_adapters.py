@@ -4,7 +4,7 @@ Before (one chain per adapted module):           After:
     y  = linear(x, W)           [1, T, out]          y   = linear(x, W)                          [1, T, out]
     a  = linear(x, A)           [1, T, 1]            lr  = linear(x, A_cat, ones)                [1, T, R]
     b  = linear(a, B)           [1, T, out]          own = index_select(lr, 2, columns) * route[agent_ids]
-    s  = mul(b, scaling)                             d   = linear(own, B_cat)                    [1, T, out]
+    s  = mul(b, scaling)                             d   = matmul(own, B_cat)                    [1, T, out]
     y2 = add(y, s)                                   y2  = add(y * gain[agent_ids], d)
 
 R counts each distinct A once; `columns` gives every agent its own ranks again; `route` `[N + 1, sum of ranks]` is 1
@@ -211,7 +211,7 @@ def _low_rank(
     mask = graph.graph.call_function(aten.index_select.default, (route_node, 0, ids))
     own = graph.graph.call_function(aten.mul.Tensor, (own, mask))
     b_node = add_constant(graph, f"lora_b_{index}", b_cat)
-    return low_rank, graph.graph.call_function(aten.linear.default, (own, b_node))
+    return low_rank, graph.graph.call_function(aten.matmul.default, (own, b_node))
 
 
 def _ids_of_rows(graph: fx.GraphModule, x: fx.Node, agent_ids: fx.Node) -> fx.Node:
@@ -275,20 +275,20 @@ def stack(
     """The tensors of a routed projection.
 
     Returns:
-        A_cat `[R, in]`, B_cat `[out, sum of ranks]` with scaling and gain, columns `[sum of ranks]` (int64), route
-        `[N + 1, sum of ranks]`, and ones `[R]` (None if no adapter has any).
+        A_cat `[R, in]`, B_cat `[sum of ranks, out]` with scaling and gain (so that an agent's part is in one piece),
+        columns `[sum of ranks]` (int64), route `[N + 1, sum of ranks]`, and ones `[R]` (None if no adapter has any).
     """
     sources = stream.source_columns()
     distinct = [adapters[n] for i, n in enumerate(agents) if stream.ranks[i] and stream.group[i] == i]
     own = [adapters[n] for i, n in enumerate(agents) if stream.ranks[i]]
-    b_columns = [adapter.b if adapter.gain is None else adapter.gain[:, None] * adapter.b for adapter in own]
+    b_rows = [(adapter.b if adapter.gain is None else adapter.gain[:, None] * adapter.b).T for adapter in own]
     columns = [c for i, rank in enumerate(stream.ranks) for c in range(sources[i], sources[i] + rank)]
     owners = torch.tensor([i + 1 for i, rank in enumerate(stream.ranks) for _ in range(rank)])
-    route = (torch.arange(len(agents) + 1)[:, None] == owners[None, :]).to(b_columns[0].dtype)
+    route = (torch.arange(len(agents) + 1)[:, None] == owners[None, :]).to(b_rows[0].dtype)
     ones = None
     if any(adapter.ones is not None for adapter in distinct):
         ones = torch.cat([d.a.new_zeros(d.a.shape[0]) if d.ones is None else d.ones for d in distinct])
-    return torch.cat([d.a for d in distinct], 0), torch.cat(b_columns, 1), torch.tensor(columns), route, ones
+    return torch.cat([d.a for d in distinct], 0), torch.cat(b_rows, 0), torch.tensor(columns), route, ones
 
 
 ROUTE_ADAPTERS = Pass("route_adapters", _run)

@@ -21,13 +21,15 @@ class Case:
     """Two adapted projections (the second with a bias and a shared A), one plain, and their down-projections.
 
     The first down-projection has a bias: columns that are the constant one, as adapters with biases have them.
-    Agents 1 and 3 share their A on the second projection; agent 2 has no adapter there.
+    Agents 1 and 3 share their A on the second projection; agent 2 has no adapter there. With `own`, down-projections
+    aren't asked for by themselves (and have no bias).
     """
 
     tokens: int
     inputs: int
     features: tuple[int, int, int] = (40, 24, 7)
     ranks: tuple[int, int, int] = (8, 3, 17)
+    own: bool = False
 
     def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
         torch.manual_seed(self.tokens * 1000 + self.inputs)
@@ -35,18 +37,19 @@ class Case:
         r1, r2, r3 = self.ranks
         widths = (first, second, plain, r1 + r2 + r3, r1)
         weights = [torch.randn(n, self.inputs) * self.inputs**-0.5 for n in widths]
-        bias, up_first, up_second = torch.randn(second), torch.randn(first, r1 + r2 + r3), torch.randn(second, 2 * r1)
+        bias, up_first, up_second = torch.randn(second), torch.randn(r1 + r2 + r3, first), torch.randn(2 * r1, second)
         ones = (torch.arange(r1 + r2 + r3) % 3 == 0).float()
         tensors = [t.to(dtype) for t in (*weights, bias, up_first, up_second, ones)]
         routes_first = [0, 0, 0, 0, 0, r1, r1, r1, r2, r1 + r2, r1 + r2, r3]
         routes_second = [0, 0, 0, 0, 0, r1, 0, 0, 0, 0, r1, r1]
+        lists = [[-1, 5, -1, 8, -1], [6, 7, -1, -1, -1], [3, 4, -1, -1, -1]]
+        if self.own:
+            lists = [[-1, 5, -1], [6, 7, -1], [3, 4, -1]]
         return (
             torch.randn(1, self.tokens, self.inputs).to(dtype),
             torch.randint(0, 4, (self.tokens,)),
             tensors,
-            [-1, 5, -1, 8, -1],
-            [6, 7, -1, -1, -1],
-            [3, 4, -1, -1, -1],
+            *lists,
             [3, *routes_first, *routes_second],
         )
 
@@ -59,6 +62,10 @@ CASES = [
     Case(12, 70, ranks=(1, 128, 5)),
     Case(130, 36),
     Case(300, 800, features=(33, 192, 1)),
+    Case(1, 64, own=True),
+    Case(7, 100, own=True),
+    Case(40, 1000, ranks=(16, 40, 5), own=True),
+    Case(300, 64, ranks=(1, 2, 3), own=True),
 ]
 
 
@@ -79,8 +86,10 @@ def _by_loops(x: Tensor, agent_ids: Tensor, tensors: list[Tensor], bias_of: Any,
             if up_of[i] >= 0:
                 at = 1 + tables * (routes[0] + 1) * 3 + agent * 3
                 source, target, rank = routes[at : at + 3]
-                own = outputs[down_of[i]][source : source + rank]
-                output = output + tensors[up_of[i]][:, target : target + rank] @ own
+                down = down_of[i]
+                low = outputs[down] if down < len(outputs) else tensors[down] @ token
+                own = low[source : source + rank]
+                output = output + own @ tensors[up_of[i]][target : target + rank]
                 tables += 1
             total.append(output)
         rows.append(torch.cat(total))

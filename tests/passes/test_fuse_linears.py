@@ -35,6 +35,17 @@ def test_match_and_output(layout: str) -> None:
         torch.testing.assert_close(found, peft_logits(model, IDS, name), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("layout", ["split", "dense"])
+def test_only_columns_that_go_into_the_cache_are_computed_for_all_agents(layout: str) -> None:
+    program = transform(captured(Tiny().build()), layout)  # type: ignore[arg-type]
+    call = next(iter(calls(lower(program.graph, "cpp"), ops.routed_linears)))
+    _, _, _, bias_of, up_of, down_of, _ = call.args
+    adapted = [down for up, down in zip(up_of, down_of, strict=True) if up >= 0]
+    assert adapted and all(down >= len(bias_of) for down in adapted)
+    # Query, key, value; split layout keeps key's and value's columns of all agents.
+    assert len(bias_of) == {"dense": 3, "split": 5}[layout]
+
+
 def test_adapters_are_part_of_the_call() -> None:
     program = transform(captured(Tiny().build()), "dense")
     first = next(iter(calls(lower(program.graph, "cpp"), ops.routed_linears)))

@@ -27,8 +27,10 @@ def routed_linears(
         if place >= 0:
             first = next(tables)
             table = routes[first : first + size]
-            own = _own_columns(outputs[down_of[i]], agent_ids_T, table, tensors[place].shape[1])
-            outputs[i] = outputs[i] + linear(own, tensors[place])
+            down = down_of[i]
+            low = outputs[down] if down < len(outputs) else linear(x, tensors[down])
+            own = _own_columns(low, agent_ids_T, table, tensors[place].shape[0])
+            outputs[i] = outputs[i] + own @ tensors[place]
     return torch.cat(outputs, -1)
 
 

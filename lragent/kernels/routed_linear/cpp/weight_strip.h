@@ -16,7 +16,7 @@ constexpr int64_t kTokensForInPlace = 9;
 
 // What a thread needs to compute strips, kept between calls.
 struct StripSpace {
-  std::vector<float> rows, sums, part, up, up_packed;
+  std::vector<float> rows, sums, part, up, inputs;
 };
 
 inline float* at_least(std::vector<float>& numbers, int64_t count) {
@@ -24,17 +24,18 @@ inline float* at_least(std::vector<float>& numbers, int64_t count) {
   return numbers.data();
 }
 
-// sums[t][s] = x[t] . rows[s] for rows that lie `k_pad` apart; `bytes` are asked for from `ahead` on (see `ask`).
+// sums[t][s] = x[t] . rows[s] for `count` rows, a multiple of four, that lie `k_pad` apart; `bytes` are asked for from
+// `ahead` on (see `ask`).
 template <typename T>
 inline void dot_strip(
-    const float* x, int64_t tokens, const T* rows, int64_t k_pad, StripSpace& space, float* sums, const char* ahead,
-    int64_t bytes) {
+    const float* x, int64_t tokens, const T* rows, int64_t count, int64_t k_pad, StripSpace& space, float* sums,
+    const char* ahead, int64_t bytes) {
   const int64_t parts = (k_pad + kFeaturesForDotProducts - 1) / kFeaturesForDotProducts;
   const int64_t features = padded((k_pad + parts - 1) / parts), bytes_a_part = bytes / parts;
   for (int64_t begin = 0; begin < k_pad; begin += features) {
     float* part = begin == 0 ? sums : at_least(space.part, tokens * kStrip);
     dot_products(
-        x + begin, k_pad, tokens, rows + begin, k_pad, kStrip, std::min(features, k_pad - begin), part, kStrip, ahead,
+        x + begin, k_pad, tokens, rows + begin, k_pad, count, std::min(features, k_pad - begin), part, kStrip, ahead,
         bytes_a_part);
     ahead += bytes_a_part;
     for (int64_t i = 0; begin > 0 && i < tokens * kStrip; i += W) {
@@ -43,21 +44,31 @@ inline void dot_strip(
   }
 }
 
+// Memory that is read next.
+struct Next {
+  const char* at;
+  int64_t bytes;
+};
+
+inline Next rows_from(const Numbers& weight, int64_t first, int64_t count, int64_t k) {
+  return {weight.at(first * k), weight.bytes(count * k)};
+}
+
 // sums[t][s] = x[t] . weight[first + s] for `tokens` rows of x, `[T, padded K]`, and `count` <= S rows of a weight
-// `[rows, K]`. Sums past `count` are undefined. `last` says that no rows follow: what comes next can't be asked for.
+// `[rows, K]`. Sums past `count` are undefined.
 inline void strip_products(
-    const float* x, int64_t tokens, const Numbers& weight, int64_t first, int64_t count, int64_t k, bool last,
+    const float* x, int64_t tokens, const Numbers& weight, int64_t first, int64_t count, int64_t k, const Next& next,
     StripSpace& space, float* sums) {
-  const int64_t k_pad = padded(k), element = first * k, bytes = last ? 0 : weight.bytes(kStrip * k);
-  const char* ahead = last ? weight.at(element) : weight.at(element + kStrip * k);
-  const bool as_they_lie = count == kStrip && k == k_pad;
+  const int64_t k_pad = padded(k), element = first * k;
+  const bool as_they_lie = count % 4 == 0 && k == k_pad;
   if (as_they_lie && (tokens <= kTokensForInPlace || weight.type == at::kFloat)) {
-    weight.typed(element, [&](const auto* rows) { dot_strip(x, tokens, rows, k, space, sums, ahead, bytes); });
+    weight.typed(
+        element, [&](const auto* rows) { dot_strip(x, tokens, rows, count, k, space, sums, next.at, next.bytes); });
     return;
   }
   float* rows = at_least(space.rows, kStrip * k_pad);
   to_floats(weight, element, count, k, k, rows, k_pad);
-  dot_strip(x, tokens, rows, k_pad, space, sums, ahead, bytes);
+  dot_strip(x, tokens, rows, (count + 3) / 4 * 4, k_pad, space, sums, next.at, next.bytes);
 }
 
 }  // namespace lragent

@@ -1,0 +1,167 @@
+"""Times decode attention of the C++ kernel beside plain PyTorch on contiguous buffers, and beside memory's bandwidth.
+
+    python -m benchmarks.attention [--contexts 512,2048,8192] [--batches 1,8,32] [--rank 8] [--threads 1]
+
+The heads of SmolLM2-135M: 9 query and 3 KV heads x 64; agents take turns over sequences. "plain" is the faster of
+PyTorch's ways to do the same for adapters on V: softmax between two products over `[B, H, L, 64 + r]` (values beside LR
+columns), or scaled_dot_product_attention over the same, queries and keys filled up with zeros; each with the query
+heads of a group as rows of one KV head, and the up-projection after it. They read buffers that no paged cache has.
+"q,v" and "q,k,v": the kernel, with adapters on V, and on K as well (f: rotary). CPU time, medians of runs in turn;
+bandwidth counts each cached number once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.step import measure_machine
+from lragent.kernels import cpp_library
+from lragent.kernels.cache_schema import LowRankStream
+
+KV_HEADS, GROUP, DIM, PAGE = 3, 3, 64, 32
+AGENTS = 3
+SETS = 4  # caches used in turn, where they are small: a model has one a layer
+MOST_NUMBERS = 300 << 20  # of one cache: more is left out
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Arguments of the attention op for one decode step; `bytes`: of the cache that it must read."""
+
+    with_keys: tuple[object, ...]
+    without_keys: tuple[object, ...]
+    bytes_with_keys: int
+    bytes_without_keys: int
+
+
+def paged(batch: int, context: int, rank: int, dtype: torch.dtype) -> Paged:
+    pages = 1 + batch * (context // PAGE)
+    order = 1 + torch.randperm(pages - 1)
+    stream = LowRankStream("", (rank,) * AGENTS, tuple(range(AGENTS)))
+    table = stream.table("per_agent", pages, PAGE)
+    cache = [torch.randn(pages, KV_HEADS, PAGE, DIM).to(dtype) for _ in range(2)]
+    columns = [torch.randn(stream.elements("per_agent", pages, PAGE)).to(dtype) for _ in range(2)]
+    up = [torch.randn(AGENTS + 1, KV_HEADS, rank, DIM).to(dtype) for _ in range(2)]
+    angles = torch.outer(torch.arange(float(context)), 1e-4 ** (torch.arange(0, DIM, 2) / DIM)).repeat(1, 2)
+    signs = torch.cat([-torch.ones(DIM // 2), torch.ones(DIM // 2)])
+    rope = (angles.cos(), angles.sin() * signs, torch.arange(DIM).roll(DIM // 2))
+    step = (
+        torch.randn(batch, KV_HEADS * GROUP, DIM).to(dtype),
+        *cache,
+        torch.arange(batch) % AGENTS + 1,
+        torch.arange(batch + 1),
+        torch.full((batch,), context),
+        order.view(batch, context // PAGE),
+    )
+    rest = (None, 0.0, True, None, DIM**-0.5, 0, 0.0)
+    keys, values = (columns[0], table, up[0]), (columns[1], table, up[1])
+    base, low = batch * context * 2 * KV_HEADS * DIM * dtype.itemsize, batch * context * rank * dtype.itemsize
+    return Paged(
+        with_keys=(*step, *keys, *values, *rope, *rest),
+        without_keys=(*step, None, None, None, *values, None, None, None, *rest),
+        bytes_with_keys=base + 2 * low,
+        bytes_without_keys=base + low,
+    )
+
+
+@dataclass(frozen=True)
+class Contiguous:
+    """A step's buffers for plain PyTorch: values and LR columns side by side."""
+
+    query: Tensor  # [B, H, G, D]
+    key: Tensor  # [B, H, L, D]
+    value: Tensor  # [B, H, L, D + r]
+    wide_query: Tensor  # [B, H, G, D + r]
+    wide_key: Tensor  # [B, H, L, D + r]
+    up: Tensor  # [B, H, r, D], of each sequence's agent
+
+
+def contiguous(batch: int, context: int, rank: int, dtype: torch.dtype) -> Contiguous:
+    query = torch.randn(batch, KV_HEADS, GROUP, DIM).to(dtype)
+    key = torch.randn(batch, KV_HEADS, context, DIM).to(dtype)
+    zeros = torch.nn.functional.pad
+    return Contiguous(
+        query=query,
+        key=key,
+        value=torch.randn(batch, KV_HEADS, context, DIM + rank).to(dtype),
+        wide_query=zeros(query, (0, rank)),
+        wide_key=zeros(key, (0, rank)),
+        up=torch.randn(batch, KV_HEADS, rank, DIM).to(dtype),
+    )
+
+
+def join(wide: Tensor, up: Tensor) -> Tensor:
+    return wide[..., :DIM] + wide[..., DIM:] @ up
+
+
+def products(held: Contiguous) -> Tensor:
+    scores = held.query @ held.key.transpose(-1, -2) * DIM**-0.5
+    return join(scores.softmax(-1) @ held.value, held.up)
+
+
+def sdpa(held: Contiguous) -> Tensor:
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return join(attend(held.wide_query, held.wide_key, held.value, scale=DIM**-0.5), held.up)
+
+
+def in_turn(works: Mapping[str, Callable[[int], object]], sets: int, repeats: int) -> dict[str, float]:
+    """Median CPU seconds of each work over its sets, per thread."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats + 1):
+        for name, work in works.items():
+            started = time.process_time()
+            for i in range(sets):
+                work(i)
+            times[name].append((time.process_time() - started) / sets / torch.get_num_threads())
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", default="512,2048,8192")
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=11)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    cpp_library.load()
+    op = torch.ops.lragent.flash_lora_attention_cpp
+    machine = measure_machine()
+    print(f"read {machine.bandwidth / 1e9:.1f} GB/s, {options.threads} threads")
+    for dtype in (torch.float32, torch.bfloat16):
+        for context in map(int, options.contexts.split(",")):
+            for batch in map(int, options.batches.split(",")):
+                numbers = batch * context * 2 * KV_HEADS * DIM
+                if numbers > MOST_NUMBERS:
+                    continue
+                sets = SETS if numbers < 16 << 20 else 1
+                ours = [paged(batch, context, options.rank, dtype) for _ in range(sets)]
+                plain = [contiguous(batch, context, options.rank, dtype) for _ in range(sets)]
+                works: dict[str, Callable[[int], object]] = {
+                    "q,v": lambda i, ours=ours: op(*ours[i].without_keys),  # type: ignore[misc]
+                    "q,k,v": lambda i, ours=ours: op(*ours[i].with_keys),  # type: ignore[misc]
+                    "products": lambda i, plain=plain: products(plain[i]),  # type: ignore[misc]
+                    "sdpa": lambda i, plain=plain: sdpa(plain[i]),  # type: ignore[misc]
+                }
+                found = in_turn(works, sets, options.repeats)
+                best = min(("products", "sdpa"), key=found.__getitem__)
+                values, keys = found["q,v"], found["q,k,v"]
+                share = ours[0].bytes_without_keys / values / machine.bandwidth
+                print(
+                    f"{str(dtype).removeprefix('torch.'):8} {batch:3} x {context:5}: q,v {values * 1e6:9.0f} us "
+                    f"({share:4.0%} of bandwidth), plain {found[best] * 1e6:9.0f} us ({best}, "
+                    f"{found[best] / values:.2f} x), q,k,v {keys * 1e6:9.0f} us ({keys / values:.2f} x)",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
