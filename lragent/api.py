@@ -102,11 +102,13 @@ def load(
     from lragent.artifact import open_artifact
     from lragent.kernels.dispatch import resolve
     from lragent.open_engine import program_of_artifact, require_backend, tokenizer_of
+    from lragent.placing import require_device
     from lragent.runtime.engine import Engine
     from lragent.runtime.schemes import scheme_named
 
     layout = scheme_named(sharing).layout
     require_backend(backend)
+    require_device(device)
     artifact = open_artifact(path)
     manifest = artifact.manifest
     if layout not in manifest.layouts:

@@ -1,0 +1,56 @@
+"""Devices: which can be used, and a graph that was captured on the CPU on another one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from lragent.errors import RequestError
+
+KINDS = ("cpu", "cuda")  # HIP devices are called cuda, too
+
+
+def require_device(name: str) -> None:
+    """Raises RequestError if this machine has no such device, or programs can't run on its kind."""
+    hint = "Use cpu, cuda or cuda:N."
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RequestError(f"unknown device {name!r}", hint) from error
+    if device.type not in KINDS:
+        raise RequestError(f"programs don't run on device {name!r}", hint)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if count <= (device.index or 0):
+            built = "" if torch.backends.cuda.is_built() else ", which is built without CUDA"
+            raise RequestError(
+                f"device {name!r} is not there: PyTorch {torch.__version__}{built}, sees {count} GPUs", hint
+            )
+
+
+def placed(graph: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """The graph with its weights on a device, and what it creates there as well; the given one is changed.
+
+    Before:                                      After:
+        i = arange(T, device=cpu)                    i = arange(T, device=cuda:0)
+        y = to(x, device(cpu), float32)              y = to(x, device(cuda:0), float32)
+
+    Weights that are tied stay so.
+    """
+    if device.type == "cpu":
+        return graph
+    for node in graph.graph.nodes:
+        node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
+        node.kwargs = {name: device if isinstance(a, torch.device) else a for name, a in node.kwargs.items()}
+    parameters: dict[int, torch.nn.Parameter] = {}
+    buffers: dict[int, Tensor] = {}
+    for module in graph.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                there = torch.nn.Parameter(parameter.detach().to(device), requires_grad=False)
+                module._parameters[name] = parameters.setdefault(id(parameter), there)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffers.setdefault(id(buffer), buffer.to(device))
+    graph.recompile()
+    return graph
