@@ -145,14 +145,29 @@ inline void dot_block(
       __builtin_prefetch(ahead);
       ahead += pace;
     }
-    Vec key[4];
+    auto load = [&](int row) { return Vec::loadu(query + row * ld_query + d); };
+    // Sixteen registers hold the sums and either four keys (a query is then read from memory in the multiplication), or
+    // the queries and one key (which must be in a register if its numbers are extended).
+    if constexpr (std::is_same_v<T, float>) {
+      Vec key[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) key[i] = load_floats(keys + i * ld_keys + d);
+      for (int i = 0; i < 4; ++i) key[i] = load_floats(keys + i * ld_keys + d);
 #pragma GCC unroll 4
-    for (int row = 0; row < R; ++row) {
-      const Vec chunk = Vec::loadu(query + row * ld_query + d);
+      for (int row = 0; row < R; ++row) {
+        const Vec chunk = load(row);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) acc[row][i] = at::vec::fmadd(chunk, key[i], acc[row][i]);
+        for (int i = 0; i < 4; ++i) acc[row][i] = at::vec::fmadd(chunk, key[i], acc[row][i]);
+      }
+    } else {
+      Vec chunk[R];
+#pragma GCC unroll 4
+      for (int row = 0; row < R; ++row) chunk[row] = load(row);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Vec key = load_floats(keys + i * ld_keys + d);
+#pragma GCC unroll 4
+        for (int row = 0; row < R; ++row) acc[row][i] = at::vec::fmadd(chunk[row], key, acc[row][i]);
+      }
     }
   }
 #pragma GCC unroll 4
