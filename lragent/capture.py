@@ -26,6 +26,7 @@ from lragent.loading import LoadedModel
 from lragent.plain_attention import mark_plain_attention
 from lragent.plain_graph import functional, plain_graph
 from lragent.positions import ask_for_positions
+from lragent.rotary import steady_frequencies
 
 ATTENTION_NAME = "lragent_marker"
 # Packed tokens a step may hold; only an upper bound for the exported dimension.
@@ -75,6 +76,7 @@ def capture(loaded: LoadedModel) -> Captured:
     checks.require_same_logits(captured.graph, loaded)
     if moved > 0:
         raise checks.mixes_tokens(loaded, moved)
+    checks.require_own_positions(captured.graph, loaded)
     return captured
 
 
@@ -136,10 +138,17 @@ def _export(
     ids, positions = checks.example(loaded, EXAMPLE_TOKENS)
     for fewest in (1, 2):
         tokens = torch.export.Dim("T", min=fewest, max=most_tokens)
-        with without_exporter_noise(), attention(), _exportable_experts(loaded.model), torch.no_grad():
+        model = loaded.model
+        with (
+            without_exporter_noise(),
+            attention(),
+            _exportable_experts(model),
+            steady_frequencies(model),
+            torch.no_grad(),
+        ):
             try:
                 program = torch.export.export(
-                    _LogitsOnly(loaded.model, loaded.position_offset),
+                    _LogitsOnly(model, loaded.position_offset),
                     (ids, positions),
                     dynamic_shapes={"input_ids": {1: tokens}, "position_ids": {1: tokens}},
                     strict=False,

@@ -64,16 +64,32 @@ def mixes_tokens(loaded: LoadedModel, moved: float) -> ModelError:
     )
 
 
+def require_own_positions(graph: fx.GraphModule, loaded: LoadedModel) -> None:
+    """What is computed of a token's position must not depend on the positions of others in the call.
+
+    Raises:
+        ModelError: it does.
+    """
+    cut = _without_attention(graph)
+    ids, _ = example(loaded, min(CHECK_TOKENS, loaded.max_positions), seed=2)
+    last = max(1, loaded.max_positions - 1)
+    positions = torch.cat([torch.zeros(1), torch.logspace(0, 1, ids.shape[1] - 1, base=last).round()]).long()[None]
+    near = max(1, ids.shape[1] // 3)
+    with torch.no_grad():
+        whole, few = cut(ids, positions).float(), cut(ids[:, :near], positions[:, :near]).float()
+    moved = _beyond_rounding(whole[:, :near] - few, whole, loaded)
+    if moved > 0:
+        raise ModelError(
+            f"{loaded.architecture} treats a position by what other positions are in the call (logits move by"
+            f" {moved:.2e})",
+            "Keys that are cached can't follow; a rotary embedding with one set of frequencies can be converted.",
+        )
+
+
 def mixing(graph: fx.GraphModule, loaded: LoadedModel) -> float:
     """With attention cut out of the graph, swapping tokens (and positions) must swap their logits, and leaving some out
     must leave the others' as they are: by how much the logits move, 0 if that is rounding."""
-    cut = copy.deepcopy(graph, {id(t): t for t in (*graph.parameters(), *graph.buffers())})
-    for node in marker_nodes(cut):
-        with cut.graph.inserting_before(node):
-            own = cut.graph.call_function(own_value, node.args[:3])
-        node.replace_all_uses_with(own)
-        cut.graph.erase_node(node)
-    cut.recompile()
+    cut = _without_attention(graph)
     ids, positions = example(loaded, min(CHECK_TOKENS, loaded.max_positions), seed=2)
     order = torch.arange(ids.shape[1]).flip(0)
     some = order[1::2]
@@ -85,6 +101,18 @@ def mixing(graph: fx.GraphModule, loaded: LoadedModel) -> float:
     except (IndexError, RuntimeError):  # it takes positions for rows
         return math.inf
     return _beyond_rounding(torch.cat([straight[:, order] - flipped, straight[:, some] - fewer], 1), straight, loaded)
+
+
+def _without_attention(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy (tensors are shared) in which each token sees itself only."""
+    cut = copy.deepcopy(graph, {id(t): t for t in (*graph.parameters(), *graph.buffers())})
+    for node in marker_nodes(cut):
+        with cut.graph.inserting_before(node):
+            own = cut.graph.call_function(own_value, node.args[:3])
+        node.replace_all_uses_with(own)
+        cut.graph.erase_node(node)
+    cut.recompile()
+    return cut
 
 
 def mixing_of_model(loaded: LoadedModel, tokens: int) -> float:

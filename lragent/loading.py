@@ -9,6 +9,7 @@ changed: modules are copied, tensors are shared.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,9 +24,12 @@ from lragent.adapter_weights import LoraWeights, ReplacedRows, digest
 from lragent.errors import AdapterError, RequestError
 from lragent.peft_layers import Adapted, add_biases, put_hooks, take_apart
 from lragent.positions import position_offset
+from lragent.rotary import position_reach
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+log = logging.getLogger(__name__)
 
 BASE_AGENT = "base"
 INTERNAL = "adapter"  # PEFT's name of the adapter that is being read; agents' names may hold dots, PEFT's may not
@@ -53,6 +57,7 @@ class LoadedModel:
         lora_parameters: FQN of a hook's parameter in `model` -> (module FQN, "a" or "b").
         rows: module FQN -> agent name -> outputs (tokens) with weights of their own.
         groups: module FQN -> for each agent, the first agent whose A it shares; empty: whoever has an equal A.
+        max_positions: how many positions a trajectory may have.
         position_offset: what the model adds to positions 0, 1, 2, ... when it isn't told them.
     """
 
@@ -191,12 +196,21 @@ def _describe(
             )
         )
     offset = position_offset(causal_lm, int(config.vocab_size))
+    positions = checkpoint.max_positions(config) - offset
+    reach = position_reach(causal_lm, positions, offset)
+    if reach < positions:
+        log.warning(
+            "trajectories end at %d of the model's %d positions: beyond, it rotates the keys of all tokens anew, and"
+            " cached ones stay as they are",
+            reach,
+            positions,
+        )
     return LoadedModel(
         model=causal_lm,
         agents=tuple(agents),
         lora=adapted.lora,
         lora_parameters=adapted.parameters,
-        max_positions=checkpoint.max_positions(config) - offset,
+        max_positions=reach,
         position_offset=offset,
         vocab_size=int(config.vocab_size),
         stop_token_ids=checkpoint.stop_tokens(causal_lm),

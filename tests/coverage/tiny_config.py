@@ -15,11 +15,22 @@ POSITIONS = 256
 FEWEST_LAYERS = 2
 MOST_LAYERS = 8
 
+# Small enough that the compared text is longer: a window that never ends is not tested.
+WINDOWS = (
+    "sliding_window",
+    "sliding_window_size",
+    "window_size",
+    "local_attention",
+    "local_attention_window_len",
+    "attention_chunk_size",
+    "keep_window_size",
+)
 # Value -> attributes that take it, if a config has them and they are set.
 SIZES: dict[int, tuple[str, ...]] = {
     VOCAB: ("vocab_size", "vocab_size_per_layer_input", "attention_hidden_size", "encoder_hash_byte_group_vocab"),
     64: (
         "hidden_size",
+        "hidden_size_global",
         "d_model",
         "n_embd",
         "n_embed",
@@ -74,6 +85,7 @@ SIZES: dict[int, tuple[str, ...]] = {
         "indexer_n_heads",
         "linear_num_key_heads",
         "linear_num_value_heads",
+        "n_groups",
     ),
     2: (
         "num_key_value_heads",
@@ -86,7 +98,7 @@ SIZES: dict[int, tuple[str, ...]] = {
         "num_decoder_attention_heads",
         "num_encoder_attention_heads",
     ),
-    8: ("rotary_dim",),
+    8: ("rotary_dim", *WINDOWS),
     1: ("n_group", "topk_group", "n_shared_experts", "num_shared_experts"),
     HEAD_DIM: (
         "head_dim",

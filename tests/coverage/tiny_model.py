@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from tests.coverage.feeds import linear_layers
+from tests.coverage.rotary import ROTARY, with_rotary
 from tests.coverage.tiny_config import VOCAB, tiny_config
 from tests.models import quiet
 
@@ -27,11 +28,17 @@ def types() -> list[str]:
 
 
 def plain_model(kind: str) -> Any:
-    """A tiny random causal LM in eval mode that runs; whatever transformers raises is raised."""
+    """A tiny random causal LM in eval mode that runs; whatever transformers raises is raised.
+
+    Args:
+        kind: a type, or a row of `ROTARY`.
+    """
+    kind, rotary = ROTARY.get(kind, (kind, None))
     first: Exception | None = None
     for fill, of_each in ((False, 1), (True, 1), (False, 2)):
         try:
-            model = _build(tiny_config(CONFIG_MAPPING[kind], fill, of_each))
+            config = tiny_config(CONFIG_MAPPING[kind], fill, of_each)
+            model = _build(with_rotary(config, rotary) if rotary else config)
             logits(model, list(range(1, 13)))
         except Exception as error:
             first = first or error
