@@ -23,7 +23,8 @@ from lragent.exporter_noise import without_exporter_noise
 from lragent.kernels import ops
 from lragent.kernels.markers import marker_nodes
 from lragent.loading import LoadedModel
-from lragent.plain_attention import mark_plain_attention
+from lragent.masks import is_window, mask_of_call, recorded_masks
+from lragent.plain_attention import depends_on_ids, evaluate, mark_plain_attention
 from lragent.plain_graph import functional, plain_graph
 from lragent.positions import ask_for_positions
 from lragent.rotary import steady_frequencies
@@ -136,7 +137,8 @@ def _export(
 ) -> Captured:
     """One graph of the model, as traced with `attention` in force."""
     ids, positions = checks.example(loaded, EXAMPLE_TOKENS)
-    for fewest in (1, 2):
+    # Some sizes are proven equal from two tokens on, others never; one token is checked by running it.
+    for fewest, unproven in ((1, False), (2, False), (2, True)):
         tokens = torch.export.Dim("T", min=fewest, max=most_tokens)
         model = loaded.model
         with (
@@ -152,19 +154,44 @@ def _export(
                     (ids, positions),
                     dynamic_shapes={"input_ids": {1: tokens}, "position_ids": {1: tokens}},
                     strict=False,
+                    # What the exporter can't prove of T is asserted in the graph, and left to the next export.
+                    prefer_deferred_runtime_asserts_over_guards=unproven,
                 )
                 break
             except ModelError:
                 raise
             except Exception as error:
-                if fewest == 1 and "Constraints violated" in str(error):
-                    continue  # some sizes are proven equal from two tokens on; one token is checked by running it
+                if not unproven and "Constraints violated" in str(error):
+                    continue
                 raise NotExported(
                     f"torch.export can't capture {loaded.architecture}: {_export_failure(error)}",
                     "This architecture needs support in capture; please report it with the model's config.json.",
                 ) from error
     with without_exporter_noise():
-        return Captured(graph=plain_graph(functional(program)), loaded=loaded)
+        graph = plain_graph(functional(program))
+    if unproven:
+        _require_assertions(graph, loaded, most_tokens)
+    return Captured(graph=graph, loaded=loaded)
+
+
+def _require_assertions(graph: fx.GraphModule, loaded: LoadedModel, most_tokens: int) -> None:
+    """What the exporter asserted of the number of tokens, because it could not prove it, must hold for any number.
+
+    Raises:
+        NotExported: it does not.
+    """
+    on_ids = depends_on_ids(graph.graph)
+    powers = [(1 << bits) + more for bits in range(6, most_tokens.bit_length()) for more in (-1, 0, 1)]
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
+        condition, text = node.args[0], str(node.args[1])
+        for tokens in (*range(1, 65), *(n for n in powers if n <= most_tokens)):
+            known = isinstance(condition, fx.Node) and condition not in on_ids
+            if not (known and evaluate(graph, condition, tokens, {})):
+                raise NotExported(
+                    f"torch.export can't capture {loaded.architecture}: its code depends on the number of tokens"
+                    f" ({_short(text.removeprefix('Runtime assertion failed for expression ').split(' on node')[0])})",
+                    "This architecture needs support in capture; please report it with the model's config.json.",
+                )
 
 
 @contextmanager
@@ -202,18 +229,40 @@ def _mixing_without_attention(loaded: LoadedModel) -> tuple[int, float]:
 
     Returns:
         How often attention was called, and by how much others' logits move; 0 if that is rounding.
+
+    Raises:
+        ModelError: attention is under a mask that it isn't told of.
     """
     from transformers.modeling_utils import AttentionInterface
 
-    calls: list[nn.Module] = []
+    calls: list[tuple[nn.Module, Tensor | None, int]] = []
 
-    def own(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        calls.append(module)
+    def own(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *_: Any,
+        sliding_window: int | None = None,
+        **__: Any,
+    ) -> tuple[Tensor, None]:
+        calls.append((module, attention_mask, int(sliding_window or 0)))
         return checks.own_value(query, key, value), None
 
-    with _marker_attention(loaded.model):
+    with _marker_attention(loaded.model), recorded_masks(ATTENTION_NAME) as seen:
         AttentionInterface.register(ATTENTION_NAME, own)
         moved = checks.mixing_of_model(loaded, EXAMPLE_TOKENS)
+    if moved == 0:
+        for module, given, window in calls:
+            mask = mask_of_call(given, seen)
+            if mask is not None and not is_window(mask, window, loaded.max_positions):
+                told = f"a sliding window of {window}" if window else "no sliding window"
+                raise ModelError(
+                    f"attention of {type(module).__name__} is under a mask that is not causal with {told}, as it says"
+                    " (chunks, or prefixes that see all of each other)",
+                    "Only causal and sliding-window masks are shared.",
+                )
     return len(calls), moved
 
 

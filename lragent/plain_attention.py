@@ -98,7 +98,7 @@ def _mark_fused(graph: fx.GraphModule, node: fx.Node, layer: int, max_positions:
     window, slopes = 0, None
     if isinstance(mask, fx.Node):
         tokens = min(max_positions, MOST_TOKENS)
-        bias = _evaluate(graph, mask, tokens, {})
+        bias = evaluate(graph, mask, tokens, {})
         if bias.dtype == torch.bool:
             bias = torch.zeros(bias.shape).masked_fill(~bias, float("-inf"))
         window, slopes = _mask_and_slopes(bias, heads, tokens)
@@ -194,8 +194,8 @@ def _scores(graph: fx.GraphModule, softmax: fx.Node, product: fx.Node, heads: in
 
     def run(z: Tensor) -> Tensor:
         beta, alpha = factors
-        value = alpha * z if added is None else alpha * z + beta * _evaluate(graph, added, z.shape[-1], {})
-        scores: Tensor = _evaluate(graph, end, z.shape[-1], {product: value})
+        value = alpha * z if added is None else alpha * z + beta * evaluate(graph, added, z.shape[-1], {})
+        scores: Tensor = evaluate(graph, end, z.shape[-1], {product: value})
         return scores.float().reshape(-1, z.shape[-1], z.shape[-1])
 
     dim = product.meta["val"].dim()
@@ -250,7 +250,7 @@ def _mask_and_slopes(bias: Tensor, heads: int, tokens: int) -> tuple[int, Tensor
     return (window if window < tokens else 0), slopes_H.expand(heads).contiguous().clone()
 
 
-def _evaluate(graph: fx.GraphModule, node: fx.Node, tokens: int, known: dict[fx.Node, Any]) -> Any:
+def evaluate(graph: fx.GraphModule, node: fx.Node, tokens: int, known: dict[fx.Node, Any]) -> Any:
     """Value of a node that needs no token ids, for `tokens` positions 0, 1, 2, ...; `known` values are given."""
     if node in known:
         return known[node]
@@ -265,7 +265,7 @@ def _evaluate(graph: fx.GraphModule, node: fx.Node, tokens: int, known: dict[fx.
         value = int(size) if isinstance(size, int) else tokens
     else:
         assert callable(node.target)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _evaluate(graph, n, tokens, known))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: evaluate(graph, n, tokens, known))
         with torch.no_grad():
             value = node.target(*args, **kwargs)
     known[node] = value

@@ -74,10 +74,18 @@ def examine(kind: str) -> Row:
 def _fill(row: Row) -> None:
     try:
         model = plain_model(row.kind)
-        logits(model, PROMPT)
     except Exception as error:
         row.verdict, row.reason = "not built", _line(error)
         return
+    try:
+        logits(model, PROMPT)
+    except Exception:
+        try:
+            load_live(model)
+        except UserError as error:
+            row.verdict, row.reason = "refused", error.message
+            return
+        raise
     if not is_causal(model):
         row.verdict, row.reason = "not causal", "a later token changes the logits of earlier ones"
         return
@@ -158,5 +166,5 @@ def _transforms(program: Transformed) -> str:
 
 
 def _line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]

@@ -5,9 +5,12 @@ Lists with one entry a layer keep one layer of each kind, so that a type's layer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
+
+from tests.coverage.config_overrides import OVERRIDES
 
 VOCAB = 128
 HEAD_DIM = 16
@@ -134,18 +137,24 @@ def tiny_config(kind: type[PretrainedConfig], fill: bool = False, of_each: int =
         fill: also set sizes that are None by default.
         of_each: layers of each kind.
     """
-    return kind(**_smaller(kind(), fill, of_each))
+    given = OVERRIDES.get(kind.model_type, {})
+    try:
+        default = kind()
+    except Exception:  # its own defaults don't fit each other
+        default = kind(**given)
+    return kind(**_smaller(default, fill, of_each, given))
 
 
-def _smaller(default: PretrainedConfig, fill: bool, of_each: int) -> dict[str, Any]:
-    """Constructor arguments that make a config of the same class small."""
+def _smaller(default: PretrainedConfig, fill: bool, of_each: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments that make a config of the same class small; `given` ones as they are."""
     held = {**default.to_dict()}
     for other, name in getattr(default, "attribute_map", {}).items():
         held.setdefault(other, held.get(name))
     arguments: dict[str, Any] = {}
     for name, value in list(vars(default).items()):
         if isinstance(value, PretrainedConfig):
-            arguments[name] = type(value)(**_smaller(value, fill, of_each))
+            arguments[name] = type(value)(**_smaller(value, fill, of_each, given.get(name, {})))
+    own = {name: value for name, value in given.items() if name not in arguments}
     arguments.update(_sizes(held, fill))
     if fill:
         arguments.update({name: value for name, value in FILLED.items() if name in held and held[name] is None})
@@ -154,7 +163,7 @@ def _smaller(default: PretrainedConfig, fill: bool, of_each: int) -> dict[str, A
     if held.get("rope_parameters") == {} and held.get("layer_types"):
         plain = {"rope_type": "default", "rope_theta": 10000.0}
         arguments["rope_parameters"] = {kind: plain for kind in held["layer_types"]}
-    return {**_fewer_layers(held, arguments, of_each), **arguments}
+    return {**_fewer_layers(held, arguments, of_each), **arguments, **own}
 
 
 def _sizes(held: dict[str, Any], fill: bool) -> dict[str, Any]:
