@@ -63,9 +63,9 @@ types: $(INSTALLED)
 
 COVERAGE := .coverage-types.jsonl
 
-coverage: $(INSTALLED)  ## Every causal LM type of transformers, converted and compared: writes docs/coverage.md (half an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage.sweep --out $(COVERAGE)
-	$(BIN)/python -m tests.coverage.table $(COVERAGE) docs/coverage.md
+coverage: $(INSTALLED)  ## Every causal LM type of transformers, converted and compared: writes docs/coverage.md (half an hour; TYPES=a,b: these only)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage.sweep --out $(COVERAGE) --types "$(TYPES)"
+	$(BIN)/python -m tests.coverage.table $(COVERAGE) docs/coverage.md $(if $(TYPES),--keep)
 
 check: lint types test  ## What CI runs: lint, format, types, tests
 

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from lragent import captured_checks as checks
+from lragent.attention_interface import attention_as
 from lragent.errors import ModelError
 from lragent.exporter_noise import without_exporter_noise
 from lragent.kernels import ops
 from lragent.kernels.markers import marker_nodes
 from lragent.loading import LoadedModel
-from lragent.masks import is_window, mask_of_call, recorded_masks
+from lragent.masks import tokens_alone
 from lragent.plain_attention import depends_on_ids, evaluate, mark_plain_attention
 from lragent.plain_graph import functional, plain_graph
 from lragent.positions import ask_for_positions
 from lragent.rotary import steady_frequencies
 
-ATTENTION_NAME = "lragent_marker"
 # Packed tokens a step may hold; only an upper bound for the exported dimension.
 MAX_PACKED_TOKENS = 1 << 20
 EXAMPLE_TOKENS = 7
@@ -94,7 +94,7 @@ def _capture_interface(loaded: LoadedModel) -> tuple[Captured | None, str]:
     if attention_calls and moved > 0:
         raise checks.mixes_tokens(loaded, moved)
     try:
-        captured = _export(loaded, partial(_marker_attention, loaded.model))
+        captured = _export(loaded, partial(attention_as, loaded.model, _attention))
     except NotExported as error:
         if moved > 0:  # the reason behind the export's own
             raise checks.mixes_tokens(loaded, moved) from error
@@ -195,21 +195,6 @@ def _require_assertions(graph: fx.GraphModule, loaded: LoadedModel, most_tokens:
 
 
 @contextmanager
-def _marker_attention(model: Any) -> Iterator[None]:
-    """Sends the model's attention calls to the marker op while it is exported."""
-    from transformers.modeling_utils import AttentionInterface
-
-    AttentionInterface.register(ATTENTION_NAME, _attention)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION_NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        AttentionInterface._global_mapping.pop(ATTENTION_NAME, None)
-
-
-@contextmanager
 def _exportable_experts(model: Any) -> Iterator[None]:
     """Mixture-of-experts layers loop over the experts that were hit, which can't be exported; gather them instead."""
     config = model.config.get_text_config()
@@ -233,36 +218,15 @@ def _mixing_without_attention(loaded: LoadedModel) -> tuple[int, float]:
     Raises:
         ModelError: attention is under a mask that it isn't told of.
     """
-    from transformers.modeling_utils import AttentionInterface
-
-    calls: list[tuple[nn.Module, Tensor | None, int]] = []
-
-    def own(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *_: Any,
-        sliding_window: int | None = None,
-        **__: Any,
-    ) -> tuple[Tensor, None]:
-        calls.append((module, attention_mask, int(sliding_window or 0)))
-        return checks.own_value(query, key, value), None
-
-    with _marker_attention(loaded.model), recorded_masks(ATTENTION_NAME) as seen:
-        AttentionInterface.register(ATTENTION_NAME, own)
+    with tokens_alone(loaded.model) as calls:
         moved = checks.mixing_of_model(loaded, EXAMPLE_TOKENS)
-    if moved == 0:
-        for module, given, window in calls:
-            mask = mask_of_call(given, seen)
-            if mask is not None and not is_window(mask, window, loaded.max_positions):
-                told = f"a sliding window of {window}" if window else "no sliding window"
-                raise ModelError(
-                    f"attention of {type(module).__name__} is under a mask that is not causal with {told}, as it says"
-                    " (chunks, or prefixes that see all of each other)",
-                    "Only causal and sliding-window masks are shared.",
-                )
+    for call in calls if moved == 0 else ():
+        if not call.is_as_told(loaded.max_positions):
+            told = f"a sliding window of {call.window}" if call.window else "no sliding window"
+            raise ModelError(
+                f"attention of {call.caller} is under a mask that is not causal with {told}, as it says",
+                "Only causal and sliding-window masks are shared.",
+            )
     return len(calls), moved
 
 
@@ -306,7 +270,7 @@ def _export_failure(error: Exception) -> str:
     code = re.search(r"The following call raised this error:\n.*\n *(.+)", text)
     if "data-dependent" in first:
         return "its code branches on the values of tensors" + (f" ({code[1].strip()})" if code else "")
-    guard = re.search(r"satisfy the generated guard (.+)", text)
+    guard = re.search(r"satisfy the generated guard (.+?)(?:Specializations|$)", text)
     if "Constraints violated" in first:
         return "its code depends on the number of tokens T" + (f" ({_short(guard[1])})" if guard else "")
     return f"{type(error).__name__}: {first}"

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, fx
 
+from lragent.attention_interface import own_value
 from lragent.errors import ModelError
 from lragent.kernels.markers import marker_nodes
 from lragent.loading import LoadedModel
@@ -139,14 +140,3 @@ def _beyond_rounding(difference: Tensor, logits: Tensor, loaded: LoadedModel) ->
     allowed = 256 * torch.finfo(loaded.dtype).eps * max(1.0, float(logits.abs().max()))
     largest = float(difference.abs().max())
     return 0.0 if largest <= allowed else largest
-
-
-def own_value(query_1HqTD: Tensor, key_1HTD: Tensor, value_1HTDv: Tensor) -> Tensor:
-    """Stands for attention where each token sees itself only; what it gives still depends on all of query and key."""
-    groups = query_1HqTD.shape[1] // value_1HTDv.shape[1]
-    query_1HqT1, key_1HT1 = (
-        torch.tanh((x @ torch.cos(torch.arange(x.shape[-1]) + 1.0).to(x.dtype))[..., None])
-        for x in (query_1HqTD, key_1HTD)
-    )
-    key_1HqT1, value_1HqTDv = (x.repeat_interleave(groups, dim=1) for x in (key_1HT1, value_1HTDv))
-    return (value_1HqTDv * (1 + query_1HqT1 / 4 + key_1HqT1 / 4)).transpose(1, 2).contiguous()

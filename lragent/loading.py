@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lragent import adapter_config, adapter_files, checkpoint
 from lragent.adapter_weights import LoraWeights, ReplacedRows, digest
 from lragent.errors import AdapterError, RequestError
+from lragent.masks import mask_reach
 from lragent.peft_layers import Adapted, add_biases, put_hooks, take_apart
 from lragent.positions import position_offset
 from lragent.rotary import position_reach
@@ -197,14 +198,7 @@ def _describe(
         )
     offset = position_offset(causal_lm, int(config.vocab_size))
     positions = checkpoint.max_positions(config) - offset
-    reach = position_reach(causal_lm, positions, offset)
-    if reach < positions:
-        log.warning(
-            "trajectories end at %d of the model's %d positions: beyond, it rotates the keys of all tokens anew, and"
-            " cached ones stay as they are",
-            reach,
-            positions,
-        )
+    reach = _reach(causal_lm, positions, offset)
     return LoadedModel(
         model=causal_lm,
         agents=tuple(agents),
@@ -219,3 +213,17 @@ def _describe(
         tokenizer_source=tokenizer_source,
         rows=adapted.rows,
     )
+
+
+def _reach(causal_lm: Any, positions: int, offset: int) -> int:
+    """How many positions are served exactly; says so where they are fewer than the model has."""
+    reaches = {
+        "rotates the keys of all tokens anew, and cached ones stay as they are": position_reach(
+            causal_lm, positions, offset
+        ),
+        "hides tokens that are neither later nor outside a sliding window": mask_reach(causal_lm, positions, offset),
+    }
+    reason, reach = min(reaches.items(), key=lambda item: item[1])
+    if reach < positions:
+        log.warning("trajectories end at %d of the model's %d positions: beyond, it %s", reach, positions, reason)
+    return reach

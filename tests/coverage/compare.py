@@ -113,12 +113,12 @@ def _fill(row: Row) -> None:
                 kv_memory="8MiB",
                 page_size=PAGE_SIZE,
             )
-            row.errors[scheme] = _errors(engine, scheme, adapted, double)
+            row.errors[scheme] = errors_of(engine, scheme, adapted, double)
     if any(not found <= allowed for found, allowed in row.errors.values()):
         row.verdict = "wrong"
 
 
-def _errors(engine: Engine, scheme: str, single: Any, double: Any) -> tuple[float, float]:
+def errors_of(engine: Engine, scheme: str, single: Any, double: Any) -> tuple[float, float]:
     """Largest difference between the engine and the float64 definition, and four times the float32 definition's."""
     asked = SCRIPT
     turns = run_on_engine(engine, asked)

@@ -1,6 +1,6 @@
 """Runs `examine` over many types, one forked process each with a time limit; results are written as they come.
 
-python -m tests.coverage.sweep --out results.jsonl [--types bloom,mpt] [--limit 120]
+python -m tests.coverage.sweep --out results.jsonl [--types bloom,mpt] [--limit 300]
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from tests.coverage.compare import Row, examine
+from tests.coverage.rotary import ROTARY
 from tests.coverage.tiny_model import types
 
-LIMIT_SECONDS = 120.0
+LIMIT_SECONDS = 300.0
 
 
 def _child(kind: str, queue: Any) -> None:
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--types", default="")
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS)
     options = parser.parse_args(arguments)
-    wanted = options.types.split(",") if options.types else types()
+    wanted = options.types.split(",") if options.types else [*types(), *ROTARY]
     with options.out.open("w", encoding="utf-8") as out:
         for kind in wanted:
             row = examine_apart(kind, options.limit)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import transformers
 
+from tests.coverage.rotary import ROTARY
 from tests.coverage.sweep import examine_apart
-from tests.coverage.table import page
+from tests.coverage.table import lines_of, page
 from tests.coverage.tiny_model import types
 
 # Type -> verdict and words of its reason.
@@ -53,8 +54,23 @@ def test_page_lists_every_type_of_its_transformers() -> None:
         assert re.findall(r"^\| ([\w-]+) \| (?:all|non|- )", text, re.M) == types()
 
 
+def test_page_lists_every_kind_of_rotary_embedding() -> None:
+    held = lines_of(PAGE.read_text(encoding="utf-8"))
+    assert all(f"| {row} | all five |" in held[row] for row in ROTARY)
+
+
 def test_page_counts_verdicts_and_keeps_reasons_short() -> None:
     row = {"kind": "a", "verdict": "dense", "reason": "x" * 300 + "; layer 1", "streams": "", "transforms": ""}
-    lines = page([row]).splitlines()
-    assert "| dense | 1 |" in "\n".join(lines)
-    assert lines[-1].startswith("| a | non_shared, full_shared |") and "..." in lines[-1] and "layer 1" not in lines[-1]
+    text = page([row])
+    assert "| dense | 1 |" in text
+    line = lines_of(text)["a"]
+    assert line.startswith("| a | non_shared, full_shared |") and "..." in line and "layer 1" not in line
+
+
+def test_page_keeps_lines_without_a_row() -> None:
+    old = PAGE.read_text(encoding="utf-8")
+    held = lines_of(old)
+    row = {"kind": "bloom", "verdict": "not built", "reason": "so", "streams": "", "transforms": ""}
+    new = page([row], held)
+    assert lines_of(new) == {**held, "bloom": "| bloom | - (not built) |  |  | so |"}
+    assert page([], held) == old

@@ -25,13 +25,13 @@ WINDOWS = (
     "window_size",
     "local_attention",
     "local_attention_window_len",
-    "attention_chunk_size",
     "keep_window_size",
 )
 # Value -> attributes that take it, if a config has them and they are set.
 SIZES: dict[int, tuple[str, ...]] = {
     VOCAB: ("vocab_size", "vocab_size_per_layer_input", "attention_hidden_size", "encoder_hash_byte_group_vocab"),
     64: (
+        "attention_chunk_size",
         "hidden_size",
         "hidden_size_global",
         "d_model",
