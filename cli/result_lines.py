@@ -15,8 +15,8 @@ def result_line(outcome: RolloutResult) -> dict[str, Any]:
     result = outcome.result
     error = None if outcome.error is None else dataclasses.asdict(outcome.error)
     try:
-        json.dumps(result)
-    except (TypeError, ValueError) as raised:
+        json.dumps(result, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as raised:
         result, error = None, {"type": type(raised).__name__, "message": f"the workflow's result isn't JSON: {raised}"}
     return {
         "id": outcome.task_id,

@@ -68,8 +68,14 @@ def rollout(
             kv_memory, max_batch_tokens, backend, attention, device, threads, allow_compiled, acting
         )
         engine = options.load(artifact, sharing)
-        with ResultFile(out, existing) as file, RolloutProgress(engine, left, "rollout") as bar:
-            run_into(file, bar, engine, function, pending_tasks(tasks, finished), concurrency)
+        with ResultFile(out, existing) as file:
+            left = len(set(ids) - file.finished)  # another run may have gone on with the file meanwhile
+            try:
+                with RolloutProgress(engine, left, "rollout") as bar:
+                    run_into(file, bar, engine, function, pending_tasks(tasks, file.finished), concurrency)
+            except KeyboardInterrupt:
+                typer.echo(f"interrupted: {out} has what was finished; go on with --resume", err=True)
+                raise
         summary = {"out": str(out), "sharing": sharing, "tasks": len(ids), "kept": len(ids) - left}
         summary |= _measured(bar, engine)
     if as_json:

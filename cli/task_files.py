@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from lragent.errors import TaskFileError
+from lragent.locks import try_lock
 
 Task = dict[str, Any]
 TaskId = str | int
@@ -34,8 +35,10 @@ def check_tasks(path: Path) -> list[TaskId]:
     """Ids of all tasks, after reading the file to its end.
 
     Raises:
-        TaskFileError: as `read_tasks`; two tasks have one id; the file has no task.
+        TaskFileError: as `read_tasks`; two tasks have one id; the file has no task, or is a pipe.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise TaskFileError(f"{path} is no regular file", "Tasks are read twice: write them to a file.")
     line_of: dict[TaskId, int] = {}
     for number, task in _numbered_tasks(path):
         if task["id"] in line_of:
@@ -71,33 +74,66 @@ def finished_ids(path: Path, existing: Existing) -> set[TaskId]:
         return set()
     if existing == "refuse":
         raise TaskFileError(f"{path} is there already", "Go on with it with --resume, or start anew with --overwrite.")
-    return {result["id"] for result in read_results(path) if "id" in result}
+    return _ids(path)
+
+
+def _ids(path: Path) -> set[TaskId]:
+    """Ids in a result file; what has none, or no task's, is somebody's own line and stays as it is."""
+    found = (result.get("id") for result in read_results(path))
+    return {each for each in found if isinstance(each, str | int)}
 
 
 class ResultFile:
     """Appends results to a file; every line is with the operating system before the next task ends.
 
+    The file is locked until it is closed, so that no two runs write it.
+
     Args:
         existing: what to do with a file that is there: "refuse" raises, "resume" drops a torn last line and keeps
             the rest, "overwrite" empties it.
 
+    Attributes:
+        finished: ids that were there when it was opened and that stay.
+
     Raises:
-        TaskFileError: the file can't be written.
+        TaskFileError: the file can't be written, or another run writes it.
     """
 
     def __init__(self, path: Path, existing: Existing = "refuse") -> None:
-        modes = {"refuse": "xb", "resume": "ab", "overwrite": "wb"}
+        self._path = path
+        self.finished: set[TaskId] = set()
         try:
-            if existing == "resume" and path.exists():
-                _drop_torn_line(path)
-            self._file = path.open(modes[existing])
+            # Not emptied on opening: it may be the file of a run that is in progress.
+            self._file = path.open("xb" if existing == "refuse" else "ab", buffering=0)
         except OSError as error:
             raise TaskFileError(f"{path} can't be written: {error.strerror}", "Choose another --out.") from error
+        if not path.is_file():  # a pipe, a terminal
+            return
+        if not try_lock(self._file.fileno()):
+            self._file.close()
+            raise TaskFileError(f"another run is writing {path}", "Wait for it, or choose another --out.")
+        if existing == "overwrite":
+            self._file.truncate(0)
+        elif existing == "resume":
+            _drop_torn_line(path)
+            self.finished = _ids(path)
 
     def write(self, result: dict[str, Any]) -> None:
-        line = json.dumps(result, ensure_ascii=False) + "\n"
-        self._file.write(line.encode("utf-8", errors="backslashreplace"))
-        self._file.flush()
+        """Appends one line.
+
+        Raises:
+            TaskFileError: the disk is full, for one; the file keeps the lines before.
+        """
+        line = (json.dumps(result, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
+        left = memoryview(line)
+        try:
+            while left:  # a disk that fills up takes a part
+                left = left[self._file.write(left) or 0 :]
+        except OSError as error:
+            raise TaskFileError(
+                f"{self._path} can't be written: {error.strerror}",
+                "Its whole lines are kept: make room and go on with --resume.",
+            ) from error
 
     def __enter__(self) -> ResultFile:
         return self
@@ -142,10 +178,9 @@ def _parse_object(path: Path, number: int, line: bytes) -> dict[str, Any]:
         ) from error
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TaskFileError(
-            f"{path} line {number}: not JSON ({error.msg} at column {error.colno}): {_shorten(text)}", hint
-        ) from error
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply; ValueError: too long a number
+        what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise TaskFileError(f"{path} line {number}: not JSON ({what}): {_shorten(text)}", hint) from error
     if not isinstance(value, dict):
         raise TaskFileError(f"{path} line {number}: not a JSON object but {_shorten(text)}", hint)
     return value

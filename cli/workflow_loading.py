@@ -59,7 +59,7 @@ def _import_file(path: Path) -> ModuleType:
         sys.path.insert(0, str(root))
     try:
         module = importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskFileError(
             f"{path}{_line_in(path, error)} raised {type(error).__name__} when imported: {error}",
             "Mend the file and try again.",
@@ -81,7 +81,7 @@ def _module_name(path: Path) -> tuple[Path, str]:
     return root, ".".join(parts)
 
 
-def _line_in(path: Path, error: Exception) -> str:
+def _line_in(path: Path, error: BaseException) -> str:
     """The innermost line of the file that the error passed through, as a remark."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename) == path.resolve()]

@@ -45,7 +45,7 @@ def read_config(name: str, path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise AdapterError(f"adapter {name}: {path} has no {CONFIG}", "Save the adapter with save_pretrained.")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise AdapterError(f"adapter {name}: {file} is not JSON: {error}", "Save the adapter again.") from error
     if not isinstance(config, dict):

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lragent.errors import AdapterError
+from lragent.adapter_config import CONFIG
+from lragent.errors import AdapterError, shortened
 from lragent.peft_layers import in_out
 
 WEIGHTS = "adapter_model.safetensors"
@@ -74,8 +75,8 @@ def in_peft_names(
         saved_modules: `modules_to_save` of the adapter's config: ends of module names.
 
     Raises:
-        AdapterError: a key that belongs to no module of the base, a shape that does not fit, a copy of a base weight
-            that differs.
+        AdapterError: a key that belongs to no module of the base or is there twice, a shape or dtype that does not fit,
+            a copy of a base weight that differs.
     """
     modules = dict(base.named_modules())
     found = AdapterFile({}, {})
@@ -93,7 +94,14 @@ def in_peft_names(
                 )
             _require_shape(name, path, key, tensor, part[1], owner, modules[owner])
             leaf = ".bias" if plain.endswith(".bias") else ".weight" if part[1] in ("lora_A", "lora_B") else ""
-            found.tensors[f"{PEFT_PREFIX}{owner}.{part[1]}{leaf}"] = tensor
+            peft_key = f"{PEFT_PREFIX}{owner}.{part[1]}{leaf}"
+            if peft_key in found.tensors:
+                raise AdapterError(
+                    f"adapter {name} ({path}) has {owner}.{part[1]} twice, once as {key}", "Save the adapter again."
+                )
+            if not tensor.is_floating_point():
+                raise AdapterError(f"adapter {name} ({path}): {key} holds {tensor.dtype}", "Save the adapter again.")
+            found.tensors[peft_key] = tensor
         elif any(owner.endswith(end) for end in saved_modules) or owner not in modules:
             found.tensors[PEFT_PREFIX + plain] = tensor
         elif plain.endswith(".bias"):
@@ -137,9 +145,10 @@ def peft_errors(name: str, path: Path) -> Iterator[None]:
         yield
     except AdapterError:
         raise
-    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
-        text = str(error).strip().splitlines()
+    except KeyError as error:
+        raise AdapterError(f"adapter {name}: {path} has no weights for {error.args[0]}", "Save it again.") from error
+    except Exception as error:  # a broken setting can raise anything: re.error, ModuleNotFoundError
         raise AdapterError(
-            f"adapter {name}: PEFT can't load {path}: {text[0] if text else type(error).__name__}",
-            "Check that the adapter was trained on this base model.",
+            f"adapter {name}: PEFT can't load {path}: {shortened(error)}",
+            f"Check {CONFIG}, and that the adapter was trained on this base model.",
         ) from error

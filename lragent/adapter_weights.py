@@ -11,12 +11,16 @@ replaced row i is the row of token i.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lragent.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,23 @@ class ReplacedRows:
     index: Tensor
     weight: Tensor
     bias: Tensor | None = None
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is infinite or NaN; without a mask as large as the tensor."""
+    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax())
+
+
+def require_finite(where: str, weights: LoraWeights | ReplacedRows) -> None:
+    """Raises AdapterError if a weight or the scaling is infinite or NaN; `where` begins the message."""
+    names = {"a": "lora_A", "b": "lora_B"}
+    for field in dataclasses.fields(weights):
+        value = getattr(weights, field.name)
+        if value is not None and not (is_finite(value) if isinstance(value, Tensor) else math.isfinite(value)):
+            raise AdapterError(
+                f"{where} has infinite values or NaN as its {names.get(field.name, field.name)}",
+                "Save it again; if this dtype is float16, choose another.",
+            )
 
 
 def dora_gain(weight_OI: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude_O: Tensor) -> Tensor:

@@ -105,10 +105,12 @@ def load(
     from lragent.placing import require_device
     from lragent.runtime.engine import Engine
     from lragent.runtime.schemes import scheme_named
+    from lragent.threads import require_threads
 
     layout = scheme_named(sharing).layout
     require_backend(backend)
     require_device(device)
+    require_threads(threads)
     artifact = open_artifact(path)
     manifest = artifact.manifest
     if layout not in manifest.layouts:
@@ -158,9 +160,11 @@ def optimize(
     from lragent.open_engine import program_of_model, require_backend, tokenizer_from
     from lragent.runtime.engine import Engine
     from lragent.runtime.schemes import scheme_named
+    from lragent.threads import require_threads
 
     layout = scheme_named(sharing).layout
     require_backend(backend)
+    require_threads(threads)
     chosen = resolve(attention, "cpu")
     loaded = load_live(peft_model)
     programs, refusal = rewrite(loaded, (layout,), Stages())

@@ -11,8 +11,8 @@ NAME.lragent/
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 from lragent.checkpoint import find_checkpoint
-from lragent.errors import ArtifactError, ModelError
+from lragent.errors import ArtifactError, ModelError, UserError, shortened
+from lragent.locks import directory_lock
 from lragent.manifest import FileEntry, Manifest, read_manifest, write_manifest
+from lragent.replace_directory import put_in_place
 from lragent.runtime.tokenizer import TokenizerFile
 
 BASE_WEIGHTS = "weights/base.safetensors"
@@ -86,10 +88,11 @@ class Artifact:
         Raises:
             OSError: the directory can't be written.
         """
-        entry = place(built, self.directory, f"compiled/{target}/{key}.pt2")
-        current = read_manifest(self.directory)
-        compiled = {**current.compiled, target: {**current.compiled.get(target, {}), key: entry}}
-        write_manifest(dataclasses.replace(current, compiled=compiled), self.directory)
+        with directory_lock(self.directory):
+            entry = place(built, self.directory, f"compiled/{target}/{key}.pt2")
+            current = read_manifest(self.directory)
+            compiled = {**current.compiled, target: {**current.compiled.get(target, {}), key: entry}}
+            write_manifest(dataclasses.replace(current, compiled=compiled), self.directory)
 
 
 def open_artifact(path: str | Path) -> Artifact:
@@ -114,32 +117,47 @@ def require_free(out: Path, overwrite: bool) -> None:
 def new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary directory beside `out` that takes its place once the body has finished.
 
+    Those that killed processes left are removed: nobody holds their lock any more.
+
     Raises:
-        ArtifactError: see `require_free`.
+        ArtifactError: see `require_free`; the disk is full or can't be written.
     """
     require_free(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    prefix = f".{out.name}.unfinished-"
     try:
-        yield temporary
-        temporary.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-            out.rename(old / out.name)
-            temporary.rename(out)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(out)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+            with directory_lock(left, wait=False) as abandoned:
+                if abandoned:
+                    shutil.rmtree(left)
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    with directory_lock(temporary):
+        try:
+            yield temporary
+            require_free(out, overwrite)  # somebody else may have written it meanwhile
+            temporary.chmod(0o755)
+            put_in_place(temporary, out)
+        except OSError as error:
+            raise cannot_write(out, error) from error
+        finally:
+            if temporary.exists():
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cannot_write(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(f"{path} can't be written: {error}", "Make room or choose another place, and try again.")
 
 
 def place(built: Path, directory: Path, relative: str) -> FileEntry:
-    """Copies a file into an artifact under a temporary name, renames it, and describes it."""
+    """Copies a file into an artifact under a temporary name, renames it, and describes it.
+
+    Nobody else may write the artifact meanwhile: see `directory_lock`.
+    """
     target = directory / relative
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.new")
     shutil.copyfile(built, temporary)
     temporary.replace(target)
     return describe_file(directory, relative)
@@ -217,16 +235,17 @@ def write_tokenizer(source: str | None, directory: Path) -> bool:
         return False
     try:
         if (folder / FAST_TOKENIZER).is_file():
+            TokenizerFile(folder / FAST_TOKENIZER)
             target.mkdir()
             for name in TOKENIZER_FILES:
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, target / name)
-            TokenizerFile(target / FAST_TOKENIZER)
         else:
             from transformers import AutoTokenizer
 
             AutoTokenizer.from_pretrained(folder, **checkpoint.arguments).save_pretrained(target)
     except Exception as error:
         remedy = "Put the model's tokenizer.json beside it." if checkpoint.gguf else "Mend it, or remove its files."
-        raise ModelError(f"the tokenizer in {source} can't be read: {error!r}", remedy) from error
+        reason = error.message if isinstance(error, UserError) else shortened(error)
+        raise ModelError(f"the tokenizer in {source} can't be read: {reason}", remedy) from error
     return (target / FAST_TOKENIZER).is_file()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lragent.errors import ModelError
+from lragent.adapter_weights import is_finite
+from lragent.errors import ModelError, shortened
+from lragent.layouts import dtype_name
 
 GGUF = ".gguf"
 
@@ -63,24 +67,50 @@ def read_base(path: Path, dtype: torch.dtype) -> Any:
             raise ModelError(
                 f"{path} is quantised", "Convert from the unquantised checkpoint, which its adapters fit as well."
             )
-        model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory, config=config, dtype=dtype, output_loading_info=True, **checkpoint.arguments
-        )
+        with _without_reports():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                checkpoint.directory,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told of below
+                **checkpoint.arguments,
+            )
     except ModelError:
         raise
     except Exception as error:
-        text = str(error).strip().splitlines()
         raise ModelError(
-            f"transformers can't load a causal LM from {path}: {type(error).__name__}: {text[0] if text else ''}",
-            "Check that all weight files are there and whole.",
+            f"transformers can't load a causal LM from {path}: {type(error).__name__}: {shortened(error)}",
+            "Check its config.json, and that all weight files are there and whole.",
         ) from error
     if info["missing_keys"]:
         some = sorted(info["missing_keys"])
         raise ModelError(f"{path} lacks {len(some)} weights, {some[0]} for one", "The checkpoint is not complete.")
     if info["mismatched_keys"]:
-        some = sorted(info["mismatched_keys"])
-        raise ModelError(f"{path}: weight {some[0]} does not fit config.json", "Check the checkpoint.")
+        key, found, wanted = min(info["mismatched_keys"])
+        raise ModelError(
+            f"{path}: weight {key} has shape {list(found)}, config.json wants {list(wanted)}", "Check the checkpoint."
+        )
+    for name, weight in model.named_parameters():
+        if not is_finite(weight):
+            raise ModelError(
+                f"{path}: weight {name} holds infinite values or NaN as {dtype_name(dtype)}",
+                "Copy the checkpoint again, or choose another dtype if this one is float16.",
+            )
     return model
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """transformers' tables of missing and superfluous weights stay away: those that matter are errors here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 # Positions of a model whose config sets no limit.
@@ -96,9 +126,16 @@ def max_positions(config: Any) -> int:
 
 
 def stop_tokens(model: Any) -> tuple[int, ...]:
-    """Default stops: generation_config first, then the config."""
+    """Default stops: generation_config first, then the config.
+
+    Raises:
+        ModelError: an eos_token_id that is no token id.
+    """
     for holder in (getattr(model, "generation_config", None), model.config):
         value = getattr(holder, "eos_token_id", None)
         if value is not None:
-            return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+            stops = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+            if not all(isinstance(stop, int) for stop in stops):
+                raise ModelError(f"the model's eos_token_id is {value!r}", "Correct its generation_config.json.")
+            return stops
     return ()

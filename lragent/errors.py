@@ -4,6 +4,14 @@ Every `UserError` says what was found, where, and what to do; the CLI prints it 
 with code 1. An `InternalError` is a defect of this project and keeps its traceback.
 """
 
+MOST_SHOWN = 300
+
+
+def shortened(error: BaseException) -> str:
+    """An error of a library as part of a sentence: on one line, and not without end."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
+
 
 class LRAgentError(Exception):
     """Root of all errors raised by this package."""

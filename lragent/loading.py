@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lragent import adapter_config, adapter_files, checkpoint
-from lragent.adapter_weights import LoraWeights, ReplacedRows, digest
+from lragent.adapter_weights import LoraWeights, ReplacedRows, digest, require_finite
 from lragent.errors import AdapterError, RequestError
 from lragent.masks import mask_reach
 from lragent.peft_layers import Adapted, add_biases, put_hooks, take_apart
@@ -185,6 +185,9 @@ def _describe(
     for name, source in sources.items():
         lora = {m: by_agent[name] for m, by_agent in adapted.lora.items() if name in by_agent}
         rows = {m: by_agent[name] for m, by_agent in adapted.rows.items() if name in by_agent}
+        for held in (lora, rows):
+            for module, weights in held.items():
+                require_finite(f"adapter {name}: module {module}", weights)
         if not lora and not rows:
             raise AdapterError(f"adapter {name} adapts no module of this model", "Check its target_modules.")
         agents.append(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from lragent.kernels.cache_schema import BaseStreams, CacheSchema, Layout, LowRa
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+SEAL = "seal"  # sha256 of the other entries
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,17 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        """With a seal over everything else, so that a manifest that was changed by hand or by accident is found."""
+        raw = dataclasses.asdict(self)
+        return json.dumps({**raw, SEAL: _seal_of(raw)}, indent=1)
+
+
+def _seal_of(raw: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(manifest: Manifest, directory: Path) -> None:
-    """Replaces the manifest in one step."""
+    """Replaces the manifest in one step. Nobody else may write it meanwhile: see `lragent.locks`."""
     temporary = directory / f".{MANIFEST}.new"
     temporary.write_text(manifest.to_json(), encoding="utf-8")
     temporary.replace(directory / MANIFEST)
@@ -98,7 +107,7 @@ def read_manifest(directory: Path) -> Manifest:
     """Reads and checks `manifest.json`.
 
     Raises:
-        ArtifactError: no artifact there, another format version (names both), or a damaged manifest.
+        ArtifactError: no artifact there, another format version (names both), or a damaged or changed manifest.
     """
     file = directory / MANIFEST
     if not directory.is_dir():
@@ -115,9 +124,12 @@ def read_manifest(directory: Path) -> Manifest:
             f"{file} has format version {found!r}, this lragent reads version {FORMAT}",
             "Convert the model again with this version.",
         )
+    seal = raw.pop(SEAL, None)
+    if seal is not None and seal != _seal_of(raw):
+        raise ArtifactError(f"{file} is not as it was written", "Put it back as it was, or convert the model again.")
     try:
         return _from_json(raw)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{file} is damaged: {type(error).__name__}: {error}", "Convert the model again."
         ) from error

@@ -8,6 +8,7 @@ in one step: whenever the update is cut off, the artifact is the old one or the 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,11 +24,13 @@ from lragent.exported import tensors_of
 from lragent.fingerprint import fingerprint
 from lragent.layouts import LAYOUTS
 from lragent.loading import load_directories
-from lragent.manifest import FileEntry, write_manifest
+from lragent.locks import directory_lock
+from lragent.manifest import FileEntry, read_manifest, write_manifest
 from lragent.slots import Slots, assign, fit
 from lragent.stages import Stages
 
 _ANEW = "Convert anew."
+_SCRATCH = ".update-"
 
 
 def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path], stages: Stages) -> ConvertReport:
@@ -63,27 +66,46 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
     for name, tensor in stored.items():
         if name not in names and not (name in held and torch.equal(held[name], tensor)):
             raise ArtifactError(f"{path} was made from another base model: {name} differs", _ANEW)
-    written = stages.run("write weights", lambda: _write_adapters(path, {n: stored[n] for n in stored if n in names}))
-    old = [entry for entry in manifest.weights if entry.path.startswith(files.ADAPTER_FILES)]
-    base = tuple(entry for entry in manifest.weights if entry not in old)
-    weights = (*base, written)
+    base = tuple(entry for entry in manifest.weights if not entry.path.startswith(files.ADAPTER_FILES))
     agents = agent_entries(loaded)
     acting = tuple(agent.name for agent in agents if agent.digest)
-    write_manifest(
-        dataclasses.replace(manifest, agents=agents, weights=weights, aliases=aliases, layouts=layouts), path
-    )
-    for entry in old:
-        if entry.path != written.path:
-            (path / entry.path).unlink(missing_ok=True)
+
+    def write(weights: dict[str, Tensor]) -> None:
+        with directory_lock(path):
+            written = _write_adapters(path, weights)
+            updated = dataclasses.replace(
+                manifest,
+                agents=agents,
+                weights=(*base, written),
+                aliases=aliases,
+                layouts=layouts,
+                compiled=read_manifest(path).compiled,  # a package may have come meanwhile
+            )
+            write_manifest(updated, path)
+            _remove_others(path, written)
+
+    try:
+        stages.run("write weights", lambda: write({n: stored[n] for n in stored if n in names}))
+    except OSError as error:
+        raise files.cannot_write(path, error) from error
     sizes = bytes_per_token({name: entry.schema for name, entry in layouts.items()}, acting, manifest.dtype)
     return ConvertReport(path, acting, dict(stages.seconds), (), manifest.refusal, advice(sizes))
 
 
 def _write_adapters(path: Path, tensors: dict[str, Tensor]) -> FileEntry:
     """Writes the adapters' file under a name of its own."""
-    with tempfile.TemporaryDirectory(prefix=".update-", dir=path) as scratch:
+    for left in path.glob(f"{_SCRATCH}*"):  # of an update that was killed
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=path) as scratch:
         built = files.save_tensors(Path(scratch), "adapters.safetensors", tensors)
         return files.place(Path(scratch) / built.path, path, f"{files.ADAPTER_FILES}-{built.sha256[:12]}.safetensors")
+
+
+def _remove_others(path: Path, written: FileEntry) -> None:
+    """Removes adapters' files but the one that the manifest names."""
+    for file in path.glob(f"{files.ADAPTER_FILES}*"):
+        if file != path / written.path:
+            file.unlink()
 
 
 def _difference(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> str:

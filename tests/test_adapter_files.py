@@ -99,3 +99,46 @@ def test_unknown_settings_are_named(adapter: Path, tiny_llama: WrittenModel, cap
     _later_config(adapter)
     load_directories(tiny_llama.model_dir, {"plan": adapter})
     assert "settings unknown to the installed PEFT are ignored: from_another_tool, setting_of_tomorrow" in caplog.text
+
+
+def _setting(**settings: object) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        config = json.loads((directory / CONFIG).read_text())
+        (directory / CONFIG).write_text(json.dumps({**config, **settings}))
+
+    return change
+
+
+def _first_tensor(change: Callable[[dict[str, torch.Tensor], str], object]) -> Callable[[Path], None]:
+    def rewrite(directory: Path) -> None:
+        tensors = {key: tensor.clone() for key, tensor in load_file(directory / WEIGHTS).items()}
+        change(tensors, min(tensors))
+        save_file(tensors, directory / WEIGHTS)
+
+    return rewrite
+
+
+BROKEN = {
+    "alpha": (_setting(lora_alpha=float("nan")), "has infinite values or NaN as its scaling"),
+    "pattern": (_setting(target_modules="("), "unterminated subpattern"),
+    "import": (_setting(megatron_config={"a": 1}), "No module named 'megatron'"),
+    "rank": (_setting(r=3), r"size mismatch for \S+q_proj"),
+    "saved": (_setting(modules_to_save=["lm_head"]), r"has no weights for \S*lm_head\.weight"),
+    "nan": (_first_tensor(lambda tensors, key: tensors[key][0].fill_(float("nan"))), "or NaN as its lora_A"),
+    "twice": (
+        _first_tensor(lambda tensors, key: tensors.update({key.removeprefix("base_model.model."): tensors[key] + 1})),
+        r"has model\.layers\.0\.self_attn\.q_proj\.lora_A twice",
+    ),
+    "whole numbers": (
+        _first_tensor(lambda tensors, key: tensors.update({key: tensors[key].long()})),
+        r"holds torch\.int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_is_named(what: str, adapter: Path, tiny_llama: WrittenModel) -> None:
+    change, found = BROKEN[what]
+    change(adapter)
+    with pytest.raises(AdapterError, match=rf"^adapter plan\b.*{found}"):
+        load_directories(tiny_llama.model_dir, {"plan": adapter})

@@ -12,9 +12,11 @@ import torch
 import torch._inductor.config
 
 import lragent
-from lragent.artifact import open_artifact
+from lragent.artifact import new_directory, open_artifact
 from lragent.compile import target_name
 from lragent.errors import ArtifactError, CompilerMissing, ModelError, RequestError
+from lragent.locks import directory_lock
+from lragent.manifest import SEAL, read_manifest
 from tests.models import WrittenModel
 
 
@@ -25,8 +27,10 @@ def artifact(tiny_artifact: Path, tmp_path: Path) -> Path:
 
 
 def _edit(artifact: Path, **changes: Any) -> None:
+    """Makes it an artifact that was written with other values."""
     file = artifact / "manifest.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    held = {name: value for name, value in json.loads(file.read_text()).items() if name != SEAL}
+    file.write_text(json.dumps({**held, **changes}))
 
 
 def test_contents(tiny_artifact: Path) -> None:
@@ -93,6 +97,56 @@ def test_damaged_manifest(artifact: Path, text: str) -> None:
     (artifact / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"manifest.json"):
         lragent.load(artifact)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "x", [], {}], ids=str)
+def test_an_entry_of_another_kind_is_found(artifact: Path, wrong: object) -> None:
+    for name in ("agents", "layouts", "weights", "compiled", "slot_ranks"):
+        whole = (artifact / "manifest.json").read_text()
+        if type(json.loads(whole)[name]) is not type(wrong):
+            _edit(artifact, **{name: wrong})
+            with pytest.raises(ArtifactError, match="is damaged"):
+                read_manifest(artifact)
+        (artifact / "manifest.json").write_text(whole)
+
+
+def test_a_manifest_that_was_changed_is_found(artifact: Path) -> None:
+    file = artifact / "manifest.json"
+    whole = file.read_text()
+    for before, after in (('"rank": 4', '"rank": 3'), ('"page_size": ', '"page_size": -'), ('"float32"', '"float16"')):
+        assert before in whole
+        file.write_text(whole.replace(before, after, 1))
+        with pytest.raises(ArtifactError, match=r"manifest\.json is not as it was written"):
+            lragent.load(artifact)
+    file.write_text(whole)
+    read_manifest(artifact)
+
+
+def test_what_a_killed_convert_left_is_removed_and_what_another_one_writes_is_not(
+    tiny_llama: WrittenModel, tmp_path: Path
+) -> None:
+    left, busy, other = (tmp_path / name for name in (".m.unfinished-left", ".m.unfinished-busy", ".m.mine"))
+    for folder in (left, busy, other):
+        folder.mkdir()
+        (folder / "file").write_text("x")
+    with directory_lock(busy), new_directory(tmp_path / "m", overwrite=False) as directory:
+        (directory / "manifest.json").write_text("{}")
+        assert not left.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [busy.name, other.name, "m"]
+
+
+def test_an_artifact_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="exists"), new_directory(tmp_path / "m", overwrite=False):
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m" / "manifest.json").write_text("theirs")
+    assert (tmp_path / "m" / "manifest.json").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_place_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArtifactError, match="can't be written"), new_directory(tmp_path / "file" / "m", False):
+        raise AssertionError("not reached")
 
 
 def test_no_artifact_there(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lragent
@@ -218,3 +218,39 @@ def test_a_damaged_gguf_file(gguf_file: Path, tiny_llama: WrittenModel, tmp_path
     (tmp_path / "cut.gguf").write_bytes(gguf_file.read_bytes()[:1000])
     with pytest.raises(ModelError, match="can't load a causal LM from"):
         load_directories(tmp_path / "cut.gguf", tiny_llama.adapters)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(model_dir: Path, tiny_llama: WrittenModel, value: float) -> None:
+    _rewrite(model_dir, lambda tensors: tensors["model.embed_tokens.weight"].view(-1)[5:6].fill_(value))
+    with pytest.raises(ModelError, match=r"weight model\.embed_tokens\.weight holds infinite values or NaN as float32"):
+        load_directories(model_dir, tiny_llama.adapters)
+
+
+def test_a_weight_that_overflows_float16_is_named(model_dir: Path, tiny_llama: WrittenModel) -> None:
+    _rewrite(model_dir, lambda tensors: tensors["model.norm.weight"][0].fill_(1e6))
+    load_directories(model_dir, tiny_llama.adapters)
+    with pytest.raises(ModelError, match=r"weight model\.norm\.weight holds infinite values or NaN as float16"):
+        load_directories(model_dir, tiny_llama.adapters, "float16")
+
+
+def test_a_weight_of_another_shape_is_named(
+    model_dir: Path, tiny_llama: WrittenModel, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps({**config, "vocab_size": 64}))
+    with pytest.raises(ModelError, match=rf"weight \S+ has shape \[{VOCAB}, 64\], config.json wants \[64, 64\]"):
+        load_directories(model_dir, tiny_llama.adapters)
+    assert "REPORT" not in capfd.readouterr().err
+
+
+def test_a_stop_token_that_is_none_is_named(model_dir: Path, tiny_llama: WrittenModel) -> None:
+    (model_dir / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ModelError, match="eos_token_id is '</s>'"):
+        load_directories(model_dir, tiny_llama.adapters)
+
+
+def _rewrite(model_dir: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(model_dir / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, model_dir / "model.safetensors", metadata={"format": "pt"})

@@ -155,8 +155,12 @@ def test_an_update_that_is_cut_off_leaves_the_old_artifact(
             lragent.update(artifact, written.model_dir, _named(written, "action", plan="other"))
     open_artifact(artifact).weights(hashed=True)
     assert turns() == before
+    (artifact / ".update-killed").mkdir()  # what a kill leaves that no handler could clean up
     lragent.update(artifact, written.model_dir, _named(written, "action", plan="other"))
     assert turns() != before
+    assert not list(artifact.glob(".update-*"))
+    held = {entry.path for entry in open_artifact(artifact).manifest.weights}
+    assert {f"weights/{file.name}" for file in (artifact / "weights").iterdir()} == held
 
 
 def test_converting_over_an_artifact_keeps_packages_of_equal_programs(

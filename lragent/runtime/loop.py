@@ -117,7 +117,7 @@ class EngineLoop:
         self.pool.note_peak()
         done = take_logits(entries, logits_RV, self.scheme, len(self.names), self.program.max_positions)
         for request in done:
-            self.end(request)
+            self.end(request, request.error)
         self._end_settled()
 
     def _end_settled(self) -> bool:

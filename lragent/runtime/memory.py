@@ -17,7 +17,8 @@ from lragent.kernels.cache_schema import CacheSchema, Columns
 from lragent.kernels.step import CacheTensors
 from lragent.runtime import huge_pages
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_DECIMAL = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {**_DECIMAL, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_bytes(amount: int | str, called: str = "kv_memory") -> int:

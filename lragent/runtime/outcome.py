@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
+from lragent.errors import RequestError
 from lragent.runtime.batch import Entry
 from lragent.runtime.sampling import SamplingRow, log_probabilities, sample
 from lragent.runtime.schemes import Scheme, acting_span
@@ -18,6 +20,8 @@ def take_logits(
     entries: Sequence[Entry], logits_RV: torch.Tensor, scheme: Scheme, agents: int, max_positions: int
 ) -> list[Request]:
     """Hands every logits row to its request; returns the requests that are done with it.
+
+    A request whose logits are NaN is done with an error: whatever token was taken from them would mean nothing.
 
     Args:
         logits_RV: rows in the order of the entries' `Piece.rows`.
@@ -30,7 +34,16 @@ def take_logits(
     chosen = sample(logits_RV, [_sampling_row(request, at) for request, at in wanted])
     logprobs = log_probabilities(logits_RV, chosen)
     done: list[Request] = []
-    for (request, _), token, logprob in zip(wanted, chosen.tolist(), logprobs, strict=True):
+    for (request, at), token, logprob in zip(wanted, chosen.tolist(), logprobs, strict=True):
+        if request.error is not None:
+            continue
+        if math.isnan(logprob):
+            request.error = RequestError(
+                f"the model's logits after token {at} are NaN",
+                "Some models overflow in float16: convert with dtype float32 or bfloat16. Or a weight is broken.",
+            )
+            done.append(request)
+            continue
         request.logprobs.append(logprob)
         if request.score:
             request.logits_from += 1

@@ -48,13 +48,17 @@ class RolloutResult:
 async def run_task(
     new_trajectory: Callable[[], Trajectory], workflow: Workflow, index: int, task: dict[str, Any]
 ) -> RolloutResult:
-    """Runs one task; an exception of the workflow becomes the result's error."""
+    """Runs one task; an exception of the workflow becomes the result's error.
+
+    So do `sys.exit` and a cancellation, which a workflow may meet in libraries that it calls: neither may end the other
+    tasks. When the run itself is stopped, nobody reads the results of the tasks that it cancels.
+    """
     result: dict[str, Any] | None = None
     error: TaskError | None = None
     with new_trajectory() as trajectory:
         try:
             result = await workflow(task, trajectory)
-        except Exception as raised:
+        except (Exception, asyncio.CancelledError, SystemExit) as raised:
             error = TaskError(type(raised).__name__, str(raised))
         return RolloutResult(
             index,
@@ -112,15 +116,22 @@ def run_workflow(
         raise RequestError("run was called where an event loop is running", "Use arun there.")
     results = arun_workflow(new_trajectory, workflow, tasks, concurrency)
     loop = asyncio.new_event_loop()
+    following: asyncio.Future[RolloutResult] | None = None
     try:
         while True:
+            following = asyncio.ensure_future(anext(results), loop=loop)
             try:
-                result = loop.run_until_complete(anext(results))
+                result = loop.run_until_complete(following)
             except StopAsyncIteration:
                 return
             yield result
     finally:
-        # A caller that stops early leaves tasks in progress: they are cancelled and give their pages back.
+        # A caller that stops early leaves tasks in progress: they are cancelled and give their pages back. After
+        # Ctrl-C the generator is still waiting for its next result, and whatever was interrupted needs no report.
+        loop.set_exception_handler(lambda *_: None)
+        if following is not None and not following.done():
+            following.cancel()
+            loop.run_until_complete(asyncio.gather(following, return_exceptions=True))
         loop.run_until_complete(results.aclose())
         for task in asyncio.all_tasks(loop):  # the engine's stepping task
             task.cancel()

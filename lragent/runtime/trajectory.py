@@ -66,13 +66,17 @@ class Trajectory:
         """Token ids of a piece.
 
         Raises:
-            RequestError: text without a tokenizer, or an id outside the vocabulary.
+            RequestError: text without a tokenizer or that is no Unicode, or an id outside the vocabulary.
         """
         if not isinstance(piece, str):
             return as_ids(piece, self._loop.program.vocab_size)
         if self._loop.tokenizer is None:
             raise RequestError("text needs a tokenizer, and this engine has none", "Pass token ids, or a tokenizer.")
-        return self._loop.tokenizer.encode(piece, add_special_tokens=special)
+        try:
+            piece.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"character {error.start} of the text is half a surrogate pair") from error
+        return as_ids(self._loop.tokenizer.encode(piece, add_special_tokens=special), self._loop.program.vocab_size)
 
     def truncate(self, length: int) -> None:
         """Keeps the first `length` tokens."""

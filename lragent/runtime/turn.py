@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Literal
 
 from lragent.errors import RequestError
@@ -50,6 +51,7 @@ class TurnOptions:
 
     def __post_init__(self) -> None:
         checks = (
+            (hasattr(self.max_new_tokens, "__index__"), f"max_new_tokens is {self.max_new_tokens!r}, no whole number"),
             (self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}, must be at least 1"),
             (self.temperature >= 0, f"temperature is {self.temperature}, must not be negative"),
             (self.top_k >= 0, f"top_k is {self.top_k}, must not be negative (0 is off)"),
@@ -139,9 +141,12 @@ def as_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
     """Checked token ids.
 
     Raises:
-        RequestError: an id outside the vocabulary.
+        RequestError: no sequence of whole numbers, or an id outside the vocabulary.
     """
-    listed = [int(token) for token in ids]
+    try:
+        listed = [index(token) for token in ids]
+    except TypeError as error:
+        raise RequestError(f"token ids must be a sequence of whole numbers: {error}") from error
     for token in listed:
         if not 0 <= token < vocab_size:
             raise RequestError(f"token id {token} is outside the vocabulary of {vocab_size} tokens")

@@ -157,3 +157,52 @@ def test_results_may_not_replace_tasks(workplace: Workplace) -> None:
     outcome = workplace.rollout("--out", workplace.tasks, "--overwrite")
     assert outcome.code == 2
     assert workplace.tasks.read_text().startswith('{"id": "t0"')
+
+
+def test_a_result_that_strict_json_can_not_hold_is_an_error_line(workplace: Workplace) -> None:
+    workplace.workflow.write_text(
+        "async def flow(task, t):\n"
+        "    deep = []\n"
+        "    for _ in range(100_000):\n"
+        "        deep = [deep]\n"
+        "    return {'t0': {'a': float('nan')}, 't1': deep}.get(task['id'], {})\n"
+    )
+    assert workplace.rollout("--json").json()["failed"] == 2
+    results = workplace.results()
+    for name in ("t0", "t1"):
+        assert results[name]["result"] is None
+        assert "isn't JSON" in results[name]["error"]["message"]
+    assert results["t2"]["error"] is None
+
+
+def test_a_workflow_file_that_exits_is_named(workplace: Workplace) -> None:
+    workplace.workflow.write_text("import sys\nsys.exit('usage: flow.py')\n")
+    outcome = workplace.rollout()
+    assert outcome.code == 1
+    assert "flow.py line 2 raised SystemExit when imported" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (("--device", "cuda:99"), "is not there"),
+        (("--device", "warp"), "unknown device 'warp'"),
+        (("--device", "meta"), "don't run on device 'meta'"),
+        (("--threads", "100000"), "threads is 100000"),
+    ],
+    ids=["no GPU", "unknown", "other", "threads"],
+)
+def test_what_this_machine_does_not_have_is_named(workplace: Workplace, options: tuple[str, ...], found: str) -> None:
+    outcome = workplace.rollout(*options)
+    assert outcome.code == 1
+    assert found in outcome.err
+    assert not workplace.out.exists()
+
+
+def test_an_interrupted_run_says_how_to_go_on(workplace: Workplace) -> None:
+    text = WORKFLOW.replace("    plan =", "    if task['id'] == 't2':\n        raise KeyboardInterrupt\n    plan =")
+    workplace.workflow.write_text(text)
+    outcome = workplace.rollout("--concurrency", "1")
+    assert outcome.code == 130
+    assert "go on with --resume" in outcome.err
+    assert set(workplace.results()) == {"t0", "t1"}

@@ -57,8 +57,22 @@ def test_a_task_without_id_gets_its_line_number(tasks: Path) -> None:
         (b'{"id": true}', '"id" is true'),
         (b'{"id": null}', '"id" is null'),
         (b"x" * 500, r"x{57}\.\.\.$"),
+        (b'{"a": ' + b"[" * 100_000, "not JSON .maximum recursion depth"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON .Exceeds the limit"),
     ],
-    ids=["comma", "cut off", "list", "string", "bytes", "float id", "bool id", "null id", "long line"],
+    ids=[
+        "comma",
+        "cut off",
+        "list",
+        "string",
+        "bytes",
+        "float id",
+        "bool id",
+        "null id",
+        "long line",
+        "deep",
+        "digits",
+    ],
 )
 def test_an_unreadable_line_is_named_with_what_was_found(tasks: Path, line: bytes, found: str) -> None:
     write(tasks, b'{"id": "a"}\n' + line + b'\n{"id": "c"}\n')
@@ -188,3 +202,42 @@ def test_a_killed_process_loses_nothing_that_was_written(results: Path) -> None:
     process.wait()
     process.stdout.close()
     assert [result["id"] for result in read_results(results)] == ["a", "b"]
+
+
+def test_a_pipe_is_refused_as_it_can_be_read_once_only(tmp_path: Path) -> None:
+    pipe = tmp_path / "tasks"
+    os.mkfifo(pipe)
+    with pytest.raises(TaskFileError, match="is no regular file"):
+        check_tasks(pipe)
+
+
+def test_resume_passes_over_lines_that_are_no_results(results: Path) -> None:
+    write(results, '{"id": [1]}\n{"note": "mine"}\n{"id": null}\n{"id": 2}\n')
+    assert finished_ids(results, "resume") == {2}
+
+
+def test_a_file_that_another_run_writes_is_left_alone(results: Path) -> None:
+    with ResultFile(results) as first:
+        first.write({"id": "a"})
+        with results.open("ab") as torn:
+            torn.write(b'{"id": "b", "tok')  # the first run is in the middle of a line
+        for existing in ("resume", "overwrite"):
+            with pytest.raises(TaskFileError, match="another run is writing"):
+                ResultFile(results, existing)  # type: ignore[arg-type]
+    assert results.read_bytes().endswith(b'{"id": "b", "tok')
+    with ResultFile(results, "resume") as second:
+        assert second.finished == {"a"}
+
+
+def test_a_full_disk_keeps_whole_lines(results: Path) -> None:
+    """A limit of the file's size stands for the disk: the line that passes it is written in part."""
+    program = (
+        "import sys, resource, signal; from pathlib import Path; from lragent_cli.task_files import ResultFile\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "with ResultFile(Path(sys.argv[1])) as out:\n"
+        "    [out.write({'id': i, 'text': 'x' * 280}) for i in range(9)]\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(results)], capture_output=True, text=True, check=False)
+    assert "can't be written: File too large" in run.stderr and "--resume" in run.stderr
+    assert results.stat().st_size == 1000
+    assert finished_ids(results, "resume") == {0, 1, 2}

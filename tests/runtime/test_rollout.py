@@ -109,3 +109,43 @@ def test_synchronous_calls_inside_a_workflow_serve_the_others_too() -> None:
 def test_concurrency_must_be_positive() -> None:
     with pytest.raises(RequestError, match="concurrency"):
         list(toy_engine("base_shared").run(workflow, tasks(1), concurrency=0))
+
+
+@pytest.mark.parametrize("raised", [SystemExit(3), asyncio.CancelledError()], ids=["exit", "cancelled"])
+def test_what_would_end_the_run_stays_in_its_task(raised: BaseException) -> None:
+    engine = toy_engine("base_shared")
+
+    async def leaving(task: Task, t: Trajectory) -> Task:
+        if task["id"] == "t3":
+            raise raised
+        return await workflow({**task, "fails": False}, t)
+
+    results = list(engine.run(leaving, tasks(6), concurrency=2))
+    assert [result.task_id for result in results if result.error is not None] == ["t3"]
+    assert len(results) == 6
+    assert engine.stats().pages_held == 0
+
+
+@pytest.mark.parametrize("where", ["workflow", "step"])
+def test_an_interrupt_stops_the_run_and_gives_all_pages_back(where: str) -> None:
+    engine = toy_engine("base_shared")
+    steps = 0
+
+    def interrupt() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 9 and where == "step":
+            raise KeyboardInterrupt
+
+    async def interrupted(task: Task, t: Trajectory) -> Task:
+        if task["id"] == "t3" and where == "workflow":
+            raise KeyboardInterrupt
+        return await workflow({**task, "fails": False}, t)
+
+    engine.on_step = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.run(interrupted, tasks(9), concurrency=2))
+    engine.on_step = None
+    assert engine.stats().pages_held == 0
+    engine.check_integrity()
+    assert len(list(engine.run(workflow, tasks(2)))) == 2

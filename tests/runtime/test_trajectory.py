@@ -5,7 +5,7 @@ import torch
 
 from lragent.errors import InternalError, RequestError
 from lragent.kernels.step import CacheTensors, Program, StepInputs
-from lragent.runtime import Engine, Segment
+from lragent.runtime import Engine, Segment, Turn
 from tests.runtime.random_operations import toy_engine
 from tests.runtime.toy_program import AGENTS, toy_program
 from tests.runtime.toy_tokenizer import BOS, EOS, ToyTokenizer, piece_id
@@ -86,6 +86,7 @@ def test_sampling_with_every_filter() -> None:
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 2.5}, "no whole number"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"min_p": 2.0}, "min_p"),
@@ -108,6 +109,9 @@ def test_bad_calls() -> None:
         engine.trajectory("text")
     with pytest.raises(RequestError, match="token id 40"):
         engine.trajectory([40])
+    for ids in ([1.5], ["a"], None, 5):
+        with pytest.raises(RequestError, match="whole numbers"):
+            engine.trajectory().append(ids)  # type: ignore[arg-type]
     with engine.trajectory() as t:
         with pytest.raises(RequestError, match="empty"):
             t.generate("plan")
@@ -197,6 +201,32 @@ def test_an_error_of_the_program_ends_all_turns_and_not_the_engine() -> None:
         assert len(t.generate("plan", max_new_tokens=4).token_ids) == 4
     assert engine.stats().pages_held == 0
     engine.check_integrity()
+
+
+def test_logits_that_are_nan_end_the_turn_and_no_other() -> None:
+    plain = toy_program("split")
+
+    def one_nan(step: StepInputs, cache: CacheTensors) -> torch.Tensor:
+        logits_RV = plain.run(step, cache)
+        return torch.where(step.token_ids[step.logits_rows, None] == 39, torch.nan, logits_RV)
+
+    program = Program(plain.schema, plain.agents, plain.max_positions, plain.vocab_size, one_nan, {})
+    engine = Engine(program, "base_shared", kv_memory="1MB", kv_dtype=torch.float64, page_size=4)
+
+    async def run() -> list[object]:
+        with engine.trajectory([1, 2, 39]) as broken, engine.trajectory([1, 2, 3]) as whole:
+            turns = (t.agenerate("plan", max_new_tokens=2, forced=[5, 6]) for t in (broken, whole))
+            found = list(await asyncio.gather(*turns, return_exceptions=True))
+            assert broken.token_ids == [1, 2, 39]
+            with pytest.raises(RequestError, match="logits after token 5 are NaN"):
+                whole.score("act", [39, 4])
+            return found
+
+    error, turn = asyncio.run(run())
+    assert isinstance(error, RequestError) and "logits after token 2 are NaN" in str(error)
+    assert isinstance(turn, Turn) and turn.token_ids == [5, 6]
+    engine.check_integrity()
+    assert engine.stats().pages_held == 0
 
 
 def test_ttft_and_stats_add_up() -> None:
