@@ -37,6 +37,10 @@ def convert(
         typer.Option(help="What to compile now; the rest is compiled when it is first loaded."),
     ] = "split",
     attention: Attention = "auto",
+    unit: Annotated[
+        Literal["model", "layer"],
+        typer.Option(help="What is compiled at once: the model, or each kind of layer (faster for deep models)."),
+    ] = "model",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there.")] = False,
     spare: Annotated[int, typer.Option(min=0, help="Slots kept free for agents that --update adds later.")] = 0,
     update: Annotated[
@@ -63,6 +67,7 @@ def convert(
                 compiled=layouts != "none",
                 progress=show,
                 spare=spare,
+                unit=unit,
             )
     if as_json:
         print_json({**dataclasses.asdict(report), "out": str(report.out)})
@@ -77,6 +82,9 @@ def print_report(report: ConvertReport, console: Console) -> None:
         console.print(f"  {stage:<24} {show_seconds(seconds):>10}", markup=False, soft_wrap=True)
     if report.refusal:
         refusal = f"split layout refused, so only non_shared and full_shared work: {report.refusal}"
+        console.print(refusal, markup=False, soft_wrap=True)
+    if report.unit_refusal:
+        refusal = f"compiled whole, not by layer: {report.unit_refusal}"
         console.print(refusal, markup=False, soft_wrap=True)
     if report.advice:
         console.print(f"note: {report.advice}", markup=False, soft_wrap=True)

@@ -28,6 +28,7 @@ def convert(
     compiled: bool = True,
     progress: Progress | None = None,
     spare: int = 0,
+    unit: str = "model",
 ) -> ConvertReport:
     """Model directory + adapters -> artifact.
 
@@ -37,22 +38,26 @@ def convert(
         compiled: False writes the programs only (then no C++ compiler is needed).
         progress: is told the name of each stage as it begins.
         spare: slots kept free for agents that `update` may add.
+        unit: what is compiled at once: the "model", or each kind of "layer", which takes time that does not grow with
+            depth; a model that can't be cut is compiled whole, and the report says why.
 
     Raises:
         UserError: one of its kinds, which says what was found, where, and what to do; nothing is left behind.
     """
     from lragent.build_artifact import build
+    from lragent.compile import require_unit
     from lragent.loading import load_directories
     from lragent.slots import fit, slots_of
 
     for layout in layouts:
         if layout not in LAYOUTS:
             raise RequestError(f"unknown layout {layout!r}", f"Use {' or '.join(LAYOUTS)}.")
+    require_unit(unit)
     stages = Stages(progress)
     loaded = stages.run("load", lambda: load_directories(model_dir, adapters, dtype))
     if spare > 0:
         loaded = fit(loaded, slots_of(loaded, spare))
-    return build(loaded, Path(out), layouts if compiled else (), attention, overwrite, stages, wanted=layouts)
+    return build(loaded, Path(out), layouts if compiled else (), attention, overwrite, stages, layouts, unit)
 
 
 def update(
@@ -144,16 +149,19 @@ def optimize(
     backend: str = "compiled",
     attention: str = "auto",
     threads: int | None = None,
+    unit: str = "model",
 ) -> Engine:
     """A live PEFT model -> an engine; the model is not changed and shares its weights with the engine.
 
     Args:
         tokenizer: a transformers tokenizer, or a directory with tokenizer files; None: token ids only.
+        unit: what is compiled at once, see `convert`.
 
     Raises:
         UserError: one of its kinds, which says what was found, where, and what to do.
     """
     from lragent.build_artifact import rewrite, write
+    from lragent.compile import require_unit
     from lragent.exported import PAGE_SIZE
     from lragent.kernels.dispatch import resolve
     from lragent.loading import load_live
@@ -165,16 +173,17 @@ def optimize(
     layout = scheme_named(sharing).layout
     require_backend(backend)
     require_threads(threads)
+    require_unit(unit)
     chosen = resolve(attention, "cpu")
     loaded = load_live(peft_model)
     programs, refusal = rewrite(loaded, (layout,), Stages())
 
     def save(out: Path) -> None:
         compiled = (layout,) if backend == "compiled" else ()
-        write(loaded, programs, refusal, out, compiled, chosen, False, Stages())
+        write(loaded, programs, refusal, out, compiled, chosen, False, Stages(), unit)
 
     return Engine(
-        program_of_model(loaded, programs[layout], backend, chosen, "cpu", loaded.dtype),
+        program_of_model(loaded, programs[layout], backend, chosen, "cpu", loaded.dtype, unit),
         sharing=sharing,
         tokenizer=tokenizer_from(tokenizer),
         kv_memory=kv_memory,

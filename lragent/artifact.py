@@ -3,14 +3,14 @@
 NAME.lragent/
   manifest.json                      versions, agents, schemas, files
   programs/{split,dense}.pt2         rewritten programs, not lowered, no weights
-  compiled/TARGET/LAYOUT-ATTENTION-KVDTYPE.pt2
+  compiled/TARGET/LAYOUT-ATTENTION-KVDTYPE.pt2, or where compiled by layer
+  compiled/TARGET/LAYOUT-ATTENTION-KVDTYPE-HASH/{plan.json,segment-NUMBER.pt2}
   weights/{base,adapters}.safetensors  (adapters-HASH.safetensors after an update)
   tokenizer/
 """
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import hashlib
 import shutil
@@ -26,7 +26,7 @@ from torch import Tensor
 from lragent.checkpoint import find_checkpoint
 from lragent.errors import ArtifactError, ModelError, UserError, shortened
 from lragent.locks import directory_lock
-from lragent.manifest import FileEntry, Manifest, read_manifest, write_manifest
+from lragent.manifest import FileEntry, Manifest, read_manifest
 from lragent.replace_directory import put_in_place
 from lragent.runtime.tokenizer import TokenizerFile
 
@@ -81,18 +81,6 @@ class Artifact:
                 raise ArtifactError(f"{path} is damaged: {error}", "Convert again.") from error
         tensors.update({name: tensors[source] for name, source in self.manifest.aliases.items()})
         return tensors
-
-    def add_package(self, target: str, key: str, built: Path) -> None:
-        """Keeps a package that was compiled at load time.
-
-        Raises:
-            OSError: the directory can't be written.
-        """
-        with directory_lock(self.directory):
-            entry = place(built, self.directory, f"compiled/{target}/{key}.pt2")
-            current = read_manifest(self.directory)
-            compiled = {**current.compiled, target: {**current.compiled.get(target, {}), key: entry}}
-            write_manifest(dataclasses.replace(current, compiled=compiled), self.directory)
 
 
 def open_artifact(path: str | Path) -> Artifact:

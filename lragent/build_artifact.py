@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch import Tensor
 from lragent import artifact as files
 from lragent.break_even import advice, bytes_per_token
 from lragent.capture import capture
-from lragent.compile import compile_package, require_compiler, target_name
+from lragent.compile import compile_graph, require_compiler, target_name
+from lragent.compiled_files import compiled_file, place_compiled, unit_of
 from lragent.errors import ArtifactError, SplitRefused
 from lragent.exported import PAGE_SIZE, export_graph, save_without_weights, tensors_of
 from lragent.fingerprint import fingerprint
@@ -34,8 +35,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What `convert` did: seconds by stage, compiled packages, why split layout was refused ("" if it was not), and
-    what to think of before sharing (`lragent.break_even`)."""
+    """What `convert` did: seconds by stage, compiled packages, why split layout was refused ("" if it was not),
+    what to think of before sharing (`lragent.break_even`), and why unit "layer" became "model" ("" if it did not)."""
 
     out: Path
     agents: tuple[str, ...]
@@ -43,6 +44,7 @@ class ConvertReport:
     compiled: tuple[str, ...]
     refusal: str
     advice: str = ""
+    unit_refusal: str = ""
 
 
 def rewrite(loaded: LoadedModel, wanted: Sequence[Layout], stages: Stages) -> tuple[dict[Layout, Transformed], str]:
@@ -75,11 +77,13 @@ def build(
     overwrite: bool,
     stages: Stages,
     wanted: Sequence[Layout] | None = None,
+    unit: str = "model",
 ) -> ConvertReport:
     """Captures a loaded model and writes its artifact.
 
     Args:
         compile_layouts: layouts compiled for this machine.
+        unit: what is compiled at once (`lragent.compile.UNITS`).
         wanted: layouts that must not be refused; `compile_layouts` if None.
 
     Raises:
@@ -89,7 +93,7 @@ def build(
     if compile_layouts:
         require_compiler()
     programs, refusal = rewrite(loaded, compile_layouts if wanted is None else wanted, stages)
-    return write(loaded, programs, refusal, out, compile_layouts, attention, overwrite, stages)
+    return write(loaded, programs, refusal, out, compile_layouts, attention, overwrite, stages, unit)
 
 
 def write(
@@ -101,27 +105,29 @@ def write(
     attention: str,
     overwrite: bool,
     stages: Stages,
+    unit: str,
 ) -> ConvertReport:
     """Writes rewritten programs as an artifact and compiles some of them for this machine."""
     chosen = resolve(attention, "cpu")
     with files.new_directory(out, overwrite) as directory:
-        manifest = write_programs(loaded, programs, refusal, directory, stages)
+        manifest = replace(write_programs(loaded, programs, refusal, directory, stages), unit=unit)
         if overwrite:
             _keep_packages(out, manifest, directory)
         packages: dict[str, FileEntry] = {}
+        unit_refusal = ""
         kept = manifest.compiled.get(target_name(), {})
         for layout in compile_layouts:
             for name in graphs(chosen):
                 key = f"{layout}-{name}-{dtype_name(loaded.dtype)}"
                 if key not in kept:
-                    work = partial(_compile, programs[layout], loaded.dtype, name, directory, key)
-                    packages[key] = stages.run(f"compile {layout}", work)
+                    work = partial(_compile, programs[layout], loaded.dtype, name, directory, key, unit)
+                    packages[key], unit_refusal = stages.run(f"compile {layout}", work)
         if packages:
             manifest.compiled[target_name()] = {**kept, **packages}
         write_manifest(manifest, directory)
     agents = tuple(agent.name for agent in loaded.agents if agent.digest)
     sizes = bytes_per_token({n: e.schema for n, e in manifest.layouts.items()}, agents, manifest.dtype)
-    return ConvertReport(out, agents, dict(stages.seconds), tuple(packages), refusal, advice(sizes))
+    return ConvertReport(out, agents, dict(stages.seconds), tuple(packages), refusal, advice(sizes), unit_refusal)
 
 
 def write_programs(
@@ -180,7 +186,7 @@ def agent_entries(loaded: LoadedModel) -> tuple[AgentEntry, ...]:
 
 def _keep_packages(old: Path, manifest: Manifest, directory: Path) -> None:
     """Takes over packages of the artifact that is replaced, for any target, whose programs (and versions of
-    what compiled them) are the same."""
+    what compiled them, and unit) are the same."""
     if not old.exists():
         return
     try:
@@ -191,8 +197,9 @@ def _keep_packages(old: Path, manifest: Manifest, directory: Path) -> None:
             for key, entry in packages.items():
                 layout = key.partition("-")[0]
                 before, now = replaced.manifest.layouts.get(layout), manifest.layouts.get(layout)
-                if before is not None and now is not None and before.fingerprint == now.fingerprint:
-                    kept = files.place(replaced.file(entry), directory, entry.path)
+                alike = manifest.unit in (replaced.manifest.unit, unit_of(entry))
+                if alike and before is not None and now is not None and before.fingerprint == now.fingerprint:
+                    kept = place_compiled(compiled_file(replaced, entry), directory, target, key)
                     manifest.compiled.setdefault(target, {})[key] = kept
     except ArtifactError as error:
         log.warning("packages of the artifact that is replaced are not kept: %s", error.message)
@@ -206,8 +213,11 @@ def _export(program: Transformed, dtype: torch.dtype, path: Path) -> None:
     save_without_weights(export_graph(program.graph, program.schema, dtype), path)
 
 
-def _compile(program: Transformed, dtype: torch.dtype, graph_name: str, directory: Path, key: str) -> FileEntry:
+def _compile(
+    program: Transformed, dtype: torch.dtype, graph_name: str, directory: Path, key: str, unit: str
+) -> tuple[FileEntry, str]:
+    """What was compiled, and why not by layer although that was asked for ("": it was, or was not asked for)."""
     with tempfile.TemporaryDirectory() as scratch:
-        built = Path(scratch) / "program.pt2"
-        compile_package(lower(program.graph, graph_name), program.schema, dtype, graph_name, built)
-        return files.place(built, directory, f"compiled/{target_name()}/{key}.pt2")
+        lowered = lower(program.graph, graph_name)
+        built = compile_graph(lowered, program.schema, dtype, graph_name, unit, Path(scratch))
+        return place_compiled(built.file, directory, target_name(), key), built.refusal

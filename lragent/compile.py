@@ -1,27 +1,36 @@
 """Stage 4b: an exported program becomes something that runs: a `Program` for the runtime.
 
-`backend="compiled"` is AOTInductor: one package for prefill, decode and mixed steps, without weights, which are given
-to it as they lie in mapped files. `backend="eager"` runs the same lowered graph op by op.
+`backend="compiled"` is AOTInductor: one package (unit "model") or one for each kind of layer (unit "layer") for
+prefill, decode and mixed steps, without weights, which are given to it as they lie in mapped files. `backend="eager"`
+runs the same lowered graph op by op.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from lragent.errors import CompilerMissing, InternalError
+from lragent.errors import CompilerMissing, RequestError
 from lragent.exported import StepKind, export_graph
-from lragent.exporter_noise import without_exporter_noise
 from lragent.homogeneous import homogeneous_call
 from lragent.kernels.cache_schema import CacheSchema
-from lragent.kernels.step import AgentFacts, Program, run_flat
+from lragent.kernels.step import STEP_INPUTS, AgentFacts, Program, cache_input_names, run_flat
+from lragent.package import Run, open_package, write_package
+from lragent.segments.compile_segments import compile_segments
+from lragent.segments.plan import PLAN
+from lragent.segments.run import load_segments
+from lragent.segments.shapes import CannotCut
 
+log = logging.getLogger(__name__)
+
+UNITS = ("model", "layer")
+PACKAGE = "program.pt2"
 # Version of the custom ops' signatures and meaning: a package compiled against another one is not loaded.
 OP_ABI = 2
 # Graphs that serve one kind of step only.
@@ -63,54 +72,72 @@ def require_compiler() -> None:
 _COMPILER_HINT = 'Install g++ (or set CXX), or use backend="eager", which needs none but is slower.'
 
 
-def compile_package(
-    graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.dtype, graph_name: str, path: Path
-) -> None:
-    """Compiles a lowered graph into an AOTInductor package at `path` (.pt2), which holds no weights.
+@dataclass(frozen=True)
+class Compiled:
+    """What a graph was compiled into: a package, or a plan beside several, and why not in segments ("": it was)."""
+
+    file: Path
+    refusal: str = ""
+
+
+def require_unit(unit: str) -> None:
+    """Raises RequestError for a unit that does not exist."""
+    if unit not in UNITS:
+        raise RequestError(f"unknown unit {unit!r}", f"Use {' or '.join(UNITS)}.")
+
+
+def compile_graph(
+    graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.dtype, graph_name: str, unit: str, directory: Path
+) -> Compiled:
+    """Compiles a lowered graph into `directory`; what is written holds no weights.
 
     Args:
         graph_name: which of an attention implementation's graphs it is (`lragent.kernels.dispatch.graphs`).
+        unit: "model", all in one package; or "layer", a package for each kind of segment (`lragent.segments`), which a
+            graph that can't be cut is not.
 
     Raises:
         CompilerMissing: there is no C++ compiler.
     """
     require_compiler()
-    program = export_graph(graph, schema, kv_dtype, STEPS.get(graph_name, "any"))
-    with without_exporter_noise():
-        torch._inductor.aoti_compile_and_package(
-            program,
-            package_path=str(path),
-            inductor_configs={"aot_inductor.package_constants_in_so": False},
-        )
+    steps = STEPS.get(graph_name, "any")
+    refusal = ""
+    if unit == "layer":
+        try:
+            return Compiled(compile_segments(graph, schema, kv_dtype, steps, directory))
+        except CannotCut as error:
+            refusal = str(error)
+            log.warning("compiled whole: the model can't be compiled by layer: %s", refusal)
+    package = directory / PACKAGE
+    write_package(export_graph(graph, schema, kv_dtype, steps), package)
+    return Compiled(package, refusal)
 
 
-def load_package(path: Path, weights: Mapping[str, Tensor]) -> Callable[..., Tensor]:
-    """Loads a package and lets it read `weights` where they are; nothing is copied.
+def load_compiled(file: Path, schema: CacheSchema, weights: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+    """Loads what `compile_graph` wrote and lets it read `weights` where they are; nothing is copied.
 
-    The returned callable keeps the tensors alive.
+    The returned callable takes all graph inputs, and keeps the weights alive.
+
+    Raises:
+        ArtifactError: the plan of a graph that was compiled in segments is damaged.
     """
-    runner = torch._inductor.aoti_load_package(str(path))
-    names = runner.get_constant_fqns()
-    missing = [name for name in names if name not in weights]
-    if missing:
-        raise InternalError(f"package {path.name} wants weight {missing[0]}, which the artifact does not hold")
-    held = {name: weights[name].detach() for name in names}
-    runner.load_constants(held, check_full_update=True, user_managed=True)
-    return _PackageCall(runner, held)
+    if file.name == PLAN:
+        return load_segments(file, weights, (*STEP_INPUTS, *cache_input_names(schema)))
+    return _PackageCall(open_package(file, weights), weights)
 
 
 class _PackageCall:
     """A loaded package together with the weights that it reads."""
 
-    def __init__(self, runner: Any, weights: Mapping[str, Tensor]) -> None:
-        self._runner = runner
+    def __init__(self, run: Run, weights: Mapping[str, Tensor]) -> None:
+        self._run = run
         self._weights = weights
         self.calls = 0
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         self.calls += 1
         with torch.no_grad():
-            logits: Tensor = self._runner(*inputs)
+            (logits,) = self._run([*inputs])
         return logits
 
 

@@ -6,7 +6,7 @@ sequences, M = page table columns, R = logits rows; page count and LR lengths de
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +16,20 @@ from torch import Tensor, fx
 from lragent.exporter_noise import without_exporter_noise
 from lragent.kernels import ops  # registers the ops that exported programs call
 from lragent.kernels.cache_schema import CacheSchema
-from lragent.kernels.step import CacheTensors, StepInputs
+from lragent.kernels.step import STEP_INPUTS, CacheTensors, StepInputs, cache_input_names
 from lragent.plain_graph import plain_graph
 
 PAGE_SIZE = 32
 StepKind = Literal["any", "decode", "prefill"]
+Size = int | str  # a number, or the name of a size that is known when a step runs ("seqs", "seqs + 1")
+_LIMITS = {
+    "tokens": (1, 1 << 20),
+    "seqs": (1, 1 << 16),
+    "columns": (1, 1 << 20),
+    "rows": (1, 1 << 20),
+    "pages": (2, 1 << 30),
+    "elements": (2, 1 << 40),
+}
 assert ops.flash_lora_attention is not None
 
 
@@ -51,39 +60,56 @@ def example_cache(schema: CacheSchema, dtype: torch.dtype) -> CacheTensors:
     )
 
 
-def export_graph(
-    graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.dtype, steps: StepKind = "any"
-) -> torch.export.ExportedProgram:
-    """Exports a transformed graph; every size that a step or the cache memory decides is dynamic from 1 (pages: 2).
+def input_sizes(schema: CacheSchema, steps: StepKind = "any") -> dict[str, tuple[Size, ...]]:
+    """Shape of every graph input, in their order; a size that a step or the cache memory decides has a name.
 
     Args:
         steps: "decode": every sequence has one token; "prefill": there is one sequence.
     """
-    dim = torch.export.Dim
-    tokens = dim("tokens", min=1, max=1 << 20)
-    seqs = {"any": dim("seqs", min=1, max=1 << 16), "decode": tokens, "prefill": None}[steps]
-    columns, rows = dim("columns", min=1, max=1 << 20), dim("rows", min=1, max=1 << 20)
-    pages = dim("pages", min=2, max=1 << 30)
-    step_shapes: list[Any] = [
-        {0: tokens},
-        {0: tokens},
-        {0: tokens},
-        {0: rows},
-        {0: tokens},
-        {1: tokens},
-        {0: seqs + 1 if seqs is not None else None},
-        {0: seqs},
-        {0: seqs, 1: columns},
-    ]
-    base_shapes: list[Any] = [{0: pages} for _ in range(2 * len(schema.base))]
-    low_rank: list[Any] = [{0: dim(f"elements_{j}", min=2, max=1 << 40)} for j in range(len(schema.low_rank))]
-    tables: list[Any] = [None for _ in schema.low_rank]
+    seqs: dict[StepKind, tuple[Size, Size]] = {
+        "any": ("seqs", "seqs + 1"),
+        "decode": ("tokens", "tokens + 1"),
+        "prefill": (1, 2),
+    }
+    sequences, bounds = seqs[steps]
+    agents = len(schema.agents)
+    step: dict[str, tuple[Size, ...]] = {name: ("tokens",) for name in STEP_INPUTS}
+    step |= {
+        "logits_rows": ("rows",),
+        "lr_slots": (agents, "tokens"),
+        "seq_starts": (bounds,),
+        "context_lens": (sequences,),
+        "page_table": (sequences, "columns"),
+    }
+    base: list[tuple[Size, ...]] = [("pages", b.kv_heads, PAGE_SIZE, b.k_dim) for b in schema.base]
+    base += [("pages", b.kv_heads, PAGE_SIZE, b.v_dim) for b in schema.base]
+    low_rank: list[tuple[Size, ...]] = [(f"elements_{j}",) for j in range(len(schema.low_rank))]
+    low_rank += [(agents + 1, 4) for _ in schema.low_rank]
+    return {**step, **dict(zip(cache_input_names(schema), (*base, *low_rank), strict=True))}
+
+
+def dynamic_shapes(shapes: Iterable[tuple[Size, ...]]) -> tuple[dict[int, Any], ...]:
+    """What `torch.export` is to take as dynamic: named sizes, from 1 on (pages and elements: from 2)."""
+    roots: dict[str, Any] = {}
+
+    def dim(size: str) -> Any:
+        name, _, more = size.partition(" + ")
+        low, high = next(limits for stem, limits in _LIMITS.items() if name.startswith(stem))
+        root = roots.setdefault(name, torch.export.Dim(name, min=low, max=high))
+        return root + int(more) if more else root
+
+    return tuple({i: dim(size) for i, size in enumerate(shape) if isinstance(size, str)} for shape in shapes)
+
+
+def export_graph(
+    graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.dtype, steps: StepKind = "any"
+) -> torch.export.ExportedProgram:
+    """Exports a transformed graph; sizes are those of `input_sizes`."""
     shape = {"any": (2, 3), "decode": (3, 1), "prefill": (1, 3)}[steps]
     inputs = (*example_step(len(schema.agents), *shape).tensors(), *example_cache(schema, kv_dtype).tensors())
+    shapes = dynamic_shapes(input_sizes(schema, steps).values())
     with without_exporter_noise(), torch.no_grad():
-        return torch.export.export(
-            graph, inputs, dynamic_shapes=(*step_shapes, *base_shapes, *low_rank, *tables), strict=False
-        )
+        return torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
 
 
 def tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:

@@ -65,7 +65,8 @@ class LayoutEntry:
 class Manifest:
     """See the field names.
 
-    `compiled`: target -> "layout-attention-kvdtype" -> package. `slot_ranks`, `slot_groups`: see `lragent.slots.Slots`.
+    `compiled`: target -> "layout-attention-kvdtype" -> package, or plan where it is compiled by layer. `unit`: how it
+    is compiled for another machine ("model" or "layer"). `slot_ranks`, `slot_groups`: see `lragent.slots.Slots`.
     """
 
     versions: dict[str, str]
@@ -84,6 +85,7 @@ class Manifest:
     compiled: dict[str, dict[str, FileEntry]] = field(default_factory=dict)
     slot_ranks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     slot_groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    unit: str = "model"
     format: int = FORMAT
 
     def to_json(self) -> str:

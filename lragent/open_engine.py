@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from lragent.artifact import TOKENIZER, Artifact
-from lragent.compile import ProgramFacts, compile_package, eager_call, join, load_package, program, target_name
+from lragent.compile import ProgramFacts, compile_graph, eager_call, join, load_compiled, program, target_name
+from lragent.compiled_files import compiled_file, keep_compiled
 from lragent.errors import RequestError
 from lragent.exported import load_with_weights, tensors_of
 from lragent.kernels.dispatch import graphs
@@ -51,7 +52,7 @@ def program_of_artifact(
         if backend == "eager":
             calls[name] = eager_call(_lowered(artifact, entry, weights, name))
         else:
-            calls[name] = load_package(_package(artifact, entry, weights, name, kv_dtype, allow_compiled), weights)
+            calls[name] = _compiled(artifact, entry, weights, name, kv_dtype, allow_compiled)
     manifest = artifact.manifest
     facts = ProgramFacts(
         schema=entry.schema,
@@ -65,7 +66,13 @@ def program_of_artifact(
 
 
 def program_of_model(
-    loaded: LoadedModel, transformed: Transformed, backend: str, attention: str, device: str, kv_dtype: torch.dtype
+    loaded: LoadedModel,
+    transformed: Transformed,
+    backend: str,
+    attention: str,
+    device: str,
+    kv_dtype: torch.dtype,
+    unit: str,
 ) -> Program:
     """The runnable program of a model in memory."""
     from lragent.passes.pipeline import lower
@@ -77,9 +84,8 @@ def program_of_model(
             calls[name] = eager_call(graph)
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            built = Path(scratch) / "program.pt2"
-            compile_package(graph, transformed.schema, kv_dtype, name, built)
-            calls[name] = load_package(built, tensors_of(transformed.graph))
+            built = compile_graph(graph, transformed.schema, kv_dtype, name, unit, Path(scratch))
+            calls[name] = load_compiled(built.file, transformed.schema, tensors_of(transformed.graph))
     facts = ProgramFacts(
         schema=transformed.schema,
         agents=tuple(AgentFacts(agent.name, agent.digest) for agent in loaded.agents),
@@ -117,25 +123,27 @@ def _lowered(artifact: Artifact, entry: LayoutEntry, weights: Mapping[str, Tenso
     return lower(load_with_weights(artifact.file(entry.program), weights), graph_name)
 
 
-def _package(
+def _compiled(
     artifact: Artifact,
     entry: LayoutEntry,
     weights: Mapping[str, Tensor],
     graph_name: str,
     kv_dtype: torch.dtype,
     allow_compiled: bool,
-) -> Path:
-    """The compiled package for this machine: the artifact's, or one lowered now and kept there."""
+) -> Callable[..., Tensor]:
+    """The compiled graph for this machine: the artifact's, or one lowered now and kept there."""
     key, target = f"{entry.schema.layout}-{graph_name}-{dtype_name(kv_dtype)}", target_name()
     held = artifact.manifest.compiled.get(target, {}).get(key)
     if held is not None and allow_compiled:
-        return artifact.file(held)
+        return load_compiled(compiled_file(artifact, held), entry.schema, weights)
     log.warning("compiling %s for %s; this takes a minute or more for a real model", key, target)
-    built = Path(tempfile.mkdtemp(prefix="lragent-")) / "program.pt2"
-    compile_package(_lowered(artifact, entry, weights, graph_name), entry.schema, kv_dtype, graph_name, built)
-    if allow_compiled:
-        try:
-            artifact.add_package(target, key, built)
-        except OSError as error:
-            log.warning("the package can't be kept in %s (%s): the next load compiles again", artifact.directory, error)
-    return built
+    lowered = _lowered(artifact, entry, weights, graph_name)
+    with tempfile.TemporaryDirectory(prefix="lragent-") as scratch:
+        built = compile_graph(lowered, entry.schema, kv_dtype, graph_name, artifact.manifest.unit, Path(scratch)).file
+        if allow_compiled:
+            try:
+                keep_compiled(artifact, target, key, built)
+            except OSError as error:
+                where = artifact.directory
+                log.warning("the package can't be kept in %s (%s): the next load compiles again", where, error)
+        return load_compiled(built, entry.schema, weights)
