@@ -52,6 +52,8 @@ def convert(
     named = parse_adapters(adapters)
     if update and (overwrite or spare):
         raise typer.BadParameter("--update keeps the artifact's slots; it does not go with --overwrite or --spare")
+    if update and unit != "model":
+        raise typer.BadParameter("--update keeps what is compiled; it does not go with --unit")
     with stages("updating" if update else "converting") as show:
         if update:
             report = lragent.update(out, model_dir, named, show)

@@ -76,7 +76,7 @@ def bind(plan: Plan, runs: Sequence[Run], weights: Mapping[str, Tensor], input_n
     slots = {INPUT + name: slot for slot, name in enumerate(input_names)}
     for call in plan.calls:
         slots |= {name: len(slots) + place for place, name in enumerate(call.outputs)}
-    last = {source: number for number, call in enumerate(plan.calls) for source in call.inputs}
+    last = {source: number for number, call in enumerate(plan.calls) for source in call.inputs if source != plan.result}
     steps = [_step(call, number, runs, weights, slots, last) for number, call in enumerate(plan.calls)]
     return SegmentsCall(steps, len(slots), slots[plan.result])
 

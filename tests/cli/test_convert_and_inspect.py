@@ -13,7 +13,7 @@ from tests.models import WrittenModel
 def test_convert_writes_an_artifact_and_inspect_reads_it(tiny_llama: WrittenModel, tmp_path: Path) -> None:
     out = tmp_path / "m.lragent"
     arguments = ("convert", tiny_llama.model_dir, "--adapters", adapters_option(tiny_llama), "-o", out)
-    converted = call(*arguments, "--layouts", "none", "--json")
+    converted = call(*arguments, "--layouts", "none", "--unit", "layer", "--json")
     assert converted.code == 0, converted.err
     report = converted.json()
     assert report["agents"] == ["plan", "action", "reflect"] and report["out"] == str(out)
@@ -59,6 +59,8 @@ def test_update_adds_an_agent_to_a_spare_slot(tiny_llama: WrittenModel, tmp_path
     assert "base_lr_shared takes less than non_shared: once 2 agents have seen a token" in shown
     refused = call("convert", tiny_llama.model_dir, "--adapters", every, "-o", out, "--update", "--spare", 1)
     assert refused.code == 2 and "--update" in refused.err
+    refused = call("convert", tiny_llama.model_dir, "--adapters", every, "-o", out, "--update", "--unit", "layer")
+    assert refused.code == 2 and "--unit" in refused.err
 
 
 def test_adapters_without_names_take_their_folders(tiny_llama: WrittenModel) -> None:
@@ -69,11 +71,17 @@ def test_adapters_without_names_take_their_folders(tiny_llama: WrittenModel) -> 
 
 def test_the_report_says_what_was_refused() -> None:
     shown = Console(record=True, file=io.StringIO())
-    print_report(ConvertReport(Path("m.lragent"), ("plan", "b"), {"capture": 72.0}, (), "layer 3: [why]"), shown)
+    print_report(
+        ConvertReport(
+            Path("m.lragent"), ("plan", "b"), {"capture": 72.0}, (), "layer 3: [why]", unit_refusal="it has [none]"
+        ),
+        shown,
+    )
     lines = [line.rstrip() for line in shown.export_text().splitlines()]
     assert lines[0] == "wrote m.lragent for plan, b"
     assert lines[1].split() == ["capture", "1", "min", "12", "s"]
     assert lines[2].endswith("only non_shared and full_shared work: layer 3: [why]")
+    assert lines[3] == "compiled whole, not by layer: it has [none]"
 
 
 @pytest.mark.parametrize(

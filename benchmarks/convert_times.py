@@ -1,0 +1,108 @@
+"""Converts random models of several depths, compiled whole and by layer: seconds a stage, loading, and a decode step.
+
+    python -m benchmarks.convert_times [--layers 2,8,30,60] [--sequences 1,8]
+
+All are CPU seconds, those of the C++ compiler included; Inductor's cache of earlier results is a new one each time.
+The models are so narrow (64 channels) that what the units cost of themselves is most of a step. Steps of the two units
+are taken in turn, one thread, median of 31.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch._inductor.utils import fresh_cache
+
+import lragent
+from benchmarks.step import step_inputs
+from lragent.build_artifact import rewrite, write
+from lragent.compile import UNITS
+from lragent.exported import PAGE_SIZE
+from lragent.kernels.step import Program
+from lragent.loading import load_directories
+from lragent.runtime.memory import allocate
+from lragent.runtime.schemes import SCHEMES
+from lragent.stages import Stages
+from tests.models import write_model
+
+SHARING, CONTEXT, REPEATS = "base_lr_shared", 64, 31
+
+
+class Clock:
+    """CPU seconds by stage, of this process and of those that it waited for."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stage, self._since = "", 0.0
+
+    def __call__(self, stage: str) -> None:
+        times = os.times()
+        now = times.user + times.system + times.children_user + times.children_system
+        if self._stage:
+            self.seconds[self._stage] = now - self._since
+        self._stage, self._since = stage, now
+
+
+def convert(model_dir: Path, adapters: Mapping[str, Path], out: Path, unit: str) -> dict[str, float]:
+    clock = Clock()
+    stages = Stages(clock)
+    with fresh_cache():
+        loaded = stages.run("load", lambda: load_directories(model_dir, adapters))
+        programs, refusal = rewrite(loaded, ("split",), stages)
+        write(loaded, programs, refusal, out, ("split",), "auto", False, stages, unit)
+    clock("")
+    return clock.seconds
+
+
+def step_seconds(programs: Mapping[str, Program], sequences: int) -> dict[str, float]:
+    """Median CPU seconds of a decode step of each program, taken in turn."""
+    runs = {}
+    for unit, program in programs.items():
+        pages = 1 + sequences * -(-CONTEXT // PAGE_SIZE)
+        columns, device = SCHEMES[SHARING].columns, torch.device("cpu")
+        cache = allocate(program.schema, columns, pages, PAGE_SIZE, torch.float32, device).tensors
+        runs[unit] = partial(program.run, step_inputs(program, sequences, 1, CONTEXT), cache)
+    found: dict[str, list[float]] = {unit: [] for unit in runs}
+    for _ in range(REPEATS):
+        for unit, run in runs.items():
+            started = time.process_time()
+            run()
+            found[unit].append(time.process_time() - started)
+    return {unit: statistics.median(seconds) for unit, seconds in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", default="2,8,30,60")
+    parser.add_argument("--sequences", default="1,8")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for layers in map(int, options.layers.split(",")):
+        with tempfile.TemporaryDirectory() as scratch:
+            written = write_model(Path(scratch), "llama", targets="qv", layers=layers)
+            programs: dict[str, Program] = {}
+            for unit in UNITS:
+                out = Path(scratch) / f"{unit}.lragent"
+                seconds = convert(written.model_dir, written.adapters, out, unit)
+                started = time.process_time()
+                programs[unit] = lragent.load(out, sharing=SHARING, kv_memory="4MiB").program
+                loading = time.process_time() - started
+                stages = ", ".join(f"{stage} {spent:.1f}" for stage, spent in seconds.items())
+                total = sum(seconds.values())
+                print(f"{layers:3} layers, {unit:5}: {total:6.1f} s ({stages}); loading {loading:.2f} s", flush=True)
+            for sequences in map(int, options.sequences.split(",")):
+                found = step_seconds(programs, sequences)
+                shown = ", ".join(f"{unit} {spent * 1e3:.2f} ms" for unit, spent in found.items())
+                print(f"{layers:3} layers, decode of {sequences}: {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
