@@ -1,16 +1,19 @@
 """Converts random models of several depths, compiled whole and by layer: seconds a stage, loading, and a decode step.
 
     python -m benchmarks.convert_times [--layers 2,8,30,60] [--sequences 1,8]
+    python -m benchmarks.convert_times --model DIR --adapters plan=DIR,action=DIR --dtype bfloat16 --context 512
 
 All are CPU seconds, those of the C++ compiler included; Inductor's cache of earlier results is a new one each time.
-The models are so narrow (64 channels) that what the units cost of themselves is most of a step. Steps of the two units
-are taken in turn, one thread, median of 31.
+The random models are so narrow (64 channels) that what the units cost of themselves is most of a step. Steps of the two
+units are taken in turn, one thread, median of 31. Both read one file of weights: where a file lies in memory makes a
+difference of some percent.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -27,13 +30,14 @@ from lragent.build_artifact import rewrite, write
 from lragent.compile import UNITS
 from lragent.exported import PAGE_SIZE
 from lragent.kernels.step import Program
+from lragent.layouts import dtype_named
 from lragent.loading import load_directories
 from lragent.runtime.memory import allocate
 from lragent.runtime.schemes import SCHEMES
 from lragent.stages import Stages
 from tests.models import write_model
 
-SHARING, CONTEXT, REPEATS = "base_lr_shared", 64, 31
+SHARING, REPEATS = "base_lr_shared", 31
 
 
 class Clock:
@@ -51,25 +55,26 @@ class Clock:
         self._stage, self._since = stage, now
 
 
-def convert(model_dir: Path, adapters: Mapping[str, Path], out: Path, unit: str) -> dict[str, float]:
+def convert(model_dir: Path, adapters: Mapping[str, Path], dtype: str, out: Path, unit: str) -> dict[str, float]:
     clock = Clock()
     stages = Stages(clock)
     with fresh_cache():
-        loaded = stages.run("load", lambda: load_directories(model_dir, adapters))
+        loaded = stages.run("load", lambda: load_directories(model_dir, adapters, dtype))
         programs, refusal = rewrite(loaded, ("split",), stages)
         write(loaded, programs, refusal, out, ("split",), "auto", False, stages, unit)
     clock("")
     return clock.seconds
 
 
-def step_seconds(programs: Mapping[str, Program], sequences: int) -> dict[str, float]:
+def step_seconds(programs: Mapping[str, Program], sequences: int, context: int) -> dict[str, float]:
     """Median CPU seconds of a decode step of each program, taken in turn."""
     runs = {}
     for unit, program in programs.items():
-        pages = 1 + sequences * -(-CONTEXT // PAGE_SIZE)
+        pages = 1 + sequences * -(-context // PAGE_SIZE)
         columns, device = SCHEMES[SHARING].columns, torch.device("cpu")
-        cache = allocate(program.schema, columns, pages, PAGE_SIZE, torch.float32, device).tensors
-        runs[unit] = partial(program.run, step_inputs(program, sequences, 1, CONTEXT), cache)
+        dtype = dtype_named(program.facts["dtype"])
+        cache = allocate(program.schema, columns, pages, PAGE_SIZE, dtype, device).tensors
+        runs[unit] = partial(program.run, step_inputs(program, sequences, 1, context), cache)
     found: dict[str, list[float]] = {unit: [] for unit in runs}
     for _ in range(REPEATS):
         for unit, run in runs.items():
@@ -79,29 +84,46 @@ def step_seconds(programs: Mapping[str, Program], sequences: int) -> dict[str, f
     return {unit: statistics.median(seconds) for unit, seconds in found.items()}
 
 
+def compare(name: str, model_dir: Path, adapters: Mapping[str, Path], options: argparse.Namespace) -> None:
+    """Converts one model in both units and prints what it took."""
+    with tempfile.TemporaryDirectory() as scratch:
+        outs = {unit: Path(scratch) / f"{unit}.lragent" for unit in UNITS}
+        for unit, out in outs.items():
+            seconds = convert(model_dir, adapters, options.dtype, out, unit)
+            stages = ", ".join(f"{stage} {spent:.1f}" for stage, spent in seconds.items())
+            print(f"{name}, {unit:5}: {sum(seconds.values()):6.1f} s ({stages})", flush=True)
+        programs: dict[str, Program] = {}
+        for unit, out in outs.items():
+            if unit != UNITS[0]:
+                shutil.rmtree(out / "weights")
+                (out / "weights").symlink_to(outs[UNITS[0]] / "weights")
+            started = time.process_time()
+            programs[unit] = lragent.load(out, sharing=SHARING, kv_memory="16MiB").program
+            print(f"{name}, {unit:5}: loading {time.process_time() - started:.2f} s", flush=True)
+        for sequences in map(int, options.sequences.split(",")):
+            found = step_seconds(programs, sequences, options.context)
+            shown = ", ".join(f"{unit} {spent * 1e3:.2f} ms" for unit, spent in found.items())
+            print(f"{name}, decode of {sequences}: {shown}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default="2,8,30,60")
     parser.add_argument("--sequences", default="1,8")
+    parser.add_argument("--context", type=int, default=64)
+    parser.add_argument("--model", type=Path, help="this model, and no random ones")
+    parser.add_argument("--adapters", default="", help="its adapters: NAME=DIR,...")
+    parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.model is not None:
+        named = dict(entry.split("=", 1) for entry in options.adapters.split(",") if entry)
+        compare(options.model.name, options.model, {name: Path(folder) for name, folder in named.items()}, options)
+        return
     for layers in map(int, options.layers.split(",")):
         with tempfile.TemporaryDirectory() as scratch:
             written = write_model(Path(scratch), "llama", targets="qv", layers=layers)
-            programs: dict[str, Program] = {}
-            for unit in UNITS:
-                out = Path(scratch) / f"{unit}.lragent"
-                seconds = convert(written.model_dir, written.adapters, out, unit)
-                started = time.process_time()
-                programs[unit] = lragent.load(out, sharing=SHARING, kv_memory="4MiB").program
-                loading = time.process_time() - started
-                stages = ", ".join(f"{stage} {spent:.1f}" for stage, spent in seconds.items())
-                total = sum(seconds.values())
-                print(f"{layers:3} layers, {unit:5}: {total:6.1f} s ({stages}); loading {loading:.2f} s", flush=True)
-            for sequences in map(int, options.sequences.split(",")):
-                found = step_seconds(programs, sequences)
-                shown = ", ".join(f"{unit} {spent * 1e3:.2f} ms" for unit, spent in found.items())
-                print(f"{layers:3} layers, decode of {sequences}: {shown}", flush=True)
+            compare(f"{layers:2} layers", written.model_dir, written.adapters, options)
 
 
 if __name__ == "__main__":
