@@ -72,7 +72,7 @@ def program_of_model(
     attention: str,
     device: str,
     kv_dtype: torch.dtype,
-    unit: str,
+    unit: str = "model",
 ) -> Program:
     """The runnable program of a model in memory."""
     from lragent.passes.pipeline import lower
