@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path, PurePosixPath
 
 from lragent.artifact import Artifact, place, sha256_of
+from lragent.locks import directory_lock
 from lragent.manifest import FileEntry, read_manifest, write_manifest
 from lragent.segments.plan import PLAN, read_plan
 
@@ -55,7 +56,8 @@ def keep_compiled(artifact: Artifact, target: str, key: str, built: Path) -> Non
     Raises:
         OSError: the directory can't be written.
     """
-    entry = place_compiled(built, artifact.directory, target, key)
-    current = read_manifest(artifact.directory)
-    compiled = {**current.compiled, target: {**current.compiled.get(target, {}), key: entry}}
-    write_manifest(dataclasses.replace(current, compiled=compiled), artifact.directory)
+    with directory_lock(artifact.directory):
+        entry = place_compiled(built, artifact.directory, target, key)
+        current = read_manifest(artifact.directory)
+        compiled = {**current.compiled, target: {**current.compiled.get(target, {}), key: entry}}
+        write_manifest(dataclasses.replace(current, compiled=compiled), artifact.directory)
