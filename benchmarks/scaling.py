@@ -1,6 +1,6 @@
 """Tokens a second and cache bytes over concurrent sequences, agents and context; writes figures.json.
 
-    python -m benchmarks.scaling MODEL OUT_DIR [--agents 1,2,4,8,16] [--contexts 512,2048,8192] [--threads 2]
+    python -m benchmarks.scaling MODEL OUT_DIR [--agents 1,2,4,8,16] [--contexts 512,2048,8192] [--read 512,2048]
 
 The model gets random adapters, r = 8 on `--targets` with an A of their own each, and is compiled in bfloat16.
 
@@ -122,7 +122,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--agents", default="1,2,4,8,16")
-    parser.add_argument("--contexts", default="512,2048,8192")
+    parser.add_argument("--contexts", default="512,2048,8192", help="of decode steps")
+    parser.add_argument("--read", default="512,2048", help="contexts that agents read")
     parser.add_argument("--targets", default="q_proj,v_proj")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
@@ -141,7 +142,7 @@ def main() -> None:
     names = [f"agent{number + 1}" for number in range(counts[-1])]
     decode = decode_points(artifact, names[: min(DECODE_AGENTS, len(names))], contexts, options.repeats)
     read = []
-    for context in contexts:
+    for context in map(int, options.read.split(",")):
         for count in counts:
             for scheme in SCHEMES_SHOWN:
                 computed = context * (count if scheme == "non_shared" else 1)
