@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from lragent.errors import CompilerMissing, RequestError
-from lragent.exported import StepKind, export_graph
+from lragent.exported import CPU, StepKind, export_graph
 from lragent.homogeneous import homogeneous_call
 from lragent.kernels.cache_schema import CacheSchema
 from lragent.kernels.step import STEP_INPUTS, AgentFacts, Program, cache_input_names, run_flat
@@ -49,11 +49,16 @@ class ProgramFacts:
     attention: str
 
 
-def target_name(device: str = "cpu") -> str:
-    """Names what a compiled package depends on: device, instruction set, torch version, op signatures."""
-    capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "")
+def target_name(device: torch.device = CPU) -> str:
+    """Names what a compiled package depends on: kind of device, instruction set, torch version, op signatures."""
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+    elif torch.version.hip is not None:
+        capability = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    else:
+        capability = "sm{}{}".format(*torch.cuda.get_device_capability(device))
     version = torch.__version__.split("+")[0]
-    return f"{device}-{capability}-torch{version}-abi{OP_ABI}"
+    return f"{device.type}-{capability.lower().replace(' ', '')}-torch{version}-abi{OP_ABI}"
 
 
 def require_compiler() -> None:
@@ -87,14 +92,20 @@ def require_unit(unit: str) -> None:
 
 
 def compile_graph(
-    graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.dtype, graph_name: str, unit: str, directory: Path
+    graph: fx.GraphModule,
+    schema: CacheSchema,
+    kv_dtype: torch.dtype,
+    graph_name: str,
+    unit: str,
+    directory: Path,
+    device: torch.device = CPU,
 ) -> Compiled:
-    """Compiles a lowered graph into `directory`; what is written holds no weights.
+    """Compiles a lowered graph, whose weights are on `device`, into `directory`; what is written holds no weights.
 
     Args:
         graph_name: which of an attention implementation's graphs it is (`lragent.kernels.dispatch.graphs`).
         unit: "model", all in one package; or "layer", a package for each kind of segment (`lragent.segments`), which a
-            graph that can't be cut is not.
+            graph that can't be cut is not, nor one on a GPU.
 
     Raises:
         CompilerMissing: there is no C++ compiler.
@@ -102,14 +113,14 @@ def compile_graph(
     require_compiler()
     steps = STEPS.get(graph_name, "any")
     refusal = ""
-    if unit == "layer":
+    if unit == "layer" and device.type == "cpu":
         try:
             return Compiled(compile_segments(graph, schema, kv_dtype, steps, directory))
         except CannotCut as error:
             refusal = str(error)
             log.warning("compiled whole: the model can't be compiled by layer: %s", refusal)
     package = directory / PACKAGE
-    write_package(export_graph(graph, schema, kv_dtype, steps), package)
+    write_package(export_graph(graph, schema, kv_dtype, steps, device), package)
     return Compiled(package, refusal)
 
 

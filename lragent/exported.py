@@ -20,6 +20,7 @@ from lragent.kernels.step import STEP_INPUTS, CacheTensors, StepInputs, cache_in
 from lragent.plain_graph import plain_graph
 
 PAGE_SIZE = 32
+CPU = torch.device("cpu")
 StepKind = Literal["any", "decode", "prefill"]
 Size = int | str  # a number, or the name of a size that is known when a step runs ("seqs", "seqs + 1")
 _LIMITS = {
@@ -102,14 +103,19 @@ def dynamic_shapes(shapes: Iterable[tuple[Size, ...]]) -> tuple[dict[int, Any], 
 
 
 def export_graph(
-    graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.dtype, steps: StepKind = "any"
+    graph: fx.GraphModule,
+    schema: CacheSchema,
+    kv_dtype: torch.dtype,
+    steps: StepKind = "any",
+    device: torch.device = CPU,
 ) -> torch.export.ExportedProgram:
-    """Exports a transformed graph; sizes are those of `input_sizes`."""
+    """Exports a transformed graph, whose weights are on `device`; sizes are those of `input_sizes`."""
     shape = {"any": (2, 3), "decode": (3, 1), "prefill": (1, 3)}[steps]
     inputs = (*example_step(len(schema.agents), *shape).tensors(), *example_cache(schema, kv_dtype).tensors())
     shapes = dynamic_shapes(input_sizes(schema, steps).values())
     with without_exporter_noise(), torch.no_grad():
-        return torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
+        there = tuple(tensor.to(device) for tensor in inputs)
+        return torch.export.export(graph, there, dynamic_shapes=shapes, strict=False)
 
 
 def tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
@@ -145,12 +151,20 @@ def load_with_weights(path: Path, weights: Mapping[str, Tensor]) -> fx.GraphModu
     """The graph saved by `save_without_weights`, reading `weights` in place (they are not copied)."""
     with without_exporter_noise():
         graph = plain_graph(torch.export.load(path))
+    put_weights(graph, weights)
+    return graph
+
+
+def put_weights(graph: fx.GraphModule, weights: Mapping[str, Tensor]) -> None:
+    """Makes a graph read `weights` in place of those of the same names; names of one tensor stay tied."""
+    parameters: dict[int, torch.nn.Parameter] = {}
     for name in tensors_of(graph):
         owner_name, _, leaf = name.rpartition(".")
         owner = graph.get_submodule(owner_name)
         weight = weights[name]
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = torch.nn.Parameter(weight, requires_grad=False)
-        else:
+        if leaf not in owner._parameters:
             owner._buffers[leaf] = weight
-    return graph
+            continue
+        if id(weight) not in parameters:
+            parameters[id(weight)] = torch.nn.Parameter(weight, requires_grad=False)
+        owner._parameters[leaf] = parameters[id(weight)]

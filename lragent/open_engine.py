@@ -20,6 +20,7 @@ from lragent.kernels.dispatch import graphs
 from lragent.kernels.step import AgentFacts, Program
 from lragent.layouts import dtype_name, dtype_named
 from lragent.manifest import LayoutEntry
+from lragent.placing import moved, placed
 from lragent.runtime.tokenizer import Tokenizer, TokenizerFile
 
 if TYPE_CHECKING:
@@ -46,13 +47,14 @@ def program_of_artifact(
     allow_compiled: bool,
 ) -> Program:
     """The runnable program of one layout of an artifact."""
-    weights = artifact.weights()
+    place = torch.device(device)
+    weights = moved(artifact.weights(), place)
     calls: dict[str, Callable[..., Tensor]] = {}
     for name in graphs(attention):
         if backend == "eager":
-            calls[name] = eager_call(_lowered(artifact, entry, weights, name))
+            calls[name] = eager_call(_lowered(artifact, entry, weights, name, place))
         else:
-            calls[name] = _compiled(artifact, entry, weights, name, kv_dtype, allow_compiled)
+            calls[name] = _compiled(artifact, entry, weights, name, kv_dtype, allow_compiled, place)
     manifest = artifact.manifest
     facts = ProgramFacts(
         schema=entry.schema,
@@ -117,10 +119,12 @@ def tokenizer_from(source: Any) -> Tokenizer | None:
         return TokenizerFile(Path(scratch) / "tokenizer.json")
 
 
-def _lowered(artifact: Artifact, entry: LayoutEntry, weights: Mapping[str, Tensor], graph_name: str) -> fx.GraphModule:
+def _lowered(
+    artifact: Artifact, entry: LayoutEntry, weights: Mapping[str, Tensor], graph_name: str, device: torch.device
+) -> fx.GraphModule:
     from lragent.passes.pipeline import lower
 
-    return lower(load_with_weights(artifact.file(entry.program), weights), graph_name)
+    return placed(lower(load_with_weights(artifact.file(entry.program), weights), graph_name), device)
 
 
 def _compiled(
@@ -130,16 +134,18 @@ def _compiled(
     graph_name: str,
     kv_dtype: torch.dtype,
     allow_compiled: bool,
+    device: torch.device,
 ) -> Callable[..., Tensor]:
-    """The compiled graph for this machine: the artifact's, or one lowered now and kept there."""
-    key, target = f"{entry.schema.layout}-{graph_name}-{dtype_name(kv_dtype)}", target_name()
+    """The compiled graph for a device of this machine: the artifact's, or one lowered now and kept there."""
+    key, target = f"{entry.schema.layout}-{graph_name}-{dtype_name(kv_dtype)}", target_name(device)
     held = artifact.manifest.compiled.get(target, {}).get(key)
     if held is not None and allow_compiled:
         return load_compiled(compiled_file(artifact, held), entry.schema, weights)
     log.warning("compiling %s for %s; this takes a minute or more for a real model", key, target)
-    lowered = _lowered(artifact, entry, weights, graph_name)
+    lowered = _lowered(artifact, entry, weights, graph_name, device)
     with tempfile.TemporaryDirectory(prefix="lragent-") as scratch:
-        built = compile_graph(lowered, entry.schema, kv_dtype, graph_name, artifact.manifest.unit, Path(scratch)).file
+        unit = artifact.manifest.unit
+        built = compile_graph(lowered, entry.schema, kv_dtype, graph_name, unit, Path(scratch), device).file
         if allow_compiled:
             try:
                 keep_compiled(artifact, target, key, built)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, fx
 
 from lragent.errors import RequestError
+from lragent.exported import put_weights, tensors_of
 
 KINDS = ("cpu", "cuda")  # HIP devices are called cuda, too
 
@@ -28,8 +31,17 @@ def require_device(name: str) -> None:
             )
 
 
+def moved(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Weights on a device; names of one tensor still name one."""
+    there: dict[int, Tensor] = {}
+    for tensor in weights.values():
+        if id(tensor) not in there:
+            there[id(tensor)] = tensor.detach().to(device)
+    return {name: there[id(tensor)] for name, tensor in weights.items()}
+
+
 def placed(graph: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-    """The graph with its weights on a device, and what it creates there as well; the given one is changed.
+    """The graph with its weights on a device (those that are there stay), and what it creates as well; it is changed.
 
     Before:                                      After:
         i = arange(T, device=cpu)                    i = arange(T, device=cuda:0)
@@ -42,15 +54,6 @@ def placed(graph: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     for node in graph.graph.nodes:
         node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
         node.kwargs = {name: device if isinstance(a, torch.device) else a for name, a in node.kwargs.items()}
-    parameters: dict[int, torch.nn.Parameter] = {}
-    buffers: dict[int, Tensor] = {}
-    for module in graph.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                there = torch.nn.Parameter(parameter.detach().to(device), requires_grad=False)
-                module._parameters[name] = parameters.setdefault(id(parameter), there)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffers.setdefault(id(buffer), buffer.to(device))
+    put_weights(graph, moved(tensors_of(graph), device))
     graph.recompile()
     return graph
