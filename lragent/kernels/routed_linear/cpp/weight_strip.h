@@ -1,4 +1,4 @@
-// Products of token rows with a strip of weight rows, which are read where they lie, in their dtype.
+// Products of token rows with a strip of weight rows, which are read where they lie, in their dtype; and their output.
 //
 // Legend: T = tokens, K = input features, S = kStrip weight rows of a projection.
 #pragma once
@@ -69,6 +69,39 @@ inline void strip_products(
   float* rows = at_least(space.rows, kStrip * k_pad);
   to_floats(weight, element, count, k, k, rows, k_pad);
   dot_strip(x, tokens, rows, (count + 3) / 4 * 4, k_pad, space, sums, next.at, next.bytes);
+}
+
+// Tokens of a block, so that their inputs stay in a core's cache while all strips pass by.
+inline int64_t tokens_of_block(int64_t k) { return std::clamp<int64_t>((288 << 10) / (padded(k) * 4) / 6 * 6, 48, 192); }
+
+template <typename T>
+inline void store_strip(const Vec& left, const Vec& right, T* to) {
+  if constexpr (std::is_same_v<T, float>) {
+    left.store(to);
+    right.store(to + W);
+  } else {
+    at::vec::convert_from_float<T>(left, right).store(to);
+  }
+}
+
+// Writes sums plus bias (padded to S, or null) as T, `ld_to` apart.
+template <typename T>
+inline void store_rows(
+    const float* sums, int64_t tokens, int64_t count, const float* bias, T* to, int64_t ld_to) {
+  static const float zeros[kStrip] = {};
+  if (bias == nullptr) bias = zeros;
+  const Vec bias_left = Vec::loadu(bias), bias_right = Vec::loadu(bias + W);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* row = sums + t * kStrip;
+    const Vec left = Vec::loadu(row) + bias_left, right = Vec::loadu(row + W) + bias_right;
+    if (count == kStrip) {
+      store_strip(left, right, to + t * ld_to);
+    } else {
+      T numbers[kStrip];
+      store_strip(left, right, numbers);
+      std::copy_n(numbers, count, to + t * ld_to);
+    }
+  }
 }
 
 }  // namespace lragent
