@@ -73,4 +73,9 @@ def test_page_keeps_lines_without_a_row() -> None:
     row = {"kind": "bloom", "verdict": "not built", "reason": "so", "streams": "", "transforms": ""}
     new = page([row], held)
     assert lines_of(new) == {**held, "bloom": "| bloom | - (not built) |  |  | so |"}
-    assert page([], held) == old
+    assert _without_versions(page([], held)) == _without_versions(old)
+
+
+def _without_versions(page: str) -> list[str]:
+    """Lines of the page but the one that names the installed versions."""
+    return [line for line in page.splitlines() if not line.startswith("transformers ")]
