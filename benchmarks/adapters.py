@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.timing import in_turn
 from lragent.kernels import cpp_library, ops
 
 # Of each group of projections with one input: input channels, and output channels by whether the cache takes it.
@@ -99,27 +100,24 @@ def main() -> None:
             ids = torch.randint(1, agents + 1, (1 if options.one_agent else tokens,)).expand(tokens)
             inputs = {size: torch.randn(tokens, size) for size, _ in GROUPS}
 
-            def run(work: Callable[..., None], *args: object, inputs: dict[int, Tensor] = inputs,
-                    layers: list[list[Group]] = layers) -> float:  # fmt: skip
-                started = time.process_time()
+            def over_layers(work: Callable[..., None], *args: object, inputs: dict[int, Tensor] = inputs,
+                            layers: list[list[Group]] = layers) -> None:  # fmt: skip
                 for groups in layers:
                     for group, (size, _) in zip(groups, GROUPS, strict=True):
                         work(group, inputs[size], *args)
-                return time.process_time() - started
 
-            rounds = [
-                (
-                    run(plain, ids),
-                    run(stacked, ids, mask),
-                    run(routed, ids, routes, False),
-                    run(routed, ids, routes, True),
-                )
-                for _ in range(REPEATS + 1)
-            ][1:]
-            base = statistics.median(r[0] for r in rounds)
+            works = {
+                "base": partial(over_layers, plain, ids),
+                "stacked": partial(over_layers, stacked, ids, mask),
+                "routed_linears, dense": partial(over_layers, routed, ids, routes, False),
+                "routed_linears, split": partial(over_layers, routed, ids, routes, True),
+            }
+            times = in_turn(works, REPEATS)
+            bases = times.pop("base")
+            base = statistics.median(bases)
             found = {
-                name: statistics.median(r[i] / r[0] for r in rounds)
-                for i, name in enumerate(("stacked", "routed_linears, dense", "routed_linears, split"), 1)
+                name: statistics.median(spent / base for spent, base in zip(own, bases, strict=True))
+                for name, own in times.items()
             }
             shown = ", ".join(f"{name} {ratio - 1:+.0%}" for name, ratio in found.items())
             print(f"{agents:3} agents, {tokens:4} tokens: base {base / LAYERS * 1e3:.2f} ms; {shown}")

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from benchmarks.step import measure_machine
+from benchmarks.timing import in_turn
 from lragent.kernels import cpp_library
 from lragent.kernels.cache_schema import LowRankStream
 
@@ -111,18 +111,6 @@ def sdpa(held: Contiguous) -> Tensor:
     return join(attend(held.wide_query, held.wide_key, held.value, scale=DIM**-0.5), held.up)
 
 
-def in_turn(works: Mapping[str, Callable[[int], object]], sets: int, repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each work over its sets, per thread."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats + 1):
-        for name, work in works.items():
-            started = time.process_time()
-            for i in range(sets):
-                work(i)
-            times[name].append((time.process_time() - started) / sets / torch.get_num_threads())
-    return {name: statistics.median(found[1:]) for name, found in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", default="512,2048,8192")
@@ -145,13 +133,15 @@ def main() -> None:
                 sets = SETS if numbers < 16 << 20 else 1
                 ours = [paged(batch, context, options.rank, dtype) for _ in range(sets)]
                 plain = [contiguous(batch, context, options.rank, dtype) for _ in range(sets)]
-                works: dict[str, Callable[[int], object]] = {
-                    "q,v": lambda i, ours=ours: op(*ours[i].without_keys),  # type: ignore[misc]
-                    "q,k,v": lambda i, ours=ours: op(*ours[i].with_keys),  # type: ignore[misc]
-                    "products": lambda i, plain=plain: products(plain[i]),  # type: ignore[misc]
-                    "sdpa": lambda i, plain=plain: sdpa(plain[i]),  # type: ignore[misc]
+                works: dict[str, Callable[[], object]] = {
+                    "q,v": lambda ours=ours: [op(*each.without_keys) for each in ours],  # type: ignore[misc]
+                    "q,k,v": lambda ours=ours: [op(*each.with_keys) for each in ours],  # type: ignore[misc]
+                    "products": lambda plain=plain: [products(each) for each in plain],  # type: ignore[misc]
+                    "sdpa": lambda plain=plain: [sdpa(each) for each in plain],  # type: ignore[misc]
                 }
-                found = in_turn(works, sets, options.repeats)
+                times = in_turn(works, options.repeats)
+                share_of = sets * options.threads
+                found = {name: statistics.median(spent) / share_of for name, spent in times.items()}
                 best = min(("products", "sdpa"), key=found.__getitem__)
                 values, keys = found["q,v"], found["q,k,v"]
                 share = ours[0].bytes_without_keys / values / machine.bandwidth

@@ -18,22 +18,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch._inductor.utils import fresh_cache
 
 import lragent
-from benchmarks.step import step_inputs
+from benchmarks.step import runner, step_inputs
+from benchmarks.timing import in_turn
 from lragent.build_artifact import rewrite, write
 from lragent.compile import UNITS
-from lragent.exported import PAGE_SIZE
 from lragent.kernels.step import Program
-from lragent.layouts import dtype_named
 from lragent.loading import load_directories
-from lragent.runtime.memory import allocate
-from lragent.runtime.schemes import SCHEMES
 from lragent.stages import Stages
 from tests.models import write_model
 
@@ -68,20 +64,11 @@ def convert(model_dir: Path, adapters: Mapping[str, Path], dtype: str, out: Path
 
 def step_seconds(programs: Mapping[str, Program], sequences: int, context: int) -> dict[str, float]:
     """Median CPU seconds of a decode step of each program, taken in turn."""
-    runs = {}
-    for unit, program in programs.items():
-        pages = 1 + sequences * -(-context // PAGE_SIZE)
-        columns, device = SCHEMES[SHARING].columns, torch.device("cpu")
-        dtype = dtype_named(program.facts["dtype"])
-        cache = allocate(program.schema, columns, pages, PAGE_SIZE, dtype, device).tensors
-        runs[unit] = partial(program.run, step_inputs(program, sequences, 1, context), cache)
-    found: dict[str, list[float]] = {unit: [] for unit in runs}
-    for _ in range(REPEATS):
-        for unit, run in runs.items():
-            started = time.process_time()
-            run()
-            found[unit].append(time.process_time() - started)
-    return {unit: statistics.median(seconds) for unit, seconds in found.items()}
+    runs = {
+        unit: runner(program, SHARING, step_inputs(program, sequences, 1, context))
+        for unit, program in programs.items()
+    }
+    return {unit: statistics.median(times) for unit, times in in_turn(runs, REPEATS).items()}
 
 
 def compare(name: str, model_dir: Path, adapters: Mapping[str, Path], options: argparse.Namespace) -> None:

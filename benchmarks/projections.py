@@ -12,7 +12,7 @@ import statistics
 
 import torch
 
-from benchmarks.step import seconds
+from benchmarks.timing import seconds
 from lragent.kernels import cpp_library, ops
 
 SETS = 6

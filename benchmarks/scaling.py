@@ -24,12 +24,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import lragent
-from benchmarks.step import step_inputs
-from lragent.exported import PAGE_SIZE
-from lragent.runtime.memory import allocate
-from lragent.runtime.schemes import SCHEMES
+from benchmarks.step import runner, step_inputs
+from benchmarks.timing import in_turn
 
 SCHEMES_SHOWN = ("non_shared", "base_lr_shared", "full_shared")
+LAYOUT_SCHEMES = {"dense": "full_shared", "split": "base_lr_shared"}
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 MOST_CACHED_TOKENS = 1 << 17  # of one step's sequences: what a machine of 24 GB holds with room
 NEW_TOKENS = 16
@@ -75,27 +74,19 @@ def write_adapters(model_dir: Path, out: Path, count: int, targets: list[str]) -
 def decode_points(artifact: Path, agents: list[str], contexts: list[int], repeats: int) -> list[DecodePoint]:
     programs = {
         name: lragent.load(artifact, sharing=scheme, kv_memory="16MiB", agents=agents).program
-        for name, scheme in (("dense", "full_shared"), ("split", "base_lr_shared"))
+        for name, scheme in LAYOUT_SCHEMES.items()
     }
     points = []
     for context in contexts:
         for sequences in SEQUENCES:
             if sequences * context > MOST_CACHED_TOKENS:
                 continue
-            works = {}
-            for name, program in programs.items():
-                step = step_inputs(program, sequences, 1, context)
-                pages = 1 + sequences * -(-context // PAGE_SIZE)
-                columns = SCHEMES["base_lr_shared"].columns
-                cache = allocate(program.schema, columns, pages, PAGE_SIZE, torch.bfloat16, torch.device("cpu"))
-                works[name] = (program, step, cache)
-            times: dict[str, list[float]] = {name: [] for name in works}
-            for _ in range(repeats + 1):
-                for name, (program, step, cache) in works.items():
-                    started = time.perf_counter()
-                    program.run(step, cache.tensors)
-                    times[name].append(time.perf_counter() - started)
-            found = {name: statistics.median(values[1:]) for name, values in times.items()}
+            works = {
+                name: runner(program, LAYOUT_SCHEMES[name], step_inputs(program, sequences, 1, context))
+                for name, program in programs.items()
+            }
+            times = in_turn(works, repeats, time.perf_counter)
+            found = {name: statistics.median(values) for name, values in times.items()}
             points.append(DecodePoint(sequences, context, found["dense"], found["split"]))
             print(f"decode {sequences:3} x {context:5}: dense {found['dense'] * 1e3:8.1f} ms, "
                   f"split {found['split'] * 1e3:8.1f} ms", flush=True)  # fmt: skip

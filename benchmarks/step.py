@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import lragent
+from benchmarks.timing import seconds
 from lragent.artifact import open_artifact
 from lragent.exported import PAGE_SIZE
-from lragent.kernels.step import CacheTensors, Program, StepInputs
+from lragent.kernels.step import Program, StepInputs
+from lragent.layouts import dtype_named
 from lragent.runtime.memory import allocate
 from lragent.runtime.schemes import SCHEMES
 
@@ -43,17 +45,6 @@ def measure_machine() -> Machine:
     )
 
 
-def seconds(work: Callable[[], object], repeats: int) -> list[float]:
-    """CPU seconds of the process over its threads, after one run to warm up."""
-    work()
-    found = []
-    for _ in range(repeats):
-        started = time.process_time()
-        work()
-        found.append((time.process_time() - started) / torch.get_num_threads())
-    return found
-
-
 def step_inputs(program: Program, sequences: int, tokens: int, context: int) -> StepInputs:
     """Sequences with `tokens` new tokens each at the end of `context` tokens; agents take turns over sequences."""
     size, agents = PAGE_SIZE, len(program.agents)
@@ -73,6 +64,14 @@ def step_inputs(program: Program, sequences: int, tokens: int, context: int) -> 
         context_lens=torch.full((sequences,), context),
         page_table=table,
     )
+
+
+def runner(program: Program, sharing: str, step: StepInputs) -> Callable[[], torch.Tensor]:
+    """Runs a step over a cache of its own that is as large as the step's contexts."""
+    dtype, columns = dtype_named(program.facts["dtype"]), SCHEMES[sharing].columns
+    pages = 1 + step.page_table.numel()
+    cache = allocate(program.schema, columns, pages, PAGE_SIZE, dtype, torch.device("cpu")).tensors
+    return partial(program.run, step, cache)
 
 
 def bound(program: Program, machine: Machine, weights: list[torch.Tensor], size: int, step: StepInputs) -> float:
@@ -105,7 +104,7 @@ def main() -> None:
     machine = measure_machine()
     print(f"read {machine.bandwidth / 1e9:.1f} GB/s, GEMM {machine.gemm / 1e9:.0f} GFLOP/s, {options.threads} threads")
     program = lragent.load(options.artifact, sharing=options.sharing, kv_memory="16MiB").program
-    dtype = getattr(torch, program.facts["dtype"])
+    dtype = dtype_named(program.facts["dtype"])
     held = open_artifact(options.artifact).weights().values()
     matrices = list({t.data_ptr(): t for t in held if t.dim() == 2 and t.is_floating_point()}.values())
     steps = [(int(n), 1, options.context) for n in options.sequences.split(",")]
@@ -113,13 +112,7 @@ def main() -> None:
         steps.append((1, options.prefill, max(options.context, options.prefill)))
     for sequences, tokens, context in steps:
         step = step_inputs(program, sequences, tokens, context)
-        pages = 1 + sequences * -(-context // PAGE_SIZE)
-        columns = SCHEMES[options.sharing].columns
-        cache = allocate(program.schema, columns, pages, PAGE_SIZE, dtype, torch.device("cpu"))
-
-        def run(step: StepInputs = step, cache: CacheTensors = cache.tensors) -> object:
-            return program.run(step, cache)
-
+        run = runner(program, options.sharing, step)
         found = statistics.median(seconds(run, options.repeats))
         least = bound(program, machine, matrices, dtype.itemsize, step)
         kind = "decode" if tokens == 1 else "prefill"

@@ -121,7 +121,8 @@ def write(
                 key = f"{layout}-{name}-{dtype_name(loaded.dtype)}"
                 if key not in kept:
                     work = partial(_compile, programs[layout], loaded.dtype, name, directory, key, unit)
-                    packages[key], unit_refusal = stages.run(f"compile {layout}", work)
+                    packages[key], refused = stages.run(f"compile {layout}", work)
+                    unit_refusal = unit_refusal or refused
         if packages:
             manifest.compiled[target_name()] = {**kept, **packages}
         write_manifest(manifest, directory)

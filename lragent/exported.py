@@ -102,6 +102,19 @@ def dynamic_shapes(shapes: Iterable[tuple[Size, ...]]) -> tuple[dict[int, Any], 
     return tuple({i: dim(size) for i, size in enumerate(shape) if isinstance(size, str)} for shape in shapes)
 
 
+def value_of(size: Size, sizes: Mapping[str, int]) -> int:
+    """A size as a number.
+
+    Args:
+        sizes: a number for "tokens", "seqs", ...; of "elements_0", "elements_1", ... each gets one of its own.
+    """
+    if isinstance(size, int):
+        return size
+    name, _, more = size.partition(" + ")
+    stem, _, number = name.partition("_")
+    return sizes[stem] + int(number or 0) * sizes["tokens"] + int(more or 0)
+
+
 def export_graph(
     graph: fx.GraphModule,
     schema: CacheSchema,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lragent.attention_interface import ATTENTION_NAME, attention_as, own_value
+from lragent.bisection import largest
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +106,7 @@ def mask_reach(model: Any, positions: int, offset: int) -> int:
 
     if as_told(positions) or not as_told(min(_TOKENS, positions)):
         return positions
-    low, high = _TOKENS, min(positions, MOST_POSITIONS)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if as_told(middle) else (low, middle)
-    return low
+    return largest(as_told, _TOKENS, min(positions, MOST_POSITIONS))
 
 
 def _known(mask: Tensor | None, made: list[MaskFunction]) -> MaskFunction | None:

@@ -14,6 +14,7 @@ constant factor, a causal or sliding-window mask, and a bias that is linear in t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -257,9 +258,7 @@ def evaluate(graph: fx.GraphModule, node: fx.Node, tokens: int, known: dict[fx.N
     if node.op == "placeholder":
         return torch.arange(tokens)[None] if node.target == POSITIONS else torch.zeros(1, tokens, dtype=torch.int64)
     if node.op == "get_attr":
-        value: Any = graph
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
+        value: Any = attrgetter(str(node.target))(graph)
     elif node.target is aten.sym_size.int:
         size = node.meta["val"]
         value = int(size) if isinstance(size, int) else tokens

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from lragent.bisection import largest
+
 # No size of a head, so that the axis of tokens is told apart.
 _TOKENS = 11
 
@@ -67,7 +69,7 @@ class _Call:
 
 
 def _reach(call: _Call, positions: int, offset: int) -> int:
-    """The largest count at which the last position leaves the earlier ones' values alone (bisection)."""
+    """The largest count at which the last position leaves the earlier ones' values alone."""
 
     def with_last(last: int) -> Tensor:
         return torch.tensor([[*range(_TOKENS - 1), last]]) + offset
@@ -80,11 +82,7 @@ def _reach(call: _Call, positions: int, offset: int) -> int:
 
     if same(positions):
         return positions
-    low, high = fewest, positions
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if same(middle) else (low, middle)
-    return low
+    return largest(same, fewest, positions)
 
 
 def _calls_with_positions(model: Any, offset: int) -> list[_Call]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 from torch import Tensor, fx
@@ -168,9 +169,7 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 def fetch(graph: fx.GraphModule, node: fx.Node) -> Tensor:
     """The tensor behind a `get_attr` node."""
-    value: object = graph
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
+    value: object = attrgetter(str(node.target))(graph)
     assert isinstance(value, Tensor)
     return value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +10,15 @@ from torch import Tensor, fx
 from torch._dynamo.exc import UserError as ExportRefused
 
 from lragent.artifact import describe_file
-from lragent.exported import Size, StepKind, dynamic_shapes, example_cache, example_step, input_sizes, tensors_of
+from lragent.exported import (
+    StepKind,
+    dynamic_shapes,
+    example_cache,
+    example_step,
+    input_sizes,
+    tensors_of,
+    value_of,
+)
 from lragent.exporter_noise import without_exporter_noise
 from lragent.kernels.cache_schema import CacheSchema
 from lragent.package import write_package
@@ -78,7 +86,7 @@ def _export(segment: Segment, weights: Mapping[str, Tensor]) -> torch.export.Exp
     inputs = tuple(
         weights[source.removeprefix(WEIGHT)].contiguous()
         if source.startswith(WEIGHT)
-        else torch.zeros(_example(shape), dtype=dtype)
+        else torch.zeros([value_of(size, _EXAMPLE) for size in shape], dtype=dtype)
         for source, shape, dtype in zip(segment.inputs, shapes, segment.dtypes, strict=True)
     )
     try:
@@ -86,17 +94,6 @@ def _export(segment: Segment, weights: Mapping[str, Tensor]) -> torch.export.Exp
             return torch.export.export(segment.graph, inputs, dynamic_shapes=dynamic_shapes(shapes), strict=False)
     except ExportRefused as error:
         raise CannotCut(f"a segment can't be exported: {str(error).splitlines()[0]}") from error
-
-
-def _example(shape: Sequence[Size]) -> list[int]:
-    sizes = []
-    for size in shape:
-        if isinstance(size, str):
-            name, _, more = size.partition(" + ")
-            sizes.append(_EXAMPLE[name.partition("_")[0]] + int(more or 0))
-        else:
-            sizes.append(size)
-    return sizes
 
 
 def _file(place: int) -> str:

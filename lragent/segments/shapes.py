@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from lragent.exported import Size
+from lragent.exported import Size, value_of
 
 # Values of the named sizes in the two runs; primes, so that products and sums are not taken for another size.
 _RUNS: tuple[Mapping[str, int], ...] = (
@@ -60,16 +61,8 @@ def forms(graph: fx.GraphModule, inputs: Mapping[str, tuple[tuple[Size, ...], to
     """
     first, second = (_run(graph, inputs, sizes) for sizes in _RUNS)
     names = {name for shape, _ in inputs.values() for name in shape if isinstance(name, str)}
-    named = {tuple(_value(name, sizes) for sizes in _RUNS): name for name in names}
+    named = {tuple(value_of(name, sizes) for sizes in _RUNS): name for name in names}
     return {node: _form(first[node], second[node], named) for node in first}
-
-
-def _value(size: Size, sizes: Mapping[str, int]) -> int:
-    if isinstance(size, int):
-        return size
-    name, _, more = size.partition(" + ")
-    stem, _, number = name.partition("_")
-    return sizes[stem] + int(number or 0) * sizes["tokens"] + int(more or 0)
 
 
 def _run(
@@ -81,9 +74,9 @@ def _run(
         for node in graph.graph.nodes:
             if node.op == "placeholder":
                 shape, dtype = inputs[str(node.target)]
-                found[node] = torch.empty([_value(size, sizes) for size in shape], dtype=dtype)
+                found[node] = torch.empty([value_of(size, sizes) for size in shape], dtype=dtype)
             elif node.op == "get_attr":
-                held = attribute(graph, node)
+                held = attrgetter(str(node.target))(graph)
                 if not isinstance(held, Tensor):
                     raise CannotCut(f"it holds a graph of its own ({node.target})")
                 found[node] = mode.from_tensor(held, static_shapes=True)
@@ -97,14 +90,6 @@ def _run(
             elif node.op != "output":
                 raise CannotCut(f"it holds a graph of its own ({node.target})")
     return found
-
-
-def attribute(graph: fx.GraphModule, node: fx.Node) -> object:
-    """What a `get_attr` node gives: a tensor, or a graph of its own."""
-    value: object = graph
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _form(first: Any, second: Any, named: Mapping[tuple[int, ...], str]) -> Form:
