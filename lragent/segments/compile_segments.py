@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -41,18 +41,24 @@ def compile_segments(
         CannotCut: the graph can't be compiled in segments; says why.
     """
     segments, result = segments_of(graph, schema, kv_dtype, steps)
-    firsts = kinds(segments)
-    packages = sorted(set(firsts))
+    packages, calls = calls_of(segments)
     weights = tensors_of(graph)
     programs = [_export(segments[first], weights) for first in packages]
     for place, program in enumerate(programs):
         write_package(program, directory / _file(place))
-    calls = tuple(
+    files = tuple(describe_file(directory, _file(place)) for place in range(len(packages)))
+    return write_plan(Plan(files, calls, result), directory)
+
+
+def calls_of(segments: Sequence[Segment]) -> tuple[list[int], tuple[Call, ...]]:
+    """Indices of the segments that are compiled, one of each kind, and the calls of all, by place among these."""
+    firsts = kinds(segments)
+    packages = sorted(set(firsts))
+    calls = (
         Call(packages.index(first), segment.inputs, segment.outputs)
         for first, segment in zip(firsts, segments, strict=True)
     )
-    files = tuple(describe_file(directory, _file(place)) for place in range(len(packages)))
-    return write_plan(Plan(files, calls, result), directory)
+    return packages, tuple(calls)
 
 
 def segments_of(

@@ -20,9 +20,9 @@ from lragent.package import Run
 from lragent.passes.pipeline import Transformed, lower, transform
 from lragent.runtime.memory import allocate
 from lragent.segments.build import Segment
-from lragent.segments.compile_segments import segments_of
+from lragent.segments.compile_segments import calls_of, segments_of
 from lragent.segments.kinds import kinds
-from lragent.segments.plan import Call, Plan
+from lragent.segments.plan import Plan
 from lragent.segments.run import SegmentsCall, bind
 from tests.models import write_model
 
@@ -42,11 +42,7 @@ class Chain:
 
     def call(self) -> SegmentsCall:
         """Runs each kind's first segment in place of all that are the same."""
-        firsts = sorted(set(self.kinds))
-        calls = tuple(
-            Call(firsts.index(first), segment.inputs, segment.outputs)
-            for first, segment in zip(self.kinds, self.segments, strict=True)
-        )
+        firsts, calls = calls_of(self.segments)
         runs = [_run(self.segments[first].graph) for first in firsts]
         plan = Plan(tuple(FileEntry("", 0, "") for _ in firsts), calls, self.result)
         return bind(plan, runs, tensors_of(self.whole), (*STEP_INPUTS, *cache_input_names(self.schema)))
