@@ -103,7 +103,10 @@ def _capability() -> str:
 
 
 def _flags() -> tuple[str, ...]:
-    return ("-O3", "-fopenmp", *_INSTRUCTIONS.get(_capability(), ("-DCPU_CAPABILITY=DEFAULT",)))
+    instructions = _INSTRUCTIONS.get(_capability(), ("-DCPU_CAPABILITY=DEFAULT",))
+    # Dot products of bfloat16 pairs, which not every processor with AVX-512 has.
+    pairs = ("-mavx512bf16",) if _capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported() else ()
+    return ("-O3", "-fopenmp", *instructions, *pairs)
 
 
 def _missing_tools() -> list[str]:

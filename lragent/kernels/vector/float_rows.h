@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "vector_math.h"
+#include "products.h"
 
 namespace lragent {
 
@@ -20,6 +20,8 @@ struct Numbers {
   explicit Numbers(const at::Tensor& t) : data(static_cast<const char*>(t.const_data_ptr())), type(t.scalar_type()) {}
 
   explicit Numbers(const float* floats) : data(reinterpret_cast<const char*>(floats)) {}
+  explicit Numbers(const at::BFloat16* numbers)
+      : data(reinterpret_cast<const char*>(numbers)), type(at::kBFloat16) {}
 
   Numbers from(int64_t element) const {
     Numbers rest = *this;
@@ -37,6 +39,7 @@ struct Numbers {
       default: return f(reinterpret_cast<const at::Half*>(data) + element);
     }
   }
+  const at::BFloat16* bfloats() const { return reinterpret_cast<const at::BFloat16*>(data); }
   // The numbers themselves if they are floats in rows that need no padding.
   const float* floats(int64_t element, int64_t columns) const {
     return type == at::kFloat && columns % W == 0 ? reinterpret_cast<const float*>(data) + element : nullptr;

@@ -1,6 +1,6 @@
-// Small dense kernels on float tiles. Legend: M, N, K = sizes of a product, W = floats in a vector register.
+// Registers of floats, and what is done with rows of them. Legend: W = floats in a vector register.
 //
-// Every tile's rows are padded to a multiple of W, so that no loop here has a tail.
+// Every row is padded to a multiple of W, so that no loop here has a tail.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -26,7 +26,7 @@ inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 template <int kLines>
 inline void ask(const char*& ahead) {
 #pragma GCC unroll 4
-  for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + i * 64);
+  for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + i * 64, 0, 2);
   ahead += kLines * 64;
 }
 
@@ -46,159 +46,6 @@ inline Vec load_floats(const T* from) {
     Vec numbers;
     at::vec::load_to_float<T>(from, numbers);
     return numbers;
-  }
-}
-
-// C[m][n] (+)= sum_k A[m][k] * B[k][n] for MR rows and NV vectors of C, which stay in registers.
-// The sum over k is added to C as a whole: sums over a long context then round once a page, not once a key.
-template <int MR, int NV, bool kAccumulate, bool kAhead, typename T>
-inline void product_block(
-    const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t k_size, const char*& ahead) {
-  constexpr int lines = std::max<int>(1, NV * W * sizeof(T) / 64);
-  Vec acc[MR][NV];
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) acc[m][n] = Vec(0.f);
-  }
-  for (int64_t k = 0; k < k_size; ++k) {
-    if constexpr (kAhead) ask<lines>(ahead);
-    Vec row[NV];
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) row[n] = load_floats(b + k * ldb + n * W);
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-      const Vec factor(a[m * lda + k]);
-#pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) acc[m][n] = at::vec::fmadd(factor, row[n], acc[m][n]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) {
-      float* to = c + m * ldc + n * W;
-      (kAccumulate ? Vec::loadu(to) + acc[m][n] : acc[m][n]).store(to);
-    }
-  }
-}
-
-template <int MR, int NV, bool kAccumulate, bool kAhead, typename T>
-inline void product_rows(
-    const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t n_size, int64_t k_size,
-    const char* ahead) {
-  int64_t n = 0;
-  for (; n + NV * W <= n_size; n += NV * W) {
-    product_block<MR, NV, kAccumulate, kAhead>(a, lda, b + n, ldb, c + n, ldc, k_size, ahead);
-  }
-  for (; n < n_size; n += W) product_block<MR, 1, kAccumulate, kAhead>(a, lda, b + n, ldb, c + n, ldc, k_size, ahead);
-}
-
-// C[M][N] (+)= A[M][K] B[K][N]; N is a multiple of W. Register blocks fit the 16 registers of AVX2.
-// With kAhead, as many bytes as B has are asked for from `ahead` on.
-template <bool kAccumulate, bool kAhead = false, typename T>
-inline void product(
-    const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t m_size, int64_t n_size,
-    int64_t k_size, const char* ahead = nullptr) {
-  const int64_t rows = m_size > 8 ? 6 : m_size > 6 ? 4 : m_size;
-  switch (rows) {
-    case 1: product_rows<1, 8, kAccumulate, kAhead>(a, lda, b, ldb, c, ldc, n_size, k_size, ahead); break;
-    case 2: product_rows<2, 4, kAccumulate, kAhead>(a, lda, b, ldb, c, ldc, n_size, k_size, ahead); break;
-    case 3: product_rows<3, 4, kAccumulate, kAhead>(a, lda, b, ldb, c, ldc, n_size, k_size, ahead); break;
-    case 4: product_rows<4, 2, kAccumulate, kAhead>(a, lda, b, ldb, c, ldc, n_size, k_size, ahead); break;
-    case 5: product_rows<5, 2, kAccumulate, kAhead>(a, lda, b, ldb, c, ldc, n_size, k_size, ahead); break;
-    case 6: product_rows<6, 2, kAccumulate, kAhead>(a, lda, b, ldb, c, ldc, n_size, k_size, ahead); break;
-    default: return;
-  }
-  if (m_size > rows) {
-    product<kAccumulate>(a + rows * lda, lda, b, ldb, c + rows * ldc, ldc, m_size - rows, n_size, k_size);
-  }
-}
-
-// Sums of four vectors.
-inline void store_sums(const Vec (&x)[4], float* to) {
-#if defined(CPU_CAPABILITY_AVX2)
-  auto pair = [](__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); };
-  const __m256d low = _mm256_castps_pd(pair(x[0], x[1])), high = _mm256_castps_pd(pair(x[2], x[3]));
-  const __m256 halves = _mm256_add_ps(
-      _mm256_castpd_ps(_mm256_unpacklo_pd(low, high)), _mm256_castpd_ps(_mm256_unpackhi_pd(low, high)));
-  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
-#else
-  for (int i = 0; i < 4; ++i) to[i] = sum_of(x[i]);
-#endif
-}
-
-// Dot products of R queries with four keys. Every vector of the rows asks for kAsks lines, `pace` bytes apart.
-template <int R, int kAsks, typename T>
-inline void dot_block(
-    const float* query, int64_t ld_query, const T* keys, int64_t ld_keys, int64_t dim, float* scores, int64_t ld_scores,
-    const char*& ahead, int64_t pace) {
-  Vec acc[R][4];
-#pragma GCC unroll 4
-  for (int row = 0; row < R; ++row) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) acc[row][i] = Vec(0.f);
-  }
-  for (int64_t d = 0; d < dim; d += W) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kAsks; ++i) {
-      __builtin_prefetch(ahead);
-      ahead += pace;
-    }
-    auto load = [&](int row) { return Vec::loadu(query + row * ld_query + d); };
-    // Sixteen registers hold the sums and either four keys (a query is then read from memory in the multiplication), or
-    // the queries and one key (which must be in a register if its numbers are extended).
-    if constexpr (std::is_same_v<T, float>) {
-      Vec key[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) key[i] = load_floats(keys + i * ld_keys + d);
-#pragma GCC unroll 4
-      for (int row = 0; row < R; ++row) {
-        const Vec chunk = load(row);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) acc[row][i] = at::vec::fmadd(chunk, key[i], acc[row][i]);
-      }
-    } else {
-      Vec chunk[R];
-#pragma GCC unroll 4
-      for (int row = 0; row < R; ++row) chunk[row] = load(row);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const Vec key = load_floats(keys + i * ld_keys + d);
-#pragma GCC unroll 4
-        for (int row = 0; row < R; ++row) acc[row][i] = at::vec::fmadd(chunk[row], key, acc[row][i]);
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int row = 0; row < R; ++row) store_sums(acc[row], scores + row * ld_scores);
-}
-
-// scores[row][j] = query[row] . keys[j] for keys as they lie in a page: a multiple of four, from `count` up.
-// `bytes` are asked for from `ahead` on, evenly: the processor keeps few requests at a time.
-template <typename T>
-inline void dot_products(
-    const float* query, int64_t ld_query, int64_t rows, const T* keys, int64_t ld_keys, int64_t count, int64_t dim,
-    float* scores, int64_t ld_scores, const char* ahead, int64_t bytes) {
-  const int64_t blocks = (rows + 2) / 3, vectors = (count + 3) / 4 * (dim / W) * blocks;
-  const int64_t pace = (bytes + vectors - 1) / vectors;
-  for (int64_t j = 0; j < count; j += 4) {
-    auto block = [&]<int R, int kAsks>(int64_t row, int64_t step) {
-      dot_block<R, kAsks>(
-          query + row * ld_query, ld_query, keys + j * ld_keys, ld_keys, dim, scores + row * ld_scores + j, ld_scores,
-          ahead, step);
-    };
-    auto blocks_of = [&]<int kAsks>(int64_t step) {
-      int64_t row = 0;
-      for (; row + 3 <= rows; row += 3) block.template operator()<3, kAsks>(row, step);
-      if (rows - row == 2) block.template operator()<2, kAsks>(row, step);
-      if (rows - row == 1) block.template operator()<1, kAsks>(row, step);
-    };
-    if (pace > 64) {
-      blocks_of.template operator()<2>((pace + 1) / 2);
-    } else {
-      blocks_of.template operator()<1>(pace);
-    }
   }
 }
 

@@ -111,6 +111,14 @@ class Parts {
   std::vector<float> numbers_;
 };
 
+// Whether queries, cache and LR columns are bfloat16 numbers in rows that can be multiplied in pairs.
+inline bool multiplies_in_pairs(const Call& call) {
+  auto is_bfloat16 = [](const Numbers& numbers) { return numbers.type == at::kBFloat16; };
+  return kMultipliesPairs && is_bfloat16(call.queries) && is_bfloat16(call.k_cache) && is_bfloat16(call.v_cache) &&
+      call.k_low.is_bfloat16() && call.v_low.is_bfloat16() && call.k_dim % (2 * W) == 0 && call.v_dim % (2 * W) == 0 &&
+      call.keys_lie_well();
+}
+
 inline void run_and_write(const Call& call, const Item& item, Parts& parts, Workspace& space) {
   ItemRun(call, item, space).run();
   if (item.partial) {
@@ -173,6 +181,7 @@ inline at::Tensor flash_lora_attention(
   const int64_t slots = k_cache.size(0) * call.page_size;
   call.k_low.read(lr_k, lr_k_table, b_k, call.heads, call.k_dim, slots);
   call.v_low.read(lr_v, lr_v_table, b_v, call.heads, call.v_dim, slots);
+  call.in_pairs = multiplies_in_pairs(call);
   call.out = at::empty({call.tokens, call.query_heads, call.v_dim}, query.options());
 
   const int64_t sequences = context_lens.size(0);
@@ -187,6 +196,9 @@ inline at::Tensor flash_lora_attention(
   for (int64_t token = 0; token < call.tokens; ++token) {
     call.k_low.use(step.agent_ids[token]);
     call.v_low.use(step.agent_ids[token]);
+    if constexpr (kMultipliesPairs) {
+      if (call.in_pairs) call.k_low.use_in_pairs(step.agent_ids[token]);
+    }
   }
   const Plan plan(step, sequences);
   Parts parts(call, plan);

@@ -30,6 +30,7 @@ struct LowRank {
   std::vector<const float*> up;          // [N + 1], each [H][r][padded D]; null where the rank is 0
   std::vector<std::vector<float>> held;  // [N + 1], numbers of `up` that had to be converted or padded
   int64_t widest = 0;                    // padded largest of these ranks
+  std::vector<std::vector<Pair>> up_pairs;  // [N + 1], each [H][r / 2 rounded up][D]: as `up`; filled by `use_in_pairs`
 
   void read(
       const OptionalTensor& lr, const OptionalTensor& lr_table, const OptionalTensor& b, int64_t heads, int64_t dim,
@@ -52,6 +53,7 @@ struct LowRank {
     ranks.assign(agents, 0);
     up.assign(agents, nullptr);
     held.resize(agents);
+    up_pairs.resize(agents);
     up_source = *b;
   }
 
@@ -71,8 +73,27 @@ struct LowRank {
     }
   }
 
+  // After `use`: the same for columns that are multiplied in pairs, two rows of an up-projection at a time.
+  void use_in_pairs(int64_t agent) {
+    if (!present || ranks[agent] == 0 || !up_pairs[agent].empty()) return;
+    const int64_t heads = up_source.size(1), rows = up_source.size(2), dim = up_source.size(3), rank = ranks[agent];
+    up_pairs[agent].resize(heads * pairs_of(rank) * dim);
+    Pair* to = up_pairs[agent].data();
+    const auto* from = Numbers(up_source).from(agent * heads * rows * dim).bfloats();
+    for (int64_t head = 0; head < heads; ++head) {
+      for (int64_t c = 0; c < rank; c += 2, to += dim) {
+        const at::BFloat16* upper = from + (head * rows + c) * dim;
+        interleave(upper, c + 1 < rank ? upper + dim : nullptr, dim, to);
+      }
+    }
+  }
+
   const float* up_of(int64_t agent, int64_t head, int64_t padded_dim) const {
     return up[agent] + head * up_source.size(2) * padded_dim;
+  }
+
+  const Pair* up_pairs_of(int64_t agent, int64_t head) const {
+    return up_pairs[agent].data() + head * pairs_of(ranks[agent]) * up_source.size(3);
   }
 
   // Columns of one page: in place if they are padded floats, else in `scratch`. Row length is padded(rank).
@@ -82,6 +103,34 @@ struct LowRank {
     to_floats(columns, element, count, rank, rank, scratch, padded(rank));
     return scratch;
   }
+
+  // The same for columns of bfloat16, in pairs; a last column that has no other is joined by zero.
+  const Pair* page_in_pairs(int64_t agent, int64_t page, int64_t page_size, int64_t count, std::vector<Pair>& held) const {
+    const int64_t rank = ranks[agent], columns_of_row = pairs_of(rank);
+    const at::BFloat16* from = columns.from(table[agent * 4] + page * page_size * rank).bfloats();
+    if (rank % 2 == 0) return pairs(from);
+    held.resize(count * columns_of_row);
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t c = 0; c < columns_of_row; ++c) {
+        const at::BFloat16* pair = from + j * rank + 2 * c;
+        held[j * columns_of_row + c] = {pair[0], 2 * c + 1 < rank ? pair[1] : at::BFloat16(0.f)};
+      }
+    }
+    return held.data();
+  }
+
+  // The same, two keys at a time, column by column, in rows of padded(rank); a last key alone is joined by zeros.
+  void page_by_keys(int64_t agent, int64_t page, int64_t page_size, int64_t count, Pair* to) const {
+    const int64_t rank = ranks[agent];
+    const at::BFloat16* from = columns.from(table[agent * 4] + page * page_size * rank).bfloats();
+    for (int64_t j = 0; j < count; j += 2, to += padded(rank)) {
+      interleave(from + j * rank, j + 1 < count ? from + (j + 1) * rank : nullptr, rank, to);
+    }
+  }
+
+  static int64_t pairs_of(int64_t rank) { return (rank + 1) / 2; }
+
+  bool is_bfloat16() const { return !present || (columns.type == at::kBFloat16 && up_source.scalar_type() == at::kBFloat16); }
 
  private:
   at::Tensor up_source;
@@ -104,6 +153,7 @@ struct Call {
   float norm_eps;
   ScoreScale score_scale;
   int64_t window;
+  bool in_pairs = false;  // whether bfloat16 numbers are multiplied in pairs
 
   // Whether the key of a token depends on the agent that reads it.
   bool key_by_agent() const { return k_low.present; }
@@ -112,6 +162,10 @@ struct Call {
     if (k_low.present) return static_cast<int64_t>(k_low.ranks.size());
     return v_low.present ? static_cast<int64_t>(v_low.ranks.size()) : -1;
   }
+  // Whether keys in the cache can be read where they lie: in groups of W.
+  bool keys_lie_well() const { return page_size % W == 0 && k_dim % W == 0; }
+  // Whether a key is its base plus the rotation of its LR part, in whole vectors.
+  bool rotates_in_sum() const { return key_is_final && !partner_pairs.empty() && keys_lie_well(); }
   // Whether keys are built in a tile instead of being read in place.
   bool builds_keys() const { return k_low.present || !key_is_final; }
 };

@@ -8,6 +8,8 @@ namespace lragent {
 // Scratch of one thread for the tiles of one page. Rows are padded to W, tiles to a multiple of W rows.
 struct TileScratch {
   std::vector<float> key, delta, cos, sin, columns, value;
+  std::vector<at::BFloat16> rounded_key;
+  std::vector<Pair> column_pairs;
 
   void reserve(const Call& call) {
     const int64_t rows = padded(call.page_size);
@@ -17,6 +19,7 @@ struct TileScratch {
     sin.resize(rows * call.k_pad);
     columns.resize(rows * std::max(call.k_low.widest, call.v_low.widest));
     value.resize(rows * call.v_pad);
+    rounded_key.resize(call.in_pairs ? rows * call.k_pad : 0);
   }
 };
 
@@ -60,27 +63,34 @@ inline void rotate_row(const Call& call, const float* x, const float* cos, const
   }
 }
 
+// LR columns of a page and the up-projection of one head: rows of floats, or of pairs of bfloat16 numbers.
+template <typename N>
+struct LowRankRows {
+  const N *columns, *up;
+  int64_t apart, rank;  // of a row of columns; in `N`
+};
+
 // key[j] = base[j] + rotation of (columns[j] up), for MR keys and one pair of vectors that are each other's partner.
-template <int MR, int kLines, typename T>
+template <int MR, int kLines, typename N, typename T, typename Out>
 inline void rotated_sum_block(
-    const float* columns, int64_t ld_columns, const float* up, int64_t rank, const T* base,
-    const Rotation& rotation, int64_t dim, int64_t d, int64_t other, float* key, const char*& ahead) {
+    const LowRankRows<N>& low, const T* base, const Rotation& rotation, int64_t dim, int64_t d, int64_t other, Out* key,
+    const char*& ahead) {
   Vec x[MR], y[MR];
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m) x[m] = y[m] = Vec(0.f);
-  for (int64_t c = 0; c < rank; ++c) {
-    const Vec up_x = Vec::loadu(up + c * dim + d), up_y = Vec::loadu(up + c * dim + other);
+  for (int64_t c = 0; c < low.rank; ++c) {
+    const auto up_x = load_chunk(low.up + c * dim + d), up_y = load_chunk(low.up + c * dim + other);
 #pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) {
-      const Vec factor(columns[m * ld_columns + c]);
-      x[m] = at::vec::fmadd(factor, up_x, x[m]);
-      y[m] = at::vec::fmadd(factor, up_y, y[m]);
+      const auto factor = spread(low.columns[m * low.apart + c]);
+      x[m] = multiply_add(factor, up_x, x[m]);
+      y[m] = multiply_add(factor, up_y, y[m]);
     }
   }
   ask<kLines>(ahead);
   auto finish = [&](int64_t at, const Vec& own, const Vec& partner) {
-    Vec sum = at::vec::fmadd(Vec::loadu(rotation.cos + at), own, load_floats(base + at));
-    at::vec::fmadd(Vec::loadu(rotation.sin + at), partner, sum).store(key + at);
+    const Vec sum = at::vec::fmadd(Vec::loadu(rotation.cos + at), own, load_floats(base + at));
+    store_numbers(at::vec::fmadd(Vec::loadu(rotation.sin + at), partner, sum), key + at);
   };
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m) {
@@ -90,17 +100,17 @@ inline void rotated_sum_block(
 }
 
 // The same for all keys of a page, in blocks. As many bytes as the bases have are asked for from `ahead` on.
-template <typename T>
+template <typename N, typename T, typename Out>
 inline void rotated_sum(
-    const Call& call, const float* columns, int64_t rank, const float* up, const T* base, const Rotation& rotation,
-    int64_t count, float* key, const char* ahead) {
+    const Call& call, const LowRankRows<N>& low, const T* base, const Rotation& rotation, int64_t count, Out* key,
+    const char* ahead) {
   constexpr int lines = 2 * 4 * W * sizeof(T) / 64;  // two vectors of four keys
-  const int64_t dim = call.k_pad, ld = padded(rank);
+  const int64_t dim = call.k_pad;
   auto block = [&]<int kKeys>(int64_t j) {
     const Rotation here{rotation.cos + j * dim, rotation.sin + j * dim};
+    const LowRankRows<N> rows{low.columns + j * low.apart, low.up, low.apart, low.rank};
     for (auto [d, other] : call.partner_pairs) {
-      rotated_sum_block<kKeys, kKeys == 4 ? lines : 0>(
-          columns + j * ld, ld, up, rank, base + j * dim, here, dim, d, other, key + j * dim, ahead);
+      rotated_sum_block<kKeys, kKeys == 4 ? lines : 0>(rows, base + j * dim, here, dim, d, other, key + j * dim, ahead);
     }
   };
   int64_t j = 0;
@@ -120,40 +130,26 @@ inline void normalize_row(const Call& call, float* row) {
   }
 }
 
-// Keys `[count, k_pad]` of a page as `agent` reads them, in place where they can be, in the cache's dtype then.
-// `columns` are its LR columns there (null if its rank is 0). `ahead` (see `ask`) is used up if keys have to be built:
-// it then points at them, so that asking for it does nothing.
-inline Numbers key_tile(
-    const Call& call, int64_t page, int64_t head, int64_t agent, int64_t count, const float* columns,
-    const Rotation& rotation, TileScratch& scratch, const char*& ahead) {
-  const int64_t element = (page * call.heads + head) * call.page_size * call.k_dim, ld = call.k_pad;
-  // Keys in place are read in groups of W.
-  const bool in_place = call.page_size % W == 0 && call.k_dim % W == 0;
-  if (columns == nullptr && call.key_is_final && in_place) return call.k_cache.from(element);
+// Keys of a page as floats in `scratch.key`, step by step. For `ahead` see `key_tile`.
+inline void build_keys(
+    const Call& call, int64_t element, int64_t head, int64_t agent, int64_t count, const float* columns,
+    const Rotation& rotation, TileScratch& scratch, const char* ahead) {
+  const int64_t ld = call.k_pad;
   float* key = scratch.key.data();
   float* delta = scratch.delta.data();
-  const Numbers result(key);
-  if (columns != nullptr && call.key_is_final && !call.partner_pairs.empty() && in_place) {
-    const float* up = call.k_low.up_of(agent, head, ld);
-    call.k_cache.typed(element, [&](const auto* base) {
-      rotated_sum(call, columns, call.k_low.ranks[agent], up, base, rotation, count, key, ahead);
-    });
-    ahead = result.data;
-    return result;
-  }
   const bool rotates_after_sum = call.rotates && !call.key_is_final;
   float* base = rotates_after_sum ? delta : key;
-  to_floats(call.k_cache, element, count, call.k_dim, call.k_dim, base, ld, std::exchange(ahead, result.data));
+  to_floats(call.k_cache, element, count, call.k_dim, call.k_dim, base, ld, ahead);
   if (columns != nullptr) {
     const int64_t rank = call.k_low.ranks[agent];
-    const float* up = call.k_low.up_of(agent, head, ld);
+    const Rows up{call.k_low.up_of(agent, head, ld), ld};
     if (call.key_is_final && call.rotates) {
-      product<false>(columns, padded(rank), up, ld, delta, ld, count, ld, rank);
+      product<false>(columns, padded(rank), up, delta, ld, count, ld, rank);
       for (int64_t j = 0; j < count; ++j) {
         rotate_row<true>(call, delta + j * ld, rotation.cos + j * ld, rotation.sin + j * ld, key + j * ld);
       }
     } else {
-      product<true>(columns, padded(rank), up, ld, base, ld, count, ld, rank);
+      product<true>(columns, padded(rank), up, base, ld, count, ld, rank);
     }
   }
   if (call.normalizes) {
@@ -164,7 +160,57 @@ inline Numbers key_tile(
       rotate_row<false>(call, delta + j * ld, rotation.cos + j * ld, rotation.sin + j * ld, key + j * ld);
     }
   }
-  return result;
+}
+
+// LR columns of a page as an agent's keys take them; both are null if its rank is 0.
+struct KeyColumns {
+  const float* floats = nullptr;  // [count][padded(rank)]
+  const Pair* pairs = nullptr;    // [count][rank / 2 rounded up], if the sum of base and rotation is all there is to do
+};
+
+inline KeyColumns key_columns(const Call& call, int64_t page, int64_t agent, int64_t count, TileScratch& scratch) {
+  if (!call.key_by_agent() || call.k_low.ranks[agent] == 0) return {};
+  if (call.in_pairs && call.rotates_in_sum()) {
+    return {nullptr, call.k_low.page_in_pairs(agent, page, call.page_size, count, scratch.column_pairs)};
+  }
+  return {call.k_low.page(agent, page, call.page_size, count, scratch.columns.data()), nullptr};
+}
+
+// Keys `[count, k_pad]` of a page as `agent` reads them, in place where they can be, in the cache's dtype then; built
+// ones are floats, or bfloat16 numbers where these are multiplied in pairs. `ahead` (see `ask`) is used up if keys have
+// to be built: it then points at them, so that asking for it does nothing.
+inline Numbers key_tile(
+    const Call& call, int64_t page, int64_t head, int64_t agent, int64_t count, const KeyColumns& columns,
+    const Rotation& rotation, TileScratch& scratch, const char*& ahead) {
+  const int64_t element = (page * call.heads + head) * call.page_size * call.k_dim;
+  const bool is_base = columns.floats == nullptr && columns.pairs == nullptr;
+  if (is_base && call.key_is_final && call.keys_lie_well()) return call.k_cache.from(element);
+  const Numbers built(scratch.key.data());
+  const char* next = std::exchange(ahead, built.data);
+  if constexpr (kMultipliesPairs) {
+    if (call.in_pairs) {
+      at::BFloat16* key = scratch.rounded_key.data();
+      if (columns.pairs != nullptr) {
+        const int64_t rank = LowRank::pairs_of(call.k_low.ranks[agent]);
+        const LowRankRows<Pair> low{columns.pairs, call.k_low.up_pairs_of(agent, head), rank, rank};
+        rotated_sum(call, low, call.k_cache.from(element).bfloats(), rotation, count, key, next);
+      } else {
+        build_keys(call, element, head, agent, count, columns.floats, rotation, scratch, next);
+        for (int64_t i = 0; i < count * call.k_pad; i += W) store_numbers(Vec::loadu(scratch.key.data() + i), key + i);
+      }
+      return Numbers(key);
+    }
+  }
+  if (!is_base && call.rotates_in_sum()) {
+    const int64_t rank = call.k_low.ranks[agent];
+    const LowRankRows<float> low{columns.floats, call.k_low.up_of(agent, head, call.k_pad), padded(rank), rank};
+    call.k_cache.typed(element, [&](const auto* base) {
+      rotated_sum(call, low, base, rotation, count, scratch.key.data(), next);
+    });
+  } else {
+    build_keys(call, element, head, agent, count, columns.floats, rotation, scratch, next);
+  }
+  return built;
 }
 
 // Values `[count, v_pad]` of a page, in place where they can be, in the cache's dtype then.

@@ -17,6 +17,8 @@ constexpr int64_t kRowsForDotProducts = 12;
 // Running state and scratch of one thread. Arrays are indexed [head of the item][row * G + g].
 struct Workspace {
   std::vector<float> query, scores, out, reduced, maximum, total, packed;
+  std::vector<at::BFloat16> rounded_weights;  // as `scores`, where weights are multiplied in pairs
+  std::vector<Pair> value_columns;            // LR columns of a page's values, two keys at a time
   TileScratch tile;
 };
 
@@ -32,6 +34,8 @@ class ItemRun {
     scores_ld_ = tile_keys_ + W;
     space.query.resize(all * call.k_pad);
     space.scores.resize(all * scores_ld_);
+    space.rounded_weights.resize(call.in_pairs ? all * scores_ld_ : 0);
+    space.value_columns.resize(call.in_pairs ? (call.page_size + 1) / 2 * reduced_ld_ : 0);
     space.out.assign(all * call.v_pad, 0.f);
     space.reduced.assign(all * reduced_ld_, 0.f);
     space.maximum.assign(all, kMinusInfinity);
@@ -59,11 +63,19 @@ class ItemRun {
       for (size_t row = 0; row < item_.rows.size(); ++row) {
         const int64_t head = (item_.first_head + h) * call_.group;
         const int64_t element = (item_.rows[row].token * call_.query_heads + head) * call_.k_dim;
-        float* to = space_.query.data() + (h * rows_ + static_cast<int64_t>(row) * call_.group) * call_.k_pad;
-        to_floats(call_.queries, element, call_.group, call_.k_dim, call_.k_dim, to, call_.k_pad);
+        const int64_t at = (h * rows_ + static_cast<int64_t>(row) * call_.group) * call_.k_pad;
+        if (call_.in_pairs) {
+          std::copy_n(call_.queries.from(element).bfloats(), call_.group * call_.k_dim, rounded_query() + at);
+        } else {
+          float* to = space_.query.data() + at;
+          to_floats(call_.queries, element, call_.group, call_.k_dim, call_.k_dim, to, call_.k_pad);
+        }
       }
     }
   }
+
+  // Queries in pairs take the same place, half of it.
+  at::BFloat16* rounded_query() const { return reinterpret_cast<at::BFloat16*>(space_.query.data()); }
 
   // Calls f(first row, row count, agent) for each run of rows that see key `first` and have one agent.
   template <typename F>
@@ -91,42 +103,55 @@ class ItemRun {
     if (call_.builds_keys()) rotation = rotation_of(call_, first, count, space_.tile);
     if (!call_.key_by_agent()) {
       const int64_t row = first_seeing(first) * call_.group;
-      score_rows(tile_first, first, count, page, row, rows_ - row, 0, nullptr, rotation);
+      score_rows(tile_first, first, count, page, row, rows_ - row, 0, {}, rotation);
       return;
     }
     for_agents(first, [&](int64_t row, int64_t rows, int64_t agent) {
-      const float* columns = nullptr;
-      if (call_.k_low.ranks[agent] > 0) {
-        columns = call_.k_low.page(agent, page, call_.page_size, count, space_.tile.columns.data());
-      }
+      const KeyColumns columns = key_columns(call_, page, agent, count, space_.tile);
       score_rows(tile_first, first, count, page, row, rows, agent, columns, rotation);
     });
   }
 
   void score_rows(
       int64_t tile_first, int64_t first, int64_t count, int64_t page, int64_t row, int64_t rows, int64_t agent,
-      const float* columns, const Rotation& rotation) {
+      const KeyColumns& columns, const Rotation& rotation) {
     for (int64_t h = 0; h < heads_; ++h) {
       const char* ahead = next_tile(call_.k_cache, call_.k_dim, first, h);
       const Numbers keys =
           key_tile(call_, page, item_.first_head + h, agent, count, columns, rotation, space_.tile, ahead);
-      const float* query = space_.query.data() + (h * rows_ + row) * call_.k_pad;
-      float* scores = space_.scores.data() + (h * rows_ + row) * scores_ld_ + first - tile_first;
+      const int64_t at = h * rows_ + row, dim = call_.k_pad, bytes = keys.bytes(count * dim);
+      float* scores = space_.scores.data() + at * scores_ld_ + first - tile_first;
+      if constexpr (kMultipliesPairs) {
+        if (call_.in_pairs) {
+          const at::BFloat16 *query = rounded_query() + at * dim, *key = keys.bfloats();
+          if (few_rows()) {
+            dot_products(query, dim, rows, key, dim, count, dim, scores, scores_ld_, ahead, bytes);
+          } else {
+            multiply_transposed(pairs(query), rows, pairs(key), dim / 2, count, scores);
+          }
+          continue;
+        }
+      }
+      const float* query = space_.query.data() + at * dim;
       if (few_rows()) {
         keys.typed(0, [&](const auto* key) {
-          const int64_t dim = call_.k_pad;
-          dot_products(query, dim, rows, key, dim, count, dim, scores, scores_ld_, ahead, keys.bytes(count * dim));
+          dot_products(query, dim, rows, key, dim, count, dim, scores, scores_ld_, ahead, bytes);
         });
       } else {
-        multiply_transposed(query, rows, floats(keys, count, call_.k_pad, space_.tile.key), count, scores);
+        multiply_transposed(query, rows, floats(keys, count, dim, space_.tile.key), dim, count, scores);
       }
     }
   }
 
-  void multiply_transposed(const float* query, int64_t rows, const float* keys, int64_t count, float* scores) {
+  // Rows are of `dim` floats, or of `dim` pairs, which are as wide.
+  template <typename N>
+  void multiply_transposed(
+      const N* query, int64_t rows, const N* keys, int64_t dim, int64_t count, float* scores) {
+    static_assert(sizeof(N) == sizeof(float));
     const int64_t columns = padded(count);
-    transpose(keys, columns, call_.k_pad, space_.packed.data(), columns);
-    product<false>(query, call_.k_pad, space_.packed.data(), columns, scores, scores_ld_, rows, columns, call_.k_pad);
+    transpose(reinterpret_cast<const float*>(keys), columns, dim, space_.packed.data(), columns);
+    const Rows packed{reinterpret_cast<const N*>(space_.packed.data()), columns};
+    product<false>(query, dim, packed, scores, scores_ld_, rows, columns, dim);
   }
 
   bool few_rows() const { return rows_ <= kRowsForDotProducts; }
@@ -150,12 +175,23 @@ class ItemRun {
         const float correction = softmax_row(
             space_.scores.data() + at * scores_ld_, low, high, count, call_.score_scale, space_.maximum[at],
             space_.total[at]);
+        if constexpr (kMultipliesPairs) {
+          if (call_.in_pairs) round_weights(at, count);
+        }
         if (correction != 1.f) {
           scale_row(space_.out.data() + at * call_.v_pad, call_.v_pad, correction);
           scale_row(space_.reduced.data() + at * reduced_ld_, reduced_ld_, correction);
         }
       }
     }
+  }
+
+  // Weights of a row as bfloat16 numbers, and a zero that makes a pair of the last one.
+  void round_weights(int64_t at, int64_t count) {
+    const float* weights = space_.scores.data() + at * scores_ld_;
+    at::BFloat16* rounded = space_.rounded_weights.data() + at * scores_ld_;
+    for (int64_t j = 0; j < count; j += W) store_numbers(Vec::loadu(weights + j), rounded + j);
+    rounded[count] = 0.f;
   }
 
   // The page after that of key `first`, or that page if it is the last.
@@ -174,32 +210,71 @@ class ItemRun {
     const int64_t page = item_.pages[first / call_.page_size], row = first_seeing(first) * call_.group;
     for (int64_t h = 0; h < heads_; ++h) {
       const Numbers values = value_tile(call_, page, item_.first_head + h, count, space_.tile);
-      const int64_t at = h * rows_ + row;
-      const float* weights = space_.scores.data() + at * scores_ld_ + first - tile_first;
-      float* out = space_.out.data() + at * call_.v_pad;
-      auto add = [&]<bool kAhead>(const auto* value, const char* ahead) {
-        product<true, kAhead>(
-            weights, scores_ld_, value, call_.v_pad, out, call_.v_pad, rows_ - row, call_.v_pad, count, ahead);
-      };
+      const int64_t at = h * rows_ + row, ld = call_.v_pad, place = at * scores_ld_ + first - tile_first;
+      const float* weights = space_.scores.data() + place;
+      const char* ahead = next_tile(call_.v_cache, call_.v_dim, first, h);
+      if constexpr (kMultipliesPairs) {
+        if (call_.in_pairs) {
+          const at::BFloat16* value = values.bfloats();
+          const Pair* weight_pairs = pairs(space_.rounded_weights.data() + place);
+          weigh_rows(weight_pairs, scores_ld_ / 2, RowPairs{value, ld}, count / 2, at, row, ahead);
+          if (count % 2 == 1) {
+            const Rows last{value + (count - 1) * ld, ld};
+            weigh_rows(weights + count - 1, scores_ld_, last, 1, at, row, ahead);
+          }
+          continue;
+        }
+      }
       if (few_rows()) {
-        const char* ahead = next_tile(call_.v_cache, call_.v_dim, first, h);
-        values.typed(0, [&](const auto* value) { add.template operator()<true>(value, ahead); });
+        values.typed(0, [&](const auto* value) {
+          weigh_rows(weights, scores_ld_, Rows{value, ld}, count, at, row, ahead);
+        });
       } else {
-        add.template operator()<false>(floats(values, count, call_.v_pad, space_.tile.value), nullptr);
+        const Rows extended{floats(values, count, ld, space_.tile.value), ld};
+        weigh_rows(weights, scores_ld_, extended, count, at, row, ahead);
       }
     }
-    if (!call_.v_low.present) return;
+    if (call_.v_low.present) reduce_columns(tile_first, first, count, page);
+  }
+
+  // out += weights values, for a head's rows from `row` on, which are `at` and following.
+  template <typename A, typename B>
+  void weigh_rows(
+      const A* weights, int64_t apart, const B& values, int64_t keys, int64_t at, int64_t row, const char* ahead) {
+    const int64_t ld = call_.v_pad, rows = rows_ - row;
+    float* out = space_.out.data() + at * ld;
+    if (few_rows()) {
+      product<true, true>(weights, apart, values, out, ld, rows, ld, keys, ahead);
+    } else {
+      product<true>(weights, apart, values, out, ld, rows, ld, keys);
+    }
+  }
+
+  // reduced += weights times LR columns of a page's values.
+  void reduce_columns(int64_t tile_first, int64_t first, int64_t count, int64_t page) {
     for_agents(first, [&](int64_t begin, int64_t rows, int64_t agent) {
-      const int64_t rank = call_.v_low.ranks[agent];
+      const int64_t rank = call_.v_low.ranks[agent], width = padded(rank);
       if (rank == 0) return;
-      const float* columns = call_.v_low.page(agent, page, call_.page_size, count, space_.tile.columns.data());
-      for (int64_t h = 0; h < heads_; ++h) {
-        const int64_t at = h * rows_ + begin;
-        const float* weights = space_.scores.data() + at * scores_ld_ + first - tile_first;
-        product<true>(
-            weights, scores_ld_, columns, padded(rank), space_.reduced.data() + at * reduced_ld_,
-            reduced_ld_, rows, padded(rank), count);
+      // Rows of all heads follow each other if all are this agent's.
+      const bool all = rows == rows_;
+      auto reduce = [&](const auto* weights, int64_t apart, const auto& columns, int64_t keys) {
+        for (int64_t h = 0; h < (all ? 1 : heads_); ++h) {
+          const int64_t at = h * rows_ + begin;
+          product<true>(
+              weights + at * apart, apart, columns, space_.reduced.data() + at * reduced_ld_, reduced_ld_,
+              all ? heads_ * rows_ : rows, width, keys);
+        }
+      };
+      if constexpr (kMultipliesPairs) {
+        if (call_.in_pairs) {
+          call_.v_low.page_by_keys(agent, page, call_.page_size, count, space_.value_columns.data());
+          const Rows columns{static_cast<const Pair*>(space_.value_columns.data()), width};
+          reduce(pairs(space_.rounded_weights.data() + first - tile_first), scores_ld_ / 2, columns, (count + 1) / 2);
+          return;
+        }
       }
+      const float* columns = call_.v_low.page(agent, page, call_.page_size, count, space_.tile.columns.data());
+      reduce(space_.scores.data() + first - tile_first, scores_ld_, Rows{columns, width}, count);
     });
   }
 
@@ -212,7 +287,7 @@ class ItemRun {
         const int64_t at = h * rows_ + begin;
         const float* up = call_.v_low.up_of(agent, item_.first_head + h, call_.v_pad);
         product<true>(
-            space_.reduced.data() + at * reduced_ld_, reduced_ld_, up, call_.v_pad,
+            space_.reduced.data() + at * reduced_ld_, reduced_ld_, Rows{up, call_.v_pad},
             space_.out.data() + at * call_.v_pad, call_.v_pad, rows, call_.v_pad, rank);
       }
     });

@@ -42,18 +42,21 @@ inline void add_routed(const LinearCall& call, const Up& up, int64_t first, int6
       const int64_t begin = *token++;  // of tokens that follow each other
       while (token != end && *token == token[-1] + 1 && *token < token0 + tokens) ++token;
       product<true>(
-          low + begin * call.low_columns + up.low_column(route), call.low_columns, rows, apart,
+          low + begin * call.low_columns + up.low_column(route), call.low_columns, Rows{rows, apart},
           sums + (begin - token0) * kStrip, kStrip, token[-1] + 1 - begin, kStrip, route.rank);
     }
   }
 }
 
 // Inputs of tokens, side by side: where they lie if they follow each other, or copied.
-inline const float* gathered(const LinearCall& call, const int64_t* begin, const int64_t* end, StripSpace& space) {
-  const int64_t k_pad = padded(call.k), tokens = end - begin;
-  if (end[-1] - *begin == tokens - 1) return call.x + *begin * k_pad;
-  float* rows = at_least(space.inputs, tokens * k_pad);
-  for (int64_t i = 0; i < tokens; ++i) std::copy_n(call.x + begin[i] * k_pad, k_pad, rows + i * k_pad);
+inline Numbers gathered(const LinearCall& call, const int64_t* begin, const int64_t* end, StripSpace& space) {
+  const int64_t tokens = end - begin;
+  if (end[-1] - *begin == tokens - 1) return call.x.from(*begin * call.x_ld);
+  Numbers rows(at_least(space.inputs, tokens * call.x_ld));
+  rows.type = call.x.type;
+  const int64_t bytes = rows.bytes(call.x_ld);
+  auto* to = reinterpret_cast<char*>(space.inputs.data());
+  for (int64_t i = 0; i < tokens; ++i) std::copy_n(call.x.at(begin[i] * call.x_ld), bytes, to + i * bytes);
   return rows;
 }
 
@@ -72,7 +75,7 @@ inline void run_own_strip(const LinearCall& call, const OwnStrip& strip, const N
 
 inline std::vector<OwnStrip> own_strips(const LinearCall& call) {
   std::vector<OwnStrip> strips;
-  const int64_t block = tokens_of_block(call.k);
+  const int64_t block = tokens_of_block(call);
   for (int64_t i = 0; i < static_cast<int64_t>(call.ups.size()); ++i) {
     const Up& up = call.ups[i];
     if (!up.own) continue;

@@ -37,11 +37,11 @@ struct Projection {
   std::vector<float> bias;
   int64_t up = -1;
   int64_t low_first = -1;  // its first column of `low`, if it is a down-projection
-  at::Tensor product;      // x @ weight.T, [T, features], if oneDNN computed it
 };
 
 struct LinearCall {
-  const float* x = nullptr;  // [T, padded K]
+  Numbers x;          // [T, x_ld]: bfloat16 numbers if they are multiplied in pairs, else floats
+  int64_t x_ld = 0;   // K, padded for floats
   int64_t tokens = 0, k = 0, columns = 0, low_columns = 0, last_agent = 0;
   std::vector<Projection> projections;
   std::vector<Up> ups;
@@ -51,6 +51,11 @@ struct LinearCall {
   at::Tensor out;               // [T, N]
   at::Tensor low;               // [T, R] floats: outputs of down-projections, or own columns of them
 };
+
+// Tokens of a block, so that their inputs stay in a core's cache while all strips pass by.
+inline int64_t tokens_of_block(const LinearCall& call) {
+  return std::clamp<int64_t>((288 << 10) / call.x.bytes(call.x_ld) / 6 * 6, 48, 192);
+}
 
 inline std::vector<float> bias_numbers(const at::Tensor& bias, int64_t features) {
   TORCH_CHECK(bias.numel() == features && is_supported(bias.scalar_type()), "a bias must be [", features, "] floats");

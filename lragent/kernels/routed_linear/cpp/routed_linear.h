@@ -7,15 +7,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 #include <c10/util/Exception.h>
 
 #include "adapter_columns.h"
 
 namespace lragent {
-
-// Tokens from which oneDNN's bfloat16 products pay for bringing a weight into its layout.
-constexpr int64_t kTokensForOneDnn = 64;
 
 // A strip of one projection.
 struct Strip {
@@ -37,13 +33,8 @@ inline void run_strip(
   const int64_t count = rows_of(call, strip);
   float* sums = at_least(space.sums, tokens * kStrip);
   if (projection.up >= 0) ask_for_routed(call, call.ups[projection.up], strip.first);
-  if (projection.product.defined()) {
-    const int64_t element = token0 * projection.features + strip.first;
-    to_floats(Numbers(projection.product), element, tokens, count, projection.features, sums, kStrip);
-  } else {
-    strip_products(
-        call.x + token0 * padded(call.k), tokens, projection.weight, strip.first, count, call.k, next, space, sums);
-  }
+  strip_products(
+      call.x.from(token0 * call.x_ld), tokens, projection.weight, strip.first, count, call.k, next, space, sums);
   const int64_t column = projection.first + strip.first, at = token0 * call.columns + column;
   const float* bias = projection.bias.empty() ? nullptr : projection.bias.data() + strip.first;
   if (projection.low_first >= 0) {
@@ -60,7 +51,7 @@ inline void run_strip(
 }
 
 inline void run_strips(const LinearCall& call, const std::vector<Strip>& strips) {
-  const int64_t block = tokens_of_block(call.k), count = static_cast<int64_t>(strips.size());
+  const int64_t block = tokens_of_block(call), count = static_cast<int64_t>(strips.size());
   const int64_t work = call.tokens * call.k;  // of a strip
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(work, 1));
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
@@ -74,28 +65,27 @@ inline void run_strips(const LinearCall& call, const std::vector<Strip>& strips)
   });
 }
 
-// Rows of `x` as floats padded to a multiple of W; `held` keeps them if they had to be copied.
-inline const float* float_inputs(const at::Tensor& x, int64_t tokens, int64_t k, at::Tensor& held) {
-  if (const float* in_place = Numbers(x).floats(0, k)) return in_place;
-  const int64_t k_pad = padded(k);
-  held = at::empty({tokens, k_pad}, x.options().dtype(at::kFloat));
-  float* to = held.mutable_data_ptr<float>();
-  at::parallel_for(0, tokens, std::max<int64_t>(1, (1 << 15) / k_pad), [&](int64_t begin, int64_t end) {
-    to_floats(Numbers(x), begin * k, end - begin, k, k, to + begin * k_pad, k_pad);
-  });
-  return to;
+// Whether all that multiplies the inputs does so in pairs.
+inline bool multiplies_in_pairs(const LinearCall& call, const at::Tensor& x) {
+  auto fits = [&](const Numbers& rows) { return multiplies_in_pairs(Numbers(x), rows, call.k); };
+  return std::all_of(
+             call.projections.begin(), call.projections.end(), [&](const auto& each) { return fits(each.weight); }) &&
+      std::all_of(call.ups.begin(), call.ups.end(), [&](const Up& up) { return !up.own || fits(up.down_rows); });
 }
 
-// Where the processor multiplies bfloat16 (about twice as fast as floats), oneDNN does so for many tokens.
-inline void multiply_bfloat16(LinearCall& call, const at::Tensor& x, at::TensorList weights) {
-  static const bool can = __builtin_cpu_supports("avx512bf16");
-  if (!can || x.scalar_type() != at::kBFloat16 || call.tokens < kTokensForOneDnn) return;
-  const at::Tensor rows = x.reshape({call.tokens, call.k});
-  for (size_t i = 0; i < call.projections.size(); ++i) {
-    Projection& projection = call.projections[i];
-    if (projection.low_first >= 0 || weights[i].scalar_type() != at::kBFloat16) continue;
-    projection.product = at::linear(rows, weights[i]);
-  }
+// Gives the call its inputs: where they lie, or as floats padded to a multiple of W, which `held` keeps.
+inline void read_inputs(LinearCall& call, const at::Tensor& x, at::Tensor& held) {
+  call.x = Numbers(x);
+  call.x_ld = call.k;
+  if (multiplies_in_pairs(call, x) || call.x.floats(0, call.k) != nullptr) return;
+  const Numbers numbers = call.x;
+  call.x_ld = padded(call.k);
+  held = at::empty({call.tokens, call.x_ld}, x.options().dtype(at::kFloat));
+  call.x = Numbers(held);
+  float* to = held.mutable_data_ptr<float>();
+  at::parallel_for(0, call.tokens, std::max<int64_t>(1, (1 << 15) / call.x_ld), [&](int64_t begin, int64_t end) {
+    to_floats(numbers, begin * call.k, end - begin, call.k, call.k, to + begin * call.x_ld, call.x_ld);
+  });
 }
 
 inline at::Tensor routed_linears(
@@ -116,8 +106,7 @@ inline at::Tensor routed_linears(
     call.low = at::empty({call.tokens, call.low_columns}, x.options().dtype(at::kFloat));
   }
   at::Tensor held;
-  call.x = float_inputs(inputs, call.tokens, call.k, held);
-  multiply_bfloat16(call, inputs, tensors);
+  read_inputs(call, inputs, held);
   std::vector<Strip> downs, others;
   for (size_t i = 0; i < call.projections.size(); ++i) {
     const Projection& projection = call.projections[i];

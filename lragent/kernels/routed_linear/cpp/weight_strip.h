@@ -9,8 +9,8 @@ namespace lragent {
 
 // Output features that are computed together: two vectors of a register block.
 constexpr int64_t kStrip = 2 * W;
-// Features of a sum that is computed in one go: four rows of a strip then stay in the innermost cache.
-constexpr int64_t kFeaturesForDotProducts = 768;
+// Bytes of inputs whose products are summed in one go: four rows of a strip then stay in the innermost cache.
+constexpr int64_t kBytesForDotProducts = 3072;
 // Up to so many tokens, numbers of half precision are extended while they are read, not once before.
 constexpr int64_t kTokensForInPlace = 9;
 
@@ -26,12 +26,13 @@ inline float* at_least(std::vector<float>& numbers, int64_t count) {
 
 // sums[t][s] = x[t] . rows[s] for `count` rows, a multiple of four, that lie `k_pad` apart; `bytes` are asked for from
 // `ahead` on (see `ask`).
-template <typename T>
+template <typename X, typename T>
 inline void dot_strip(
-    const float* x, int64_t tokens, const T* rows, int64_t count, int64_t k_pad, StripSpace& space, float* sums,
+    const X* x, int64_t tokens, const T* rows, int64_t count, int64_t k_pad, StripSpace& space, float* sums,
     const char* ahead, int64_t bytes) {
-  const int64_t parts = (k_pad + kFeaturesForDotProducts - 1) / kFeaturesForDotProducts;
-  const int64_t features = padded((k_pad + parts - 1) / parts), bytes_a_part = bytes / parts;
+  constexpr int64_t most = kBytesForDotProducts / static_cast<int64_t>(sizeof(X)), chunk = 2 * W;
+  const int64_t parts = (k_pad + most - 1) / most, bytes_a_part = bytes / parts;
+  const int64_t features = ((k_pad + parts - 1) / parts + chunk - 1) / chunk * chunk;
   for (int64_t begin = 0; begin < k_pad; begin += features) {
     float* part = begin == 0 ? sums : at_least(space.part, tokens * kStrip);
     dot_products(
@@ -54,25 +55,37 @@ inline Next rows_from(const Numbers& weight, int64_t first, int64_t count, int64
   return {weight.at(first * k), weight.bytes(count * k)};
 }
 
-// sums[t][s] = x[t] . weight[first + s] for `tokens` rows of x, `[T, padded K]`, and `count` <= S rows of a weight
-// `[rows, K]`. Sums past `count` are undefined.
+// Whether a weight's rows are multiplied with `x`, `[T, K]`, in pairs: as they lie, both.
+inline bool multiplies_in_pairs(const Numbers& x, const Numbers& weight, int64_t k) {
+  return kMultipliesPairs && x.type == at::kBFloat16 && weight.type == at::kBFloat16 && k % (2 * W) == 0;
+}
+
+// sums[t][s] = x[t] . weight[first + s] for `tokens` rows of x, `[T, K]` bfloat16 numbers to be multiplied in pairs or
+// `[T, padded K]` floats, and `count` <= S rows of a weight `[rows, K]`. Sums past `count` are undefined.
 inline void strip_products(
-    const float* x, int64_t tokens, const Numbers& weight, int64_t first, int64_t count, int64_t k, const Next& next,
+    const Numbers& x, int64_t tokens, const Numbers& weight, int64_t first, int64_t count, int64_t k, const Next& next,
     StripSpace& space, float* sums) {
-  const int64_t k_pad = padded(k), element = first * k;
-  const bool as_they_lie = count % 4 == 0 && k == k_pad;
-  if (as_they_lie && (tokens <= kTokensForInPlace || weight.type == at::kFloat)) {
+  const int64_t k_pad = padded(k), element = first * k, whole = (count + 3) / 4 * 4;
+  if (x.type == at::kBFloat16) {
+    const at::BFloat16* rows = weight.from(element).bfloats();
+    if (count != whole) {  // dot products read four rows at a time
+      auto* copy = reinterpret_cast<at::BFloat16*>(at_least(space.rows, kStrip * k));
+      std::copy_n(rows, count * k, copy);
+      rows = copy;
+    }
+    dot_strip(x.bfloats(), tokens, rows, whole, k, space, sums, next.at, next.bytes);
+    return;
+  }
+  const auto* floats = reinterpret_cast<const float*>(x.data);
+  if (count == whole && k == k_pad && (tokens <= kTokensForInPlace || weight.type == at::kFloat)) {
     weight.typed(
-        element, [&](const auto* rows) { dot_strip(x, tokens, rows, count, k, space, sums, next.at, next.bytes); });
+        element, [&](const auto* rows) { dot_strip(floats, tokens, rows, count, k, space, sums, next.at, next.bytes); });
     return;
   }
   float* rows = at_least(space.rows, kStrip * k_pad);
   to_floats(weight, element, count, k, k, rows, k_pad);
-  dot_strip(x, tokens, rows, (count + 3) / 4 * 4, k_pad, space, sums, next.at, next.bytes);
+  dot_strip(floats, tokens, rows, whole, k_pad, space, sums, next.at, next.bytes);
 }
-
-// Tokens of a block, so that their inputs stay in a core's cache while all strips pass by.
-inline int64_t tokens_of_block(int64_t k) { return std::clamp<int64_t>((288 << 10) / (padded(k) * 4) / 6 * 6, 48, 192); }
 
 template <typename T>
 inline void store_strip(const Vec& left, const Vec& right, T* to) {
