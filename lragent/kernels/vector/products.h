@@ -160,11 +160,12 @@ inline auto load_factor(const T* from) {
   }
 }
 
-// Dot products of R queries with four keys. Every vector of the rows asks for kAsks lines, `pace` bytes apart.
+// Dot products of R queries with four keys. Every vector of the rows asks for kAsks lines, `pace` bytes apart; returns
+// where to go on asking.
 template <int R, int kAsks, typename Q, typename T>
-inline void dot_block(
+[[gnu::always_inline]] inline const char* dot_block(
     const Q* query, int64_t ld_query, const T* keys, int64_t ld_keys, int64_t dim, float* scores, int64_t ld_scores,
-    const char*& ahead, int64_t pace) {
+    const char* ahead, int64_t pace) {
   constexpr bool in_pairs = kInPairs<Q, T>;
   Vec acc[R][4];
 #pragma GCC unroll 8
@@ -206,6 +207,27 @@ inline void dot_block(
   }
 #pragma GCC unroll 8
   for (int row = 0; row < R; ++row) store_sums(acc[row], scores + row * ld_scores);
+  return ahead;
+}
+
+// Queries are cut into `blocks` blocks of R, and of R - 1 after the first `of_most`.
+template <int R, int kAsks, typename Q, typename T>
+inline void dot_blocks(
+    const Q* query, int64_t ld_query, int64_t blocks, int64_t of_most, const T* keys, int64_t ld_keys, int64_t count,
+    int64_t dim, float* scores, int64_t ld_scores, const char* ahead, int64_t pace) {
+  for (int64_t j = 0; j < count; j += 4) {
+    const T* key = keys + j * ld_keys;
+    const Q* from = query;
+    float* to = scores + j;
+    for (int64_t i = 0; i < of_most; ++i, from += R * ld_query, to += R * ld_scores) {
+      ahead = dot_block<R, kAsks>(from, ld_query, key, ld_keys, dim, to, ld_scores, ahead, pace);
+    }
+    if constexpr (R > 1) {
+      for (int64_t i = of_most; i < blocks; ++i, from += (R - 1) * ld_query, to += (R - 1) * ld_scores) {
+        ahead = dot_block<R - 1, kAsks>(from, ld_query, key, ld_keys, dim, to, ld_scores, ahead, pace);
+      }
+    }
+  }
 }
 
 // scores[row][j] = query[row] . keys[j] for keys as they lie in a page: a multiple of four, from `count` up.
@@ -215,38 +237,35 @@ template <typename Q, typename T>
 inline void dot_products(
     const Q* query, int64_t ld_query, int64_t rows, const T* keys, int64_t ld_keys, int64_t count, int64_t dim,
     float* scores, int64_t ld_scores, const char* ahead, int64_t bytes) {
+  if (rows == 0) return;
   constexpr int64_t chunk = kInPairs<Q, T> ? 2 * W : W;
   const int64_t blocks = (rows + kDotRows - 1) / kDotRows, vectors = (count + 3) / 4 * (dim / chunk) * blocks;
-  const int64_t pace = (bytes + vectors - 1) / vectors;
-  for (int64_t j = 0; j < count; j += 4) {
-    auto block = [&]<int R, int kAsks>(int64_t row, int64_t step) {
-      dot_block<R, kAsks>(
-          query + row * ld_query, ld_query, keys + j * ld_keys, ld_keys, dim, scores + row * ld_scores + j, ld_scores,
-          ahead, step);
-    };
-    auto blocks_of = [&]<int kAsks>(int64_t step) {
-      int64_t row = 0;
-      for (int64_t left = blocks; left > 0; --left) {
-        const int64_t size = (rows - row + left - 1) / left;
-        switch (size) {
-          case 1: block.template operator()<1, kAsks>(row, step); break;
-          case 2: block.template operator()<2, kAsks>(row, step); break;
-          case 3: block.template operator()<3, kAsks>(row, step); break;
-          case 4: if constexpr (kDotRows > 3) block.template operator()<4, kAsks>(row, step); break;
-          case 5: if constexpr (kDotRows > 3) block.template operator()<5, kAsks>(row, step); break;
-          default: if constexpr (kDotRows > 3) block.template operator()<6, kAsks>(row, step); break;
-        }
-        row += size;
-      }
-    };
-    // A line each time at least, so that none is left out.
+  const int64_t pace = (bytes + vectors - 1) / vectors, most = (rows + blocks - 1) / blocks;
+  auto run = [&]<int R, int kAsks>() {
+    dot_blocks<R, kAsks>(
+        query, ld_query, blocks, rows - (R - 1) * blocks, keys, ld_keys, count, dim, scores, ld_scores, ahead,
+        (pace + kAsks - 1) / kAsks);
+  };
+  auto with_asks = [&]<int R>() {  // a line each time at most, so that none is left out
     if (pace > 128) {
-      blocks_of.template operator()<4>((pace + 3) / 4);
+      run.template operator()<R, 4>();
     } else if (pace > 64) {
-      blocks_of.template operator()<2>((pace + 1) / 2);
+      run.template operator()<R, 2>();
     } else {
-      blocks_of.template operator()<1>(pace);
+      run.template operator()<R, 1>();
     }
+  };
+  if constexpr (kDotRows > 3) {
+    switch (most) {
+      case 4: return with_asks.template operator()<4>();
+      case 5: return with_asks.template operator()<5>();
+      case 6: return with_asks.template operator()<6>();
+    }
+  }
+  switch (most) {
+    case 1: return with_asks.template operator()<1>();
+    case 2: return with_asks.template operator()<2>();
+    default: return with_asks.template operator()<3>();
   }
 }
 

@@ -96,6 +96,13 @@ struct LowRank {
     return up_pairs[agent].data() + head * pairs_of(ranks[agent]) * up_source.size(3);
   }
 
+  // Asks for an agent's columns of a page, which lie where no page before them tells.
+  void ask_for(int64_t agent, int64_t page, int64_t page_size) const {
+    const int64_t bytes = columns.bytes(page_size * ranks[agent]);
+    const char* at = columns.at(table[agent * 4]) + page * bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+  }
+
   // Columns of one page: in place if they are padded floats, else in `scratch`. Row length is padded(rank).
   const float* page(int64_t agent, int64_t page, int64_t page_size, int64_t count, float* scratch) const {
     const int64_t rank = ranks[agent], element = table[agent * 4] + page * page_size * rank;
@@ -136,6 +143,11 @@ struct LowRank {
   at::Tensor up_source;
 };
 
+// First channels of two vectors that are each other's partner, or twice the same one.
+struct VectorPair {
+  int64_t first, second;
+};
+
 struct Call {
   at::Tensor query, out;
   int64_t tokens, query_heads, heads, group, k_dim, v_dim, k_pad, v_pad, page_size;
@@ -146,8 +158,8 @@ struct Call {
   int64_t positions = 0;
   std::vector<int64_t> partner;         // [k_dim]
   std::vector<int64_t> partner_vector;  // per W channels: first partner if the partners are consecutive, else -1
-  // First channels of two vectors that are each other's partner (or twice the same one); empty if some vector has none.
-  std::vector<std::pair<int64_t, int64_t>> partner_pairs;
+  // All vectors; empty if some have no partner.
+  std::vector<VectorPair> partner_pairs;
   std::vector<float> norm_weight;       // [k_pad]
   std::vector<float> sinks;             // [Hq]
   float norm_eps;
@@ -200,7 +212,7 @@ inline void read_rotation(Call& call, const at::Tensor& cos, const at::Tensor& s
   for (int64_t d = 0; d < call.k_pad; d += W) {
     const int64_t other = call.partner_vector[d / W];
     if (other < 0 || other % W != 0 || call.partner_vector[other / W] != d) return call.partner_pairs.clear();
-    if (d <= other) call.partner_pairs.emplace_back(d, other);
+    if (d <= other) call.partner_pairs.push_back({d, other});
   }
 }
 

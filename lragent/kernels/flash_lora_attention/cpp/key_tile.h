@@ -71,51 +71,56 @@ struct LowRankRows {
 };
 
 // key[j] = base[j] + rotation of (columns[j] up), for MR keys and one pair of vectors that are each other's partner.
-template <int MR, int kLines, typename N, typename T, typename Out>
-inline void rotated_sum_block(
-    const LowRankRows<N>& low, const T* base, const Rotation& rotation, int64_t dim, int64_t d, int64_t other, Out* key,
+template <int MR, bool kAhead, typename N, typename T, typename Out>
+[[gnu::always_inline]] inline void rotated_sum_block(
+    const LowRankRows<N>& low, const T* base, const Rotation& rotation, int64_t dim, VectorPair pair, Out* key,
     const char*& ahead) {
+  constexpr int lines = std::max<int>(1, 2 * MR * W * sizeof(T) / 64);
   Vec x[MR], y[MR];
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m) x[m] = y[m] = Vec(0.f);
-  for (int64_t c = 0; c < low.rank; ++c) {
-    const auto up_x = load_chunk(low.up + c * dim + d), up_y = load_chunk(low.up + c * dim + other);
+  const N *up_x = low.up + pair.first, *up_y = low.up + pair.second;
+  for (int64_t c = 0; c < low.rank; ++c, up_x += dim, up_y += dim) {
+    const auto left = load_chunk(up_x), right = load_chunk(up_y);
 #pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) {
       const auto factor = spread(low.columns[m * low.apart + c]);
-      x[m] = multiply_add(factor, up_x, x[m]);
-      y[m] = multiply_add(factor, up_y, y[m]);
+      x[m] = multiply_add(factor, left, x[m]);
+      y[m] = multiply_add(factor, right, y[m]);
     }
   }
-  ask<kLines>(ahead);
+  if constexpr (kAhead) ask<lines>(ahead);
   auto finish = [&](int64_t at, const Vec& own, const Vec& partner) {
     const Vec sum = at::vec::fmadd(Vec::loadu(rotation.cos + at), own, load_floats(base + at));
     store_numbers(at::vec::fmadd(Vec::loadu(rotation.sin + at), partner, sum), key + at);
   };
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m) {
-    finish(m * dim + d, x[m], y[m]);
-    if (other != d) finish(m * dim + other, y[m], x[m]);
+    finish(m * dim + pair.first, x[m], y[m]);
+    if (pair.second != pair.first) finish(m * dim + pair.second, y[m], x[m]);
   }
 }
 
 // The same for all keys of a page, in blocks. As many bytes as the bases have are asked for from `ahead` on.
 template <typename N, typename T, typename Out>
 inline void rotated_sum(
-    const Call& call, const LowRankRows<N>& low, const T* base, const Rotation& rotation, int64_t count, Out* key,
+    const Call& call, LowRankRows<N> low, const T* base, Rotation rotation, int64_t count, Out* key,
     const char* ahead) {
-  constexpr int lines = 2 * 4 * W * sizeof(T) / 64;  // two vectors of four keys
   const int64_t dim = call.k_pad;
-  auto block = [&]<int kKeys>(int64_t j) {
-    const Rotation here{rotation.cos + j * dim, rotation.sin + j * dim};
-    const LowRankRows<N> rows{low.columns + j * low.apart, low.up, low.apart, low.rank};
-    for (auto [d, other] : call.partner_pairs) {
-      rotated_sum_block<kKeys, kKeys == 4 ? lines : 0>(rows, base + j * dim, here, dim, d, other, key + j * dim, ahead);
+  auto blocks = [&]<int kKeys>(int64_t end) {
+    for (; end > 0; end -= kKeys) {
+      for (const VectorPair pair : call.partner_pairs) {
+        rotated_sum_block<kKeys, kKeys == 4>(low, base, rotation, dim, pair, key, ahead);
+      }
+      low.columns += kKeys * low.apart;
+      base += kKeys * dim;
+      key += kKeys * dim;
+      rotation.cos += kKeys * dim;
+      rotation.sin += kKeys * dim;
     }
   };
-  int64_t j = 0;
-  for (; j + 4 <= count; j += 4) block.template operator()<4>(j);
-  for (; j < count; ++j) block.template operator()<1>(j);
+  blocks.template operator()<4>(count / 4 * 4);
+  blocks.template operator()<1>(count % 4);
 }
 
 inline void normalize_row(const Call& call, float* row) {

@@ -107,6 +107,7 @@ class ItemRun {
       return;
     }
     for_agents(first, [&](int64_t row, int64_t rows, int64_t agent) {
+      if (few_rows()) call_.k_low.ask_for(agent, next_page(first), call_.page_size);
       const KeyColumns columns = key_columns(call_, page, agent, count, space_.tile);
       score_rows(tile_first, first, count, page, row, rows, agent, columns, rotation);
     });
@@ -255,6 +256,7 @@ class ItemRun {
     for_agents(first, [&](int64_t begin, int64_t rows, int64_t agent) {
       const int64_t rank = call_.v_low.ranks[agent], width = padded(rank);
       if (rank == 0) return;
+      if (few_rows()) call_.v_low.ask_for(agent, next_page(first), call_.page_size);
       // Rows of all heads follow each other if all are this agent's.
       const bool all = rows == rows_;
       auto reduce = [&](const auto* weights, int64_t apart, const auto& columns, int64_t keys) {
