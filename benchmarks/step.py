@@ -3,7 +3,8 @@
     python -m benchmarks.step ARTIFACT [--sharing base_lr_shared] [--context 512] [--sequences 1,8,32] [--prefill 512]
 
 The bound of a step is the time to read what it must read (weights once, every sequence's cache) at the measured read
-bandwidth, or its floating point operations at the measured GEMM rate, whichever is longer. One thread unless told.
+bandwidth, or its floating point operations at the rate of a GEMM of the artifact's dtype, whichever is longer. One
+thread unless told.
 """
 
 from __future__ import annotations
@@ -29,19 +30,21 @@ from lragent.runtime.schemes import SCHEMES
 
 @dataclass(frozen=True)
 class Machine:
-    """What the bound is derived from: bytes a second read from memory, float32 operations a second in a large GEMM."""
+    """What the bound is derived from: bytes a second read from memory, operations a second in a large GEMM."""
 
     bandwidth: float
     gemm: float
 
 
-def measure_machine() -> Machine:
-    """Best of several runs: the machine's limit, not its usual speed."""
+def measure_machine(dtype: torch.dtype = torch.float32) -> Machine:
+    """Best of several runs: the machine's limit, not its usual speed. Where a processor has no instructions for the
+    GEMM's dtype, float32 is the faster way, and the limit."""
     numbers = torch.randn(64 << 20)
-    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    factors = [torch.randn(1024, 1024), torch.randn(1024, 1024)]
+    spent = [min(seconds(lambda f=f: torch.mm(*f), 7)) for f in (factors, [f.to(dtype) for f in factors])]  # type: ignore[misc]
     return Machine(
         bandwidth=numbers.numel() * 4 / min(seconds(lambda: numbers.sum(), 7)),
-        gemm=2 * 1024**3 / min(seconds(lambda: left @ right, 7)),
+        gemm=2 * 1024**3 / min(spent),
     )
 
 
@@ -101,10 +104,10 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="show the ops that take longest")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    machine = measure_machine()
-    print(f"read {machine.bandwidth / 1e9:.1f} GB/s, GEMM {machine.gemm / 1e9:.0f} GFLOP/s, {options.threads} threads")
     program = lragent.load(options.artifact, sharing=options.sharing, kv_memory="16MiB").program
     dtype = dtype_named(program.facts["dtype"])
+    machine = measure_machine(dtype)
+    print(f"read {machine.bandwidth / 1e9:.1f} GB/s, GEMM {machine.gemm / 1e9:.0f} GFLOP/s, {options.threads} threads")
     held = open_artifact(options.artifact).weights().values()
     matrices = list({t.data_ptr(): t for t in held if t.dim() == 2 and t.is_floating_point()}.values())
     steps = [(int(n), 1, options.context) for n in options.sequences.split(",")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -186,3 +187,14 @@ def assert_as_exact_as_reference(function: Any, values: dict[str, Any]) -> None:
     own = float((plain.double() - exact).abs().max())
     rounding = torch.finfo(found.dtype).eps * float(exact.abs().max())
     assert float((found.double() - exact).abs().max()) <= 2 * own + rounding
+
+
+def assert_as_exact_as_half_precision(function: Any, values: dict[str, Any]) -> None:
+    """The error to float64 is at most twice that of the reference computed in the query's dtype, of half precision."""
+    exact = call(reference.flash_lora_attention, in_double(values))
+    found = call(function, values)
+    with mock.patch.object(reference, "compute_dtype", lambda dtype: dtype):
+        plain = call(reference.flash_lora_attention, values)
+    assert plain.dtype == found.dtype == values["query"].dtype
+    own, error = (float((x.double() - exact).abs().max()) for x in (plain, found))
+    assert error <= 2 * own

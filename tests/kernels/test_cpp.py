@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from lragent.kernels import cpp_library
-from tests.kernels.attention_cases import ARGUMENTS, CASES, Case, assert_as_exact_as_reference, call, rounded
+from tests.kernels.attention_cases import (
+    ARGUMENTS,
+    CASES,
+    Case,
+    assert_as_exact_as_half_precision,
+    assert_as_exact_as_reference,
+    call,
+    rounded,
+)
 
 pytestmark = pytest.mark.skipif(not cpp_library.is_obtainable(), reason="no C++ compiler or no ninja")
 
@@ -70,6 +78,22 @@ def test_usual_and_odd_sizes(dims: tuple[int, int, int], cache_dtype: torch.dtyp
         )
         assert_as_exact_as_reference(OP, case.build())
         assert_as_exact_as_reference(OP, replace(case, final=False, norm=True).build())
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, ""])
+@pytest.mark.parametrize("dims", [(64, 64, 32), (32, 96, 16), (128, 64, 48), (64, 64, 8)], ids=str)
+def test_bfloat16_numbers_in_pairs(dims: tuple[int, int, int], shape: str) -> None:
+    """Sizes that some processors multiply in pairs, but for a page of eight tokens; ranks are odd, even and zero."""
+    k_dim, v_dim, page_size = dims
+    for rope in ("half", "interleaved", ""):
+        case = Case(
+            "pairs", k_dim=k_dim, v_dim=v_dim, page_size=page_size, rope=rope, ranks=(8, 0, 17),
+            cache_dtype=torch.bfloat16,
+        )  # fmt: skip
+        if shape:
+            case = replace(case, sequences=SHAPES[shape])
+        assert_as_exact_as_half_precision(OP, case.build(torch.bfloat16))
+        assert_as_exact_as_half_precision(OP, replace(case, final=False, norm=True).build(torch.bfloat16))
 
 
 @pytest.mark.usefixtures("_three_threads")

@@ -15,10 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lragent.kernels.flash_lora_attention import reference
 from lragent.kernels.flash_lora_attention.triton.launch import Plan, flash_lora_attention
 from lragent.kernels.flash_lora_attention.triton.variants import Tiles
-from tests.kernels.attention_cases import CASES, Case, assert_as_exact_as_reference, call, in_double
+from tests.kernels.attention_cases import (
+    CASES,
+    Case,
+    assert_as_exact_as_half_precision,
+    assert_as_exact_as_reference,
+)
 from tests.kernels.interpreter import shim
 
 SMALL = Plan(decode=Tiles(8, 32, 16, 4, 1), prefill=Tiles(32, 16, 16, 4, 1), splits=3)
@@ -66,16 +70,8 @@ def test_other_tiles(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("case", FEATURES.values(), ids=FEATURES)
-def test_half_precision(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = replace(case, cache_dtype=dtype).build(dtype)
-    exact = call(reference.flash_lora_attention, in_double(values))
-    found = call(watched(LARGE), values)
-    with monkeypatch.context() as patch:
-        patch.setattr(reference, "compute_dtype", lambda dtype: dtype)
-        plain = call(reference.flash_lora_attention, values)
-    assert plain.dtype == found.dtype == dtype
-    own, error = (float((x.double() - exact).abs().max()) for x in (plain, found))
-    assert error <= 2 * own
+def test_half_precision(case: Case, dtype: torch.dtype) -> None:
+    assert_as_exact_as_half_precision(watched(LARGE), replace(case, cache_dtype=dtype).build(dtype))
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16], ids=str)

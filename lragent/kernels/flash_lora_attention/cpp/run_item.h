@@ -10,7 +10,7 @@
 namespace lragent {
 
 // Numbers of scores held at once (they should stay in a core's cache).
-constexpr int64_t kScoreNumbers = 24 * 1024;
+constexpr int64_t kScoreNumbers = 48 * 1024;
 // Up to so many rows, dot products over the keys in place beat transposing them.
 constexpr int64_t kRowsForDotProducts = 12;
 
