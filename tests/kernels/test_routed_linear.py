@@ -59,6 +59,8 @@ CASES = [
     Case(2, 576),
     Case(5, 100),
     Case(9, 64, features=(64, 32, 16), ranks=(8, 8, 8)),
+    Case(3, 96, features=(260, 200, 64)),
+    Case(4, 576, features=(64, 576, 128), ranks=(16, 3, 5), own=True),
     Case(12, 70, ranks=(1, 128, 5)),
     Case(130, 36),
     Case(300, 800, features=(33, 192, 1)),
@@ -114,6 +116,19 @@ def test_cpp_is_as_exact_as_plain_pytorch(case: Case, dtype: torch.dtype) -> Non
     found = ops.routed_linears(*arguments)
     assert found.dtype == dtype
     assert (found.double() - truth).abs().max() <= 2 * allowed
+
+
+@needs_cpp
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_threads_do_not_change_a_bit(tokens: int) -> None:
+    cpp_library.load()
+    arguments = Case(tokens, 1024, features=(1280, 2016, 72)).arguments(torch.bfloat16)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(ops.routed_linears(*arguments))
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
 
 
 @needs_cpp

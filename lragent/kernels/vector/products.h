@@ -130,17 +130,24 @@ inline __m256 half_sums(const Vec& x) {
 }
 #endif
 
-// Sums of four vectors.
-inline void store_sums(const Vec (&x)[4], float* to) {
+// Sums of four vectors, `apart` from each other.
+inline void store_sums(const Vec (&x)[4], float* to, int64_t apart) {
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
   auto pair = [](__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); };
   const __m256d low = _mm256_castps_pd(pair(half_sums(x[0]), half_sums(x[1]))),
                 high = _mm256_castps_pd(pair(half_sums(x[2]), half_sums(x[3])));
   const __m256 halves = _mm256_add_ps(
       _mm256_castpd_ps(_mm256_unpacklo_pd(low, high)), _mm256_castpd_ps(_mm256_unpackhi_pd(low, high)));
-  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+  if (apart == 1) {
+    _mm_storeu_ps(to, sums);
+  } else {
+    alignas(16) float numbers[4];
+    _mm_store_ps(numbers, sums);
+    for (int i = 0; i < 4; ++i) to[i * apart] = numbers[i];
+  }
 #else
-  for (int i = 0; i < 4; ++i) to[i] = sum_of(x[i]);
+  for (int i = 0; i < 4; ++i) to[i * apart] = sum_of(x[i]);
 #endif
 }
 
@@ -160,12 +167,30 @@ inline auto load_factor(const T* from) {
   }
 }
 
-// Dot products of R queries with four keys. Every vector of the rows asks for kAsks lines, `pace` bytes apart; returns
-// where to go on asking.
+// Keys as they lie: blocks of four, whose members are `apart` from each other and whose scores are `scores_apart`; from
+// one block to the next it is `step`, and `scores_step`.
+template <typename T>
+struct Keys {
+  const T* data;
+  int64_t apart, step, scores_apart, scores_step;
+};
+
+template <typename T>
+inline Keys<T> consecutive(const T* data, int64_t apart) {
+  return {data, apart, 4 * apart, 1, 4};
+}
+
+// What dot products ask for (see `ask`): each vector of keys so many lines; or its own memory, further on; or nothing.
+constexpr int kAsksFurtherOn = -1, kAsksNothing = 0;
+// How much further on. Four streams that are read at once are fetched by the processor itself; this helps it.
+constexpr int64_t kFurtherOn = 1024;
+
+// Dot products of R queries with a block of keys; lines that are asked for are `pace` bytes apart. Returns where to go on
+// asking.
 template <int R, int kAsks, typename Q, typename T>
 [[gnu::always_inline]] inline const char* dot_block(
-    const Q* query, int64_t ld_query, const T* keys, int64_t ld_keys, int64_t dim, float* scores, int64_t ld_scores,
-    const char* ahead, int64_t pace) {
+    const Q* query, int64_t ld_query, const Keys<T>& keys, const T* key_data, int64_t dim, float* scores,
+    int64_t ld_scores, const char* ahead, int64_t pace) {
   constexpr bool in_pairs = kInPairs<Q, T>;
   Vec acc[R][4];
 #pragma GCC unroll 8
@@ -179,8 +204,14 @@ template <int R, int kAsks, typename Q, typename T>
       __builtin_prefetch(ahead, 0, 2);
       ahead += pace;
     }
+    if constexpr (kAsks == kAsksFurtherOn) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        __builtin_prefetch(reinterpret_cast<const char*>(key_data + i * keys.apart + d) + kFurtherOn, 0, 2);
+      }
+    }
     auto load = [&](int row) { return load_factor<in_pairs>(query + row * ld_query + d); };
-    auto load_key = [&](int i) { return load_factor<in_pairs>(keys + i * ld_keys + d); };
+    auto load_key = [&](int i) { return load_factor<in_pairs>(key_data + i * keys.apart + d); };
     // Besides the sums, registers hold either four keys (a query is then read from memory in the multiplication), or
     // the queries and one key (which must be in a register if its numbers are extended).
     if constexpr (in_pairs || std::is_same_v<T, float>) {
@@ -206,27 +237,51 @@ template <int R, int kAsks, typename Q, typename T>
     }
   }
 #pragma GCC unroll 8
-  for (int row = 0; row < R; ++row) store_sums(acc[row], scores + row * ld_scores);
+  for (int row = 0; row < R; ++row) store_sums(acc[row], scores + row * ld_scores, keys.scores_apart);
   return ahead;
 }
 
 // Queries are cut into `blocks` blocks of R, and of R - 1 after the first `of_most`.
 template <int R, int kAsks, typename Q, typename T>
 inline void dot_blocks(
-    const Q* query, int64_t ld_query, int64_t blocks, int64_t of_most, const T* keys, int64_t ld_keys, int64_t count,
-    int64_t dim, float* scores, int64_t ld_scores, const char* ahead, int64_t pace) {
-  for (int64_t j = 0; j < count; j += 4) {
-    const T* key = keys + j * ld_keys;
+    const Q* query, int64_t ld_query, int64_t blocks, int64_t of_most, const Keys<T>& keys, int64_t count, int64_t dim,
+    float* scores, int64_t ld_scores, const char* ahead, int64_t pace) {
+  // Who asks for the keys' own memory does so once.
+  constexpr int asks_again = kAsks == kAsksFurtherOn ? kAsksNothing : kAsks;
+  const T* key = keys.data;
+  for (int64_t j = 0; j < count; j += 4, key += keys.step, scores += keys.scores_step) {
     const Q* from = query;
-    float* to = scores + j;
-    for (int64_t i = 0; i < of_most; ++i, from += R * ld_query, to += R * ld_scores) {
-      ahead = dot_block<R, kAsks>(from, ld_query, key, ld_keys, dim, to, ld_scores, ahead, pace);
-    }
+    float* to = scores;
+    auto block = [&]<int kRows, int kAsksNow>() __attribute__((always_inline)) {
+      ahead = dot_block<kRows, kAsksNow>(from, ld_query, keys, key, dim, to, ld_scores, ahead, pace);
+      from += kRows * ld_query;
+      to += kRows * ld_scores;
+    };
+    block.template operator()<R, kAsks>();
+    for (int64_t i = 1; i < of_most; ++i) block.template operator()<R, asks_again>();
     if constexpr (R > 1) {
-      for (int64_t i = of_most; i < blocks; ++i, from += (R - 1) * ld_query, to += (R - 1) * ld_scores) {
-        ahead = dot_block<R - 1, kAsks>(from, ld_query, key, ld_keys, dim, to, ld_scores, ahead, pace);
-      }
+      for (int64_t i = of_most; i < blocks; ++i) block.template operator()<R - 1, asks_again>();
     }
+  }
+}
+
+// Calls run<R>(blocks, of_most) with the least blocks of at most kDotRows queries, of equal size or almost.
+template <typename F>
+inline void with_blocks(int64_t rows, const F& run) {
+  if (rows == 0) return;
+  const int64_t blocks = (rows + kDotRows - 1) / kDotRows, most = (rows + blocks - 1) / blocks;
+  const int64_t of_most = rows - (most - 1) * blocks;
+  if constexpr (kDotRows > 3) {
+    switch (most) {
+      case 4: return run.template operator()<4>(blocks, of_most);
+      case 5: return run.template operator()<5>(blocks, of_most);
+      case 6: return run.template operator()<6>(blocks, of_most);
+    }
+  }
+  switch (most) {
+    case 1: return run.template operator()<1>(blocks, of_most);
+    case 2: return run.template operator()<2>(blocks, of_most);
+    default: return run.template operator()<3>(blocks, of_most);
   }
 }
 
@@ -237,36 +292,35 @@ template <typename Q, typename T>
 inline void dot_products(
     const Q* query, int64_t ld_query, int64_t rows, const T* keys, int64_t ld_keys, int64_t count, int64_t dim,
     float* scores, int64_t ld_scores, const char* ahead, int64_t bytes) {
-  if (rows == 0) return;
   constexpr int64_t chunk = kInPairs<Q, T> ? 2 * W : W;
-  const int64_t blocks = (rows + kDotRows - 1) / kDotRows, vectors = (count + 3) / 4 * (dim / chunk) * blocks;
-  const int64_t pace = (bytes + vectors - 1) / vectors, most = (rows + blocks - 1) / blocks;
-  auto run = [&]<int R, int kAsks>() {
-    dot_blocks<R, kAsks>(
-        query, ld_query, blocks, rows - (R - 1) * blocks, keys, ld_keys, count, dim, scores, ld_scores, ahead,
-        (pace + kAsks - 1) / kAsks);
-  };
-  auto with_asks = [&]<int R>() {  // a line each time at most, so that none is left out
-    if (pace > 128) {
-      run.template operator()<R, 4>();
+  with_blocks(rows, [&]<int R>(int64_t blocks, int64_t of_most) {
+    const int64_t vectors = (count + 3) / 4 * (dim / chunk) * blocks, pace = (bytes + vectors - 1) / vectors;
+    auto run = [&]<int kAsks>() {
+      dot_blocks<R, kAsks>(
+          query, ld_query, blocks, of_most, consecutive(keys, ld_keys), count, dim, scores, ld_scores, ahead,
+          (pace + kAsks - 1) / kAsks);
+    };
+    if (pace > 128) {  // a line each time at most, so that none is left out
+      run.template operator()<4>();
     } else if (pace > 64) {
-      run.template operator()<R, 2>();
+      run.template operator()<2>();
     } else {
-      run.template operator()<R, 1>();
+      run.template operator()<1>();
     }
-  };
-  if constexpr (kDotRows > 3) {
-    switch (most) {
-      case 4: return with_asks.template operator()<4>();
-      case 5: return with_asks.template operator()<5>();
-      case 6: return with_asks.template operator()<6>();
-    }
-  }
-  switch (most) {
-    case 1: return with_asks.template operator()<1>();
-    case 2: return with_asks.template operator()<2>();
-    default: return with_asks.template operator()<3>();
-  }
+  });
+}
+
+// scores[row][i][s] = query[row] . keys[i][s] for four streams of `count` keys that lie `apart`, each read on and on;
+// a stream's scores are `scores_apart` from those of the one before.
+template <typename Q, typename T>
+inline void dot_streams(
+    const Q* query, int64_t ld_query, int64_t rows, const T* keys, int64_t apart, int64_t ld_keys, int64_t count,
+    int64_t dim, float* scores, int64_t ld_scores, int64_t scores_apart) {
+  with_blocks(rows, [&]<int R>(int64_t blocks, int64_t of_most) {
+    const Keys<T> streams{keys, apart, ld_keys, scores_apart, 1};
+    dot_blocks<R, kAsksFurtherOn>(
+        query, ld_query, blocks, of_most, streams, 4 * count, dim, scores, ld_scores, nullptr, 0);
+  });
 }
 
 }  // namespace lragent

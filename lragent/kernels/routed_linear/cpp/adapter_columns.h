@@ -21,9 +21,9 @@ inline void ask_for_routed(const LinearCall& call, const Up& up, int64_t first) 
   }
 }
 
-// sums[t] += low[t] B for the strip's features, for every token by its agent's columns.
+// sums[t] += low[t] B for `count` features from `first` on, for every token by its agent's columns; sums are `ld` apart.
 inline void add_routed(const LinearCall& call, const Up& up, int64_t first, int64_t count, int64_t token0,
-                       int64_t tokens, StripSpace& space, float* sums) {
+                       int64_t tokens, StripSpace& space, float* sums, int64_t ld) {
   const float* low = call.low.const_data_ptr<float>();
   for (int64_t agent : call.present) {
     const Route route = up.of(agent);
@@ -43,7 +43,7 @@ inline void add_routed(const LinearCall& call, const Up& up, int64_t first, int6
       while (token != end && *token == token[-1] + 1 && *token < token0 + tokens) ++token;
       product<true>(
           low + begin * call.low_columns + up.low_column(route), call.low_columns, Rows{rows, apart},
-          sums + (begin - token0) * kStrip, kStrip, token[-1] + 1 - begin, kStrip, route.rank);
+          sums + (begin - token0) * ld, ld, token[-1] + 1 - begin, kStrip, route.rank);
     }
   }
 }
@@ -69,7 +69,7 @@ inline void run_own_strip(const LinearCall& call, const OwnStrip& strip, const N
       call.k, next, space, sums);
   float* low = call.low.mutable_data_ptr<float>() + strip.column;
   for (int64_t i = 0; i < tokens; ++i) {
-    store_rows(sums + i * kStrip, 1, strip.count, nullptr, low + token[i] * call.low_columns, call.low_columns);
+    store_rows(sums + i * kStrip, kStrip, 1, strip.count, nullptr, low + token[i] * call.low_columns, call.low_columns);
   }
 }
 

@@ -59,7 +59,7 @@ inline int64_t tokens_of_block(const LinearCall& call) {
 
 inline std::vector<float> bias_numbers(const at::Tensor& bias, int64_t features) {
   TORCH_CHECK(bias.numel() == features && is_supported(bias.scalar_type()), "a bias must be [", features, "] floats");
-  const int64_t size = padded(features) + W;  // whole strips
+  const int64_t size = padded(features) + 2 * W;  // whole strips, wherever they begin
   std::vector<float> numbers(size);
   to_floats(Numbers(bias), 0, 1, features, features, numbers.data(), size);
   return numbers;

@@ -13,48 +13,83 @@
 
 namespace lragent {
 
-// A strip of one projection.
+// Rows of one projection that are computed together: `count` from `first` on and, if they are read as streams, as many
+// from each of three more places, `apart` from each other.
 struct Strip {
-  int64_t projection, first;
+  int64_t projection, first, count;
+  int64_t apart = 0;
+
+  int64_t parts() const { return apart > 0 ? kStreams : 1; }
 };
 
-inline int64_t rows_of(const LinearCall& call, const Strip& strip) {
-  return std::min(kStrip, call.projections[strip.projection].features - strip.first);
+inline Next memory_of(const LinearCall& call, const Strip& strip) {
+  return rows_from(call.projections[strip.projection].weight, strip.first, strip.count, call.k);
 }
 
-inline Next memory_of(const LinearCall& call, const Strip& strip) {
-  return rows_from(call.projections[strip.projection].weight, strip.first, rows_of(call, strip), call.k);
+// Cuts a projection into strips.
+inline void add_strips(const LinearCall& call, int64_t index, std::vector<Strip>& strips) {
+  const Projection& projection = call.projections[index];
+  const int64_t features = projection.features, stream = features / kStreams, threads = at::get_num_threads();
+  if (stream < W || features % kStreams != 0 || !reads_streams(call.x, call.tokens, call.k)) {
+    for (int64_t first = 0; first < features; first += kStrip) {
+      strips.push_back({index, first, std::min(kStrip, features - first)});
+    }
+    return;
+  }
+  // As many for each thread, of almost the same size.
+  const int64_t least = (stream + kStrip - 1) / kStrip, count = std::min(stream, (least + threads - 1) / threads * threads);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = i * stream / count;
+    strips.push_back({index, first, (i + 1) * stream / count - first, stream});
+  }
+}
+
+// Adapters, bias and output of `count` <= S features of a projection from `first` on, for a block of tokens.
+inline void finish(
+    const LinearCall& call, const Projection& projection, int64_t first, int64_t count, int64_t token0, int64_t tokens,
+    StripSpace& space, float* sums, int64_t ld) {
+  const int64_t at = token0 * call.columns + projection.first + first;
+  const float* bias = projection.bias.empty() ? nullptr : projection.bias.data() + first;
+  if (projection.low_first >= 0) {
+    float* low = call.low.mutable_data_ptr<float>() + token0 * call.low_columns + projection.low_first + first;
+    store_rows(sums, ld, tokens, count, bias, low, call.low_columns);
+  }
+  if (projection.up >= 0) add_routed(call, call.ups[projection.up], first, count, token0, tokens, space, sums, ld);
+  auto store = [&](auto* out) { store_rows(sums, ld, tokens, count, bias, out + at, call.columns); };
+  switch (call.out.scalar_type()) {
+    case at::kFloat: return store(call.out.mutable_data_ptr<float>());
+    case at::kBFloat16: return store(call.out.mutable_data_ptr<at::BFloat16>());
+    default: return store(call.out.mutable_data_ptr<at::Half>());
+  }
 }
 
 // Computes a strip for a block of tokens and writes it.
 inline void run_strip(
     const LinearCall& call, const Strip& strip, int64_t token0, int64_t tokens, const Next& next, StripSpace& space) {
   const Projection& projection = call.projections[strip.projection];
-  const int64_t count = rows_of(call, strip);
-  float* sums = at_least(space.sums, tokens * kStrip);
-  if (projection.up >= 0) ask_for_routed(call, call.ups[projection.up], strip.first);
-  strip_products(
-      call.x.from(token0 * call.x_ld), tokens, projection.weight, strip.first, count, call.k, next, space, sums);
-  const int64_t column = projection.first + strip.first, at = token0 * call.columns + column;
-  const float* bias = projection.bias.empty() ? nullptr : projection.bias.data() + strip.first;
-  if (projection.low_first >= 0) {
-    float* low = call.low.mutable_data_ptr<float>() + token0 * call.low_columns + projection.low_first + strip.first;
-    store_rows(sums, tokens, count, bias, low, call.low_columns);
+  const int64_t parts = strip.parts(), ld = parts * kStrip;
+  const Numbers x = call.x.from(token0 * call.x_ld);
+  float* sums = at_least(space.sums, tokens * ld);
+  for (int64_t part = 0; projection.up >= 0 && part < parts; ++part) {
+    ask_for_routed(call, call.ups[projection.up], strip.first + part * strip.apart);
   }
-  if (projection.up >= 0) add_routed(call, call.ups[projection.up], strip.first, count, token0, tokens, space, sums);
-  switch (call.out.scalar_type()) {
-    case at::kFloat: return store_rows(sums, tokens, count, bias, call.out.mutable_data_ptr<float>() + at, call.columns);
-    case at::kBFloat16:
-      return store_rows(sums, tokens, count, bias, call.out.mutable_data_ptr<at::BFloat16>() + at, call.columns);
-    default: return store_rows(sums, tokens, count, bias, call.out.mutable_data_ptr<at::Half>() + at, call.columns);
+  if (strip.apart > 0) {
+    stream_products(x, tokens, projection.weight, strip.first, strip.apart, strip.count, call.k, sums);
+  } else {
+    strip_products(x, tokens, projection.weight, strip.first, strip.count, call.k, next, space, sums);
+  }
+  for (int64_t part = 0; part < parts; ++part) {
+    finish(
+        call, projection, strip.first + part * strip.apart, strip.count, token0, tokens, space, sums + part * kStrip, ld);
   }
 }
 
 inline void run_strips(const LinearCall& call, const std::vector<Strip>& strips) {
   const int64_t block = tokens_of_block(call), count = static_cast<int64_t>(strips.size());
-  const int64_t work = call.tokens * call.k;  // of a strip
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(work, 1));
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  int64_t rows = 0;
+  for (const Strip& strip : strips) rows += strip.parts() * strip.count;
+  const int64_t grain = (int64_t{1} << 20) * count / std::max<int64_t>(call.tokens * call.k * rows, 1);
+  at::parallel_for(0, count, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
     static thread_local StripSpace space;
     for (int64_t token = 0; token < call.tokens; token += block) {
       const int64_t tokens = std::min(block, call.tokens - token);
@@ -109,10 +144,7 @@ inline at::Tensor routed_linears(
   read_inputs(call, inputs, held);
   std::vector<Strip> downs, others;
   for (size_t i = 0; i < call.projections.size(); ++i) {
-    const Projection& projection = call.projections[i];
-    for (int64_t first = 0; first < projection.features; first += kStrip) {
-      (projection.low_first >= 0 ? downs : others).push_back({static_cast<int64_t>(i), first});
-    }
+    add_strips(call, static_cast<int64_t>(i), call.projections[i].low_first >= 0 ? downs : others);
   }
   run_strips(call, downs);
   run_own_strips(call, memory_of(call, others.empty() ? downs.front() : others.front()));

@@ -13,6 +13,10 @@ constexpr int64_t kStrip = 2 * W;
 constexpr int64_t kBytesForDotProducts = 3072;
 // Up to so many tokens, numbers of half precision are extended while they are read, not once before.
 constexpr int64_t kTokensForInPlace = 9;
+// Places of a weight that are read at once for few tokens, when memory is what is waited for: the processor fetches four
+// streams faster than any one. For more tokens, asking at the pace of the arithmetic hides more.
+constexpr int64_t kStreams = 4;
+constexpr int64_t kTokensForStreams = 4;
 
 // What a thread needs to compute strips, kept between calls.
 struct StripSpace {
@@ -87,6 +91,23 @@ inline void strip_products(
   dot_strip(floats, tokens, rows, whole, k_pad, space, sums, next.at, next.bytes);
 }
 
+// Whether a weight's rows are read as streams for so many tokens: where they lie, with no more to do than to multiply.
+inline bool reads_streams(const Numbers& x, int64_t tokens, int64_t k) {
+  return tokens <= kTokensForStreams && (x.type == at::kBFloat16 || k == padded(k));
+}
+
+// sums[t][i][s] = x[t] . weight[first + i apart + s] for `count` <= S rows of each of four streams; a token's sums are
+// four times S.
+inline void stream_products(
+    const Numbers& x, int64_t tokens, const Numbers& weight, int64_t first, int64_t apart, int64_t count, int64_t k,
+    float* sums) {
+  auto multiply = [&](const auto* inputs, const auto* rows) {
+    dot_streams(inputs, k, tokens, rows, apart * k, k, count, k, sums, kStreams * kStrip, kStrip);
+  };
+  if (x.type == at::kBFloat16) return multiply(x.bfloats(), weight.from(first * k).bfloats());
+  weight.typed(first * k, [&](const auto* rows) { multiply(reinterpret_cast<const float*>(x.data), rows); });
+}
+
 template <typename T>
 inline void store_strip(const Vec& left, const Vec& right, T* to) {
   if constexpr (std::is_same_v<T, float>) {
@@ -97,15 +118,15 @@ inline void store_strip(const Vec& left, const Vec& right, T* to) {
   }
 }
 
-// Writes sums plus bias (padded to S, or null) as T, `ld_to` apart.
+// Writes sums, `ld` apart, plus bias (padded to S, or null) as T, `ld_to` apart.
 template <typename T>
 inline void store_rows(
-    const float* sums, int64_t tokens, int64_t count, const float* bias, T* to, int64_t ld_to) {
+    const float* sums, int64_t ld, int64_t tokens, int64_t count, const float* bias, T* to, int64_t ld_to) {
   static const float zeros[kStrip] = {};
   if (bias == nullptr) bias = zeros;
   const Vec bias_left = Vec::loadu(bias), bias_right = Vec::loadu(bias + W);
   for (int64_t t = 0; t < tokens; ++t) {
-    const float* row = sums + t * kStrip;
+    const float* row = sums + t * ld;
     const Vec left = Vec::loadu(row) + bias_left, right = Vec::loadu(row + W) + bias_right;
     if (count == kStrip) {
       store_strip(left, right, to + t * ld_to);
