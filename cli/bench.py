@@ -6,9 +6,11 @@ import dataclasses
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from lragent.errors import RequestError
 
 from .engine_options import (
     ALL_SCHEMES,
@@ -30,6 +32,9 @@ from .output import print_json, results
 from .roofline_table import NOTE, estimate_facts, estimate_table, shape_of
 from .scheme_runs import SchemeRun, comparison_table, run_scheme
 from .workflow_loading import Workflow
+
+if TYPE_CHECKING:
+    from lragent.runtime import RolloutResult
 
 
 @dataclass(frozen=True)
@@ -89,13 +94,22 @@ def bench(
     rank: Annotated[int, typer.Option(min=1, help="With --roofline of a MODEL_DIR: rank of their adapters.")] = 16,
     as_json: AsJson = False,
 ) -> None:
-    """Time a synthetic workload: forced random tokens, the same ones under every scheme."""
+    """Time a synthetic workload: forced random tokens, the same ones under every scheme.
+
+    The exit code is 1 if a trajectory failed.
+    """
     if roofline:
         _estimate(artifact, schemes, gpu, (trajectories, decoding, context), (agents, rank), as_json)
         return
     workload = Workload(trajectories, turns, prompt_tokens, new_tokens, observation_tokens)
     options = EngineOptions(kv_memory, max_batch_tokens, backend, attention, device, threads, allow_compiled)
     runs: list[SchemeRun] = []
+    failed: list[str] = []
+
+    def keep(outcome: RolloutResult) -> None:
+        if outcome.error is not None:
+            failed.append(f"{outcome.error.type}: {outcome.error.message}")
+
     facts: dict[str, str] = {}
     for sharing in parse_schemes(schemes):
         engine = options.load(artifact, sharing)
@@ -103,12 +117,18 @@ def bench(
         warm_up(engine, workload)
         acting = tuple(name for name in engine.agents if name != "base") or engine.agents
         workflow = workload.workflow(acting, engine.program.vocab_size)
-        runs.append(run_scheme(engine, workflow, workload.tasks(), concurrency))
+        runs.append(run_scheme(engine, workflow, workload.tasks(), concurrency, keep))
         del engine
     if as_json:
         print_json({**facts, "workload": dataclasses.asdict(workload), "runs": [run.to_dict() for run in runs]})
     else:
         results.print(comparison_table(runs, f"{artifact} ({', '.join(facts.values())})"))
+    if failed:
+        raise RequestError(
+            f"{len(failed)} of {len(runs) * trajectories} trajectories failed, so these figures compare nothing; the "
+            f"first one with {failed[0]}",
+            "Ask for fewer tokens or turns, or for more cache (--kv-memory).",
+        )
 
 
 def _estimate(

@@ -30,6 +30,12 @@ def test_the_table_has_a_column_a_scheme(eager_artifact: Path) -> None:
     assert "exact match" not in outcome.out and "tasks failed" not in outcome.out
 
 
+def test_trajectories_that_fail_are_no_success(eager_artifact: Path) -> None:
+    outcome = call("bench", eager_artifact, *SMALL, *EAGER, "--schemes", "non_shared", "--prompt-tokens", 100_000)
+    assert outcome.code == 1
+    assert "2 of 2 trajectories failed" in outcome.err and "tasks failed" in outcome.out
+
+
 def test_roofline_of_an_artifact_says_that_it_is_an_estimate(eager_artifact: Path) -> None:
     outcome = call("bench", eager_artifact, "--roofline", "--gpu", "h100", "--context", 8192, "--decoding", 3)
     assert outcome.code == 0, outcome.err

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+import lragent
 from lragent.errors import TaskFileError
 from lragent_cli.verify import PROMPTS, read_prompts
 from tests.cli.conftest import adapters_option, call
@@ -39,6 +40,18 @@ def test_another_adapter_is_not_equal(eager_artifact: Path, tiny_llama: WrittenM
     other = WrittenModel(tiny_llama.model_dir, {**tiny_llama.adapters, "plan": changed})
     code, found = verify(eager_artifact, other, "--schemes", "base_lr_shared")
     assert code == 1 and found["equal"] is False
+
+
+def test_16_bits_may_err_as_peft_does_in_them(tiny_llama: WrittenModel, tmp_path: Path) -> None:
+    artifact = tmp_path / "half.lragent"
+    lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, artifact, dtype="bfloat16", compiled=False)
+    code, found = verify(artifact, tiny_llama)
+    comparisons = found["comparisons"]
+    assert isinstance(comparisons, list)
+    assert code == 0 and found["equal"] is True
+    assert found["tolerance"] == 2 * max(row["own"] for row in comparisons) > 1e-3
+    code, found = verify(artifact, tiny_llama, "--tolerance", 1e-6)
+    assert code == 1 and found["equal"] is False and found["tolerance"] == 1e-6
 
 
 def test_all_agents_must_be_named(eager_artifact: Path, tiny_llama: WrittenModel) -> None:

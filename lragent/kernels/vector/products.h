@@ -185,8 +185,8 @@ constexpr int kAsksFurtherOn = -1, kAsksNothing = 0;
 // How much further on. Four streams that are read at once are fetched by the processor itself; this helps it.
 constexpr int64_t kFurtherOn = 1024;
 
-// Dot products of R queries with a block of keys; lines that are asked for are `pace` bytes apart. Returns where to go on
-// asking.
+// Dot products of R queries with a block of keys; lines that are asked for are `pace` bytes apart. Returns where to go
+// on asking.
 template <int R, int kAsks, typename Q, typename T>
 [[gnu::always_inline]] inline const char* dot_block(
     const Q* query, int64_t ld_query, const Keys<T>& keys, const T* key_data, int64_t dim, float* scores,
@@ -286,8 +286,8 @@ inline void with_blocks(int64_t rows, const F& run) {
 }
 
 // scores[row][j] = query[row] . keys[j] for keys as they lie in a page: a multiple of four, from `count` up.
-// `dim` is a multiple of W, of 2 W for rows in pairs. `bytes` are asked for from `ahead` on, evenly: the processor keeps
-// few requests at a time.
+// `dim` is a multiple of W, of 2 W for rows in pairs. `bytes` are asked for from `ahead` on, evenly: the processor
+// keeps few requests at a time.
 template <typename Q, typename T>
 inline void dot_products(
     const Q* query, int64_t ld_query, int64_t rows, const T* keys, int64_t ld_keys, int64_t count, int64_t dim,

@@ -112,7 +112,8 @@ struct LowRank {
   }
 
   // The same for columns of bfloat16, in pairs; a last column that has no other is joined by zero.
-  const Pair* page_in_pairs(int64_t agent, int64_t page, int64_t page_size, int64_t count, std::vector<Pair>& held) const {
+  const Pair* page_in_pairs(
+      int64_t agent, int64_t page, int64_t page_size, int64_t count, std::vector<Pair>& held) const {
     const int64_t rank = ranks[agent], columns_of_row = pairs_of(rank);
     const at::BFloat16* from = columns.from(table[agent * 4] + page * page_size * rank).bfloats();
     if (rank % 2 == 0) return pairs(from);
@@ -137,7 +138,9 @@ struct LowRank {
 
   static int64_t pairs_of(int64_t rank) { return (rank + 1) / 2; }
 
-  bool is_bfloat16() const { return !present || (columns.type == at::kBFloat16 && up_source.scalar_type() == at::kBFloat16); }
+  bool is_bfloat16() const {
+    return !present || (columns.type == at::kBFloat16 && up_source.scalar_type() == at::kBFloat16);
+  }
 
  private:
   at::Tensor up_source;

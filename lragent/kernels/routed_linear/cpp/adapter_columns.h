@@ -21,7 +21,8 @@ inline void ask_for_routed(const LinearCall& call, const Up& up, int64_t first) 
   }
 }
 
-// sums[t] += low[t] B for `count` features from `first` on, for every token by its agent's columns; sums are `ld` apart.
+// sums[t] += low[t] B for `count` features from `first` on, for every token by its agent's columns; tokens' sums are `ld`
+// apart.
 inline void add_routed(const LinearCall& call, const Up& up, int64_t first, int64_t count, int64_t token0,
                        int64_t tokens, StripSpace& space, float* sums, int64_t ld) {
   const float* low = call.low.const_data_ptr<float>();

@@ -37,7 +37,8 @@ inline void add_strips(const LinearCall& call, int64_t index, std::vector<Strip>
     return;
   }
   // As many for each thread, of almost the same size.
-  const int64_t least = (stream + kStrip - 1) / kStrip, count = std::min(stream, (least + threads - 1) / threads * threads);
+  const int64_t least = (stream + kStrip - 1) / kStrip;
+  const int64_t count = std::min(stream, (least + threads - 1) / threads * threads);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t first = i * stream / count;
     strips.push_back({index, first, (i + 1) * stream / count - first, stream});
@@ -79,8 +80,8 @@ inline void run_strip(
     strip_products(x, tokens, projection.weight, strip.first, strip.count, call.k, next, space, sums);
   }
   for (int64_t part = 0; part < parts; ++part) {
-    finish(
-        call, projection, strip.first + part * strip.apart, strip.count, token0, tokens, space, sums + part * kStrip, ld);
+    const int64_t first = strip.first + part * strip.apart;
+    finish(call, projection, first, strip.count, token0, tokens, space, sums + part * kStrip, ld);
   }
 }
 

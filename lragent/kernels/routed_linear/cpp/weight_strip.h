@@ -13,8 +13,8 @@ constexpr int64_t kStrip = 2 * W;
 constexpr int64_t kBytesForDotProducts = 3072;
 // Up to so many tokens, numbers of half precision are extended while they are read, not once before.
 constexpr int64_t kTokensForInPlace = 9;
-// Places of a weight that are read at once for few tokens, when memory is what is waited for: the processor fetches four
-// streams faster than any one. For more tokens, asking at the pace of the arithmetic hides more.
+// Places of a weight that are read at once for few tokens, when memory is what is waited for: the processor fetches
+// four streams faster than any one. For more tokens, asking at the pace of the arithmetic hides more.
 constexpr int64_t kStreams = 4;
 constexpr int64_t kTokensForStreams = 4;
 
