@@ -1,0 +1,1 @@
+import lragent  # noqa: F401  before torch: it sets how threads wait
