@@ -40,8 +40,8 @@ def measure_machine(dtype: torch.dtype = torch.float32) -> Machine:
     """Best of several runs: the machine's limit, not its usual speed. Where a processor has no instructions for the
     GEMM's dtype, float32 is the faster way, and the limit."""
     numbers = torch.randn(64 << 20)
-    factors = [torch.randn(1024, 1024), torch.randn(1024, 1024)]
-    spent = [min(seconds(lambda f=f: torch.mm(*f), 7)) for f in (factors, [f.to(dtype) for f in factors])]  # type: ignore[misc]
+    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    spent = [min(seconds(partial(torch.mm, left.to(d), right.to(d)), 7)) for d in {torch.float32, dtype}]
     return Machine(
         bandwidth=numbers.numel() * 4 / min(seconds(lambda: numbers.sum(), 7)),
         gemm=2 * 1024**3 / min(spent),

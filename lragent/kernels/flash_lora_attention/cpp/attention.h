@@ -194,11 +194,15 @@ inline at::Tensor flash_lora_attention(
       "sizes of query, agent_ids, seq_starts, context_lens and page_table differ");
   check_bounds(step, sequences, call.tokens, k_cache.size(0), call.agents(), call.rotates ? call.positions : -1);
   for (int64_t token = 0; token < call.tokens; ++token) {
-    call.k_low.use(step.agent_ids[token]);
-    call.v_low.use(step.agent_ids[token]);
+    const int64_t agent = step.agent_ids[token];
+    call.v_low.use(agent);
     if constexpr (kMultipliesPairs) {
-      if (call.in_pairs) call.k_low.use_in_pairs(step.agent_ids[token]);
+      if (call.adds_pairs_to_keys()) {
+        call.k_low.use_in_pairs(agent);
+        continue;
+      }
     }
+    call.k_low.use(agent);
   }
   const Plan plan(step, sequences);
   Parts parts(call, plan);

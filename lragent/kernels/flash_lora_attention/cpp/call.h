@@ -27,7 +27,7 @@ struct LowRank {
   Numbers columns;
   const int64_t* table = nullptr;
   std::vector<int64_t> ranks;            // [N + 1]; 0 where the agent has no columns or has no part in the call
-  std::vector<const float*> up;          // [N + 1], each [H][r][padded D]; null where the rank is 0
+  std::vector<const float*> up;          // [N + 1], each [H][r][padded D]; filled by `use`, null where the rank is 0
   std::vector<std::vector<float>> held;  // [N + 1], numbers of `up` that had to be converted or padded
   int64_t widest = 0;                    // padded largest of these ranks
   std::vector<std::vector<Pair>> up_pairs;  // [N + 1], each [H][r / 2 rounded up][D]: as `up`; filled by `use_in_pairs`
@@ -59,10 +59,8 @@ struct LowRank {
 
   // Makes the columns of one agent ready for use.
   void use(int64_t agent) {
-    if (!present || ranks[agent] != 0 || table[agent * 4 + 1] == 0) return;
+    if (!is_new(agent)) return;
     const int64_t heads = up_source.size(1), rows = up_source.size(2), dim = up_source.size(3);
-    ranks[agent] = table[agent * 4 + 1];
-    widest = std::max(widest, padded(ranks[agent]));
     const Numbers source(up_source);
     const int64_t element = agent * heads * rows * dim;
     up[agent] = source.floats(element, dim);
@@ -73,9 +71,9 @@ struct LowRank {
     }
   }
 
-  // After `use`: the same for columns that are multiplied in pairs, two rows of an up-projection at a time.
+  // The same for columns that are multiplied in pairs, two rows of an up-projection at a time.
   void use_in_pairs(int64_t agent) {
-    if (!present || ranks[agent] == 0 || !up_pairs[agent].empty()) return;
+    if (!is_new(agent)) return;
     const int64_t heads = up_source.size(1), rows = up_source.size(2), dim = up_source.size(3), rank = ranks[agent];
     up_pairs[agent].resize(heads * pairs_of(rank) * dim);
     Pair* to = up_pairs[agent].data();
@@ -143,6 +141,14 @@ struct LowRank {
   }
 
  private:
+  // Whether the agent has columns that were not in use yet; they are now.
+  bool is_new(int64_t agent) {
+    if (!present || ranks[agent] != 0 || table[agent * 4 + 1] == 0) return false;
+    ranks[agent] = table[agent * 4 + 1];
+    widest = std::max(widest, padded(ranks[agent]));
+    return true;
+  }
+
   at::Tensor up_source;
 };
 
@@ -181,6 +187,8 @@ struct Call {
   bool keys_lie_well() const { return page_size % W == 0 && k_dim % W == 0; }
   // Whether a key is its base plus the rotation of its LR part, in whole vectors.
   bool rotates_in_sum() const { return key_is_final && !partner_pairs.empty() && keys_lie_well(); }
+  // Whether that LR part is multiplied in pairs.
+  bool adds_pairs_to_keys() const { return in_pairs && rotates_in_sum(); }
   // Whether keys are built in a tile instead of being read in place.
   bool builds_keys() const { return k_low.present || !key_is_final; }
 };

@@ -175,7 +175,7 @@ struct KeyColumns {
 
 inline KeyColumns key_columns(const Call& call, int64_t page, int64_t agent, int64_t count, TileScratch& scratch) {
   if (!call.key_by_agent() || call.k_low.ranks[agent] == 0) return {};
-  if (call.in_pairs && call.rotates_in_sum()) {
+  if (call.adds_pairs_to_keys()) {
     return {nullptr, call.k_low.page_in_pairs(agent, page, call.page_size, count, scratch.column_pairs)};
   }
   return {call.k_low.page(agent, page, call.page_size, count, scratch.columns.data()), nullptr};

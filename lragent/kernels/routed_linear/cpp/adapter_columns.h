@@ -17,12 +17,14 @@ struct OwnStrip {
 inline void ask_for_routed(const LinearCall& call, const Up& up, int64_t first) {
   for (int64_t agent : call.present) {
     const Route route = up.of(agent);
-    for (int64_t c = 0; c < route.rank; ++c) __builtin_prefetch(up.numbers.at((route.target + c) * up.features + first));
+    for (int64_t row = route.target; row < route.target + route.rank; ++row) {
+      __builtin_prefetch(up.numbers.at(row * up.features + first));
+    }
   }
 }
 
-// sums[t] += low[t] B for `count` features from `first` on, for every token by its agent's columns; tokens' sums are `ld`
-// apart.
+// sums[t] += low[t] B for `count` features from `first` on, for every token by its agent's columns; tokens' sums are
+// `ld` apart.
 inline void add_routed(const LinearCall& call, const Up& up, int64_t first, int64_t count, int64_t token0,
                        int64_t tokens, StripSpace& space, float* sums, int64_t ld) {
   const float* low = call.low.const_data_ptr<float>();

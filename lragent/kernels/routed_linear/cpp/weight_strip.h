@@ -82,8 +82,9 @@ inline void strip_products(
   }
   const auto* floats = reinterpret_cast<const float*>(x.data);
   if (count == whole && k == k_pad && (tokens <= kTokensForInPlace || weight.type == at::kFloat)) {
-    weight.typed(
-        element, [&](const auto* rows) { dot_strip(floats, tokens, rows, count, k, space, sums, next.at, next.bytes); });
+    weight.typed(element, [&](const auto* rows) {
+      dot_strip(floats, tokens, rows, count, k, space, sums, next.at, next.bytes);
+    });
     return;
   }
   float* rows = at_least(space.rows, kStrip * k_pad);
