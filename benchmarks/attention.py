@@ -20,55 +20,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.attention_calls import Heads, paged
 from benchmarks.step import measure_machine
 from benchmarks.timing import in_turn
 from lragent.kernels import cpp_library
-from lragent.kernels.cache_schema import LowRankStream
 
-KV_HEADS, GROUP, DIM, PAGE = 3, 3, 64, 32
-AGENTS = 3
+KV_HEADS, GROUP, DIM = 3, 3, 64
 SETS = 4  # caches used in turn, where they are small: a model has one a layer
 MOST_NUMBERS = 300 << 20  # of one cache: more is left out
-
-
-@dataclass(frozen=True)
-class Paged:
-    """Arguments of the attention op for one decode step; `bytes`: of the cache that it must read."""
-
-    with_keys: tuple[object, ...]
-    without_keys: tuple[object, ...]
-    bytes_with_keys: int
-    bytes_without_keys: int
-
-
-def paged(batch: int, context: int, rank: int, dtype: torch.dtype) -> Paged:
-    pages = 1 + batch * (context // PAGE)
-    order = 1 + torch.randperm(pages - 1)
-    stream = LowRankStream("", (rank,) * AGENTS, tuple(range(AGENTS)))
-    table = stream.table("per_agent", pages, PAGE)
-    cache = [torch.randn(pages, KV_HEADS, PAGE, DIM).to(dtype) for _ in range(2)]
-    columns = [torch.randn(stream.elements("per_agent", pages, PAGE)).to(dtype) for _ in range(2)]
-    up = [torch.randn(AGENTS + 1, KV_HEADS, rank, DIM).to(dtype) for _ in range(2)]
-    angles = torch.outer(torch.arange(float(context)), 1e-4 ** (torch.arange(0, DIM, 2) / DIM)).repeat(1, 2)
-    signs = torch.cat([-torch.ones(DIM // 2), torch.ones(DIM // 2)])
-    rope = (angles.cos(), angles.sin() * signs, torch.arange(DIM).roll(DIM // 2))
-    step = (
-        torch.randn(batch, KV_HEADS * GROUP, DIM).to(dtype),
-        *cache,
-        torch.arange(batch) % AGENTS + 1,
-        torch.arange(batch + 1),
-        torch.full((batch,), context),
-        order.view(batch, context // PAGE),
-    )
-    rest = (None, 0.0, True, None, DIM**-0.5, 0, 0.0)
-    keys, values = (columns[0], table, up[0]), (columns[1], table, up[1])
-    base, low = batch * context * 2 * KV_HEADS * DIM * dtype.itemsize, batch * context * rank * dtype.itemsize
-    return Paged(
-        with_keys=(*step, *keys, *values, *rope, *rest),
-        without_keys=(*step, None, None, None, *values, None, None, None, *rest),
-        bytes_with_keys=base + 2 * low,
-        bytes_without_keys=base + low,
-    )
 
 
 @dataclass(frozen=True)
@@ -131,7 +90,7 @@ def main() -> None:
                 if numbers > MOST_NUMBERS:
                     continue
                 sets = SETS if numbers < 16 << 20 else 1
-                ours = [paged(batch, context, options.rank, dtype) for _ in range(sets)]
+                ours = [paged(batch, context, options.rank, dtype, Heads(KV_HEADS, GROUP, DIM)) for _ in range(sets)]
                 plain = [contiguous(batch, context, options.rank, dtype) for _ in range(sets)]
                 works: dict[str, Callable[[], object]] = {
                     "q,v": lambda ours=ours: [op(*each.without_keys) for each in ours],  # type: ignore[misc]

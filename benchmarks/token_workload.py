@@ -83,13 +83,15 @@ def main() -> None:
     parser.add_argument("--forks", type=int, default=1)
     parser.add_argument("--n", type=int, default=0, help="first trajectories only; 0: all")
     parser.add_argument("--kv-memory", default="4GiB")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="compiled")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     workload = json.loads(options.workload.read_text())
     workload["trajs"] = workload["trajs"][: options.n or None]
 
     started = time.perf_counter()
-    engine = lragent.load(options.artifact, sharing=options.sharing, kv_memory=options.kv_memory)
+    engine = lragent.load(options.artifact, sharing=options.sharing, kv_memory=options.kv_memory, device=options.device)
     loaded = time.perf_counter() - started
     first = workload["trajs"][0]
     short = {**workload, "trajs": [{"prompt": first["prompt"][::-1][:96], "obs": [first["obs"][0][::-1]]}]}
@@ -109,6 +111,8 @@ def main() -> None:
         "peer": "lragent",
         "mode": options.sharing,
         "dtype": engine.program.facts["dtype"],
+        "device": options.device,
+        "backend": options.backend,
         "threads": options.threads,
         "trajs": len(held),
         "turns": len(measured.generated),

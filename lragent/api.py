@@ -107,14 +107,14 @@ def load(
     from lragent.artifact import open_artifact
     from lragent.kernels.dispatch import resolve
     from lragent.open_engine import program_of_artifact, require_backend, tokenizer_of
-    from lragent.placing import require_device
+    from lragent.placing import device_named
     from lragent.runtime.engine import Engine
     from lragent.runtime.schemes import scheme_named
     from lragent.threads import require_threads
 
     layout = scheme_named(sharing).layout
     require_backend(backend)
-    require_device(device)
+    place = device_named(device)
     require_threads(threads)
     artifact = open_artifact(path)
     manifest = artifact.manifest
@@ -126,14 +126,14 @@ def load(
     cache_dtype = dtype_named(manifest.dtype if kv_dtype == "auto" else kv_dtype)
     chosen = resolve(attention, device)
     return Engine(
-        program_of_artifact(artifact, manifest.layouts[layout], backend, chosen, device, cache_dtype, allow_compiled),
+        program_of_artifact(artifact, manifest.layouts[layout], backend, chosen, place, cache_dtype, allow_compiled),
         sharing=sharing,
         tokenizer=tokenizer_of(artifact),
         kv_memory=kv_memory,
         max_batch_tokens=max_batch_tokens,
         page_size=manifest.page_size,
         kv_dtype=cache_dtype,
-        device=device,
+        device=place,
         stop_token_ids=manifest.stop_token_ids,
         threads=threads,
         agents=agents,
@@ -183,7 +183,7 @@ def optimize(
         write(loaded, programs, refusal, out, compiled, chosen, False, Stages(), unit)
 
     return Engine(
-        program_of_model(loaded, programs[layout], backend, chosen, "cpu", loaded.dtype, unit),
+        program_of_model(loaded, programs[layout], backend, chosen, loaded.dtype, unit),
         sharing=sharing,
         tokenizer=tokenizer_from(tokenizer),
         kv_memory=kv_memory,

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
+from lragent.device_steps import DeviceSteps
 from lragent.errors import CompilerMissing, RequestError
 from lragent.exported import CPU, StepKind, export_graph
 from lragent.homogeneous import homogeneous_call
@@ -124,8 +125,10 @@ def compile_graph(
     return Compiled(package, refusal)
 
 
-def load_compiled(file: Path, schema: CacheSchema, weights: Mapping[str, Tensor]) -> Callable[..., Tensor]:
-    """Loads what `compile_graph` wrote and lets it read `weights` where they are; nothing is copied.
+def load_compiled(
+    file: Path, schema: CacheSchema, weights: Mapping[str, Tensor], device: torch.device
+) -> Callable[..., Tensor]:
+    """Loads what `compile_graph` wrote for a device and lets it read `weights` where they are; nothing is copied.
 
     The returned callable takes all graph inputs, and keeps the weights alive.
 
@@ -134,7 +137,7 @@ def load_compiled(file: Path, schema: CacheSchema, weights: Mapping[str, Tensor]
     """
     if file.name == PLAN:
         return load_segments(file, weights, (*STEP_INPUTS, *cache_input_names(schema)))
-    return _PackageCall(open_package(file, weights), weights)
+    return _PackageCall(open_package(file, weights, device), weights)
 
 
 class _PackageCall:
@@ -170,18 +173,18 @@ def join(calls: Mapping[str, Callable[..., Tensor]]) -> Callable[..., Tensor]:
     return homogeneous_call(calls["inductor_decode"], calls["inductor_prefill"])
 
 
-def program(call: Callable[..., Tensor], facts: ProgramFacts, backend: str, device: str) -> Program:
-    """Wraps a callable over all graph inputs as the runtime's `Program`."""
+def program(call: Callable[..., Tensor], facts: ProgramFacts, backend: str, device: torch.device) -> Program:
+    """Wraps a callable over all graph inputs, which lie on `device`, as the runtime's `Program`."""
     return Program(
         schema=facts.schema,
         agents=facts.agents,
         max_positions=facts.max_positions,
         vocab_size=facts.vocab_size,
-        run=run_flat(call),
+        run=run_flat(call) if device.type == "cpu" else DeviceSteps(call, device, facts.attention == "triton").run,
         facts={
             "backend": backend,
             "attention": facts.attention,
-            "device": device,
+            "device": str(device),
             "dtype": str(facts.dtype).removeprefix("torch."),
         },
     )

@@ -15,7 +15,7 @@ from lragent.artifact import TOKENIZER, Artifact
 from lragent.compile import ProgramFacts, compile_graph, eager_call, join, load_compiled, program, target_name
 from lragent.compiled_files import compiled_file, keep_compiled
 from lragent.errors import RequestError
-from lragent.exported import load_with_weights, tensors_of
+from lragent.exported import CPU, load_with_weights, tensors_of
 from lragent.kernels.dispatch import graphs
 from lragent.kernels.step import AgentFacts, Program
 from lragent.layouts import dtype_name, dtype_named
@@ -42,19 +42,18 @@ def program_of_artifact(
     entry: LayoutEntry,
     backend: str,
     attention: str,
-    device: str,
+    device: torch.device,
     kv_dtype: torch.dtype,
     allow_compiled: bool,
 ) -> Program:
     """The runnable program of one layout of an artifact."""
-    place = torch.device(device)
-    weights = moved(artifact.weights(), place)
+    weights = moved(artifact.weights(), device)
     calls: dict[str, Callable[..., Tensor]] = {}
     for name in graphs(attention):
         if backend == "eager":
-            calls[name] = eager_call(_lowered(artifact, entry, weights, name, place))
+            calls[name] = eager_call(_lowered(artifact, entry, weights, name, device))
         else:
-            calls[name] = _compiled(artifact, entry, weights, name, kv_dtype, allow_compiled, place)
+            calls[name] = _compiled(artifact, entry, weights, name, kv_dtype, allow_compiled, device)
     manifest = artifact.manifest
     facts = ProgramFacts(
         schema=entry.schema,
@@ -72,7 +71,6 @@ def program_of_model(
     transformed: Transformed,
     backend: str,
     attention: str,
-    device: str,
     kv_dtype: torch.dtype,
     unit: str = "model",
 ) -> Program:
@@ -87,7 +85,7 @@ def program_of_model(
             continue
         with tempfile.TemporaryDirectory() as scratch:
             built = compile_graph(graph, transformed.schema, kv_dtype, name, unit, Path(scratch))
-            calls[name] = load_compiled(built.file, transformed.schema, tensors_of(transformed.graph))
+            calls[name] = load_compiled(built.file, transformed.schema, tensors_of(transformed.graph), CPU)
     facts = ProgramFacts(
         schema=transformed.schema,
         agents=tuple(AgentFacts(agent.name, agent.digest) for agent in loaded.agents),
@@ -96,7 +94,7 @@ def program_of_model(
         dtype=loaded.dtype,
         attention=attention,
     )
-    return program(join(calls), facts, backend, device)
+    return program(join(calls), facts, backend, CPU)
 
 
 def tokenizer_of(artifact: Artifact) -> Tokenizer | None:
@@ -140,7 +138,7 @@ def _compiled(
     key, target = f"{entry.schema.layout}-{graph_name}-{dtype_name(kv_dtype)}", target_name(device)
     held = artifact.manifest.compiled.get(target, {}).get(key)
     if held is not None and allow_compiled:
-        return load_compiled(compiled_file(artifact, held), entry.schema, weights)
+        return load_compiled(compiled_file(artifact, held), entry.schema, weights, device)
     log.warning("compiling %s for %s; this takes a minute or more for a real model", key, target)
     lowered = _lowered(artifact, entry, weights, graph_name, device)
     with tempfile.TemporaryDirectory(prefix="lragent-") as scratch:
@@ -152,4 +150,4 @@ def _compiled(
             except OSError as error:
                 where = artifact.directory
                 log.warning("the package can't be kept in %s (%s): the next load compiles again", where, error)
-        return load_compiled(built, entry.schema, weights)
+        return load_compiled(built, entry.schema, weights, device)

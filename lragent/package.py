@@ -26,9 +26,13 @@ def write_package(program: torch.export.ExportedProgram, path: Path) -> None:
         )
 
 
-def open_package(path: Path, weights: Mapping[str, Tensor]) -> Run:
+def open_package(path: Path, weights: Mapping[str, Tensor], device: torch.device) -> Run:
     """Loads a package and lets it read `weights` where they are; nothing is copied, and the caller keeps them alive."""
-    runner = torch._inductor.aoti_load_package(str(path))
+    # A run that leaves events behind for other threads can't be captured in a CUDA graph.
+    on_gpu = device.type == "cuda"
+    runner = torch._inductor.aoti_load_package(
+        str(path), run_single_threaded=on_gpu, device_index=device.index if on_gpu else -1
+    )
     names = runner.get_constant_fqns()
     missing = [name for name in names if name not in weights]
     if missing:

@@ -13,8 +13,12 @@ from lragent.exported import put_weights, tensors_of
 KINDS = ("cpu", "cuda")  # HIP devices are called cuda, too
 
 
-def require_device(name: str) -> None:
-    """Raises RequestError if this machine has no such device, or programs can't run on its kind."""
+def device_named(name: str) -> torch.device:
+    """A device of this machine, with its index: tensors on `cuda` say that they are on `cuda:0`.
+
+    Raises:
+        RequestError: this machine has no such device, or programs can't run on its kind.
+    """
     hint = "Use cpu, cuda or cuda:N."
     try:
         device = torch.device(name)
@@ -29,6 +33,8 @@ def require_device(name: str) -> None:
             raise RequestError(
                 f"device {name!r} is not there: PyTorch {torch.__version__}{built}, sees {count} GPUs", hint
             )
+        return torch.device("cuda", device.index or 0)
+    return device
 
 
 def moved(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

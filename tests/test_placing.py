@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lragent.errors import RequestError
 from lragent.exported import example_cache, example_step
 from lragent.passes.pipeline import lower, transform
-from lragent.placing import placed, require_device
+from lragent.placing import device_named, placed
 from tests.passes.stages import captured
 from tests.passes.tiny_lm import Tiny
 
@@ -78,10 +78,12 @@ def test_tied_weights_stay_tied_and_created_tensors_move() -> None:
 )
 def test_devices_that_are_not_there(name: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        require_device(name)
+        device_named(name)
 
 
 def test_devices_that_are_there() -> None:
-    require_device("cpu")
+    assert device_named("cpu") == torch.device("cpu")
     for index in range(torch.cuda.device_count()):
-        require_device(f"cuda:{index}")
+        assert device_named(f"cuda:{index}") == torch.device("cuda", index)
+    if torch.cuda.is_available():
+        assert device_named("cuda") == torch.device("cuda", 0)

@@ -29,7 +29,7 @@ STEP_INPUTS = (
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Packed tokens of all sequences of one step; all tensors int64 on the engine's device.
+    """Packed tokens of all sequences of one step; all tensors int64, on the CPU (see `device_steps.py`).
 
     Tokens of one sequence are consecutive, in order, and are the last ones of its context: token i of a sequence with
     q tokens and context length L sits at position L - q + i. K and V are written before attention reads them.
@@ -88,7 +88,8 @@ class AgentFacts:
 class Program:
     """A lowered model that the runtime can run.
 
-    `run(step, cache)` returns float32 logits `[R, vocab]`, after the model's own softcap, and writes the cache.
+    `run(step, cache)` takes a step on the CPU and a cache on the program's device. It returns float32 logits
+    `[R, vocab]`, after the model's own softcap, and writes the cache.
     """
 
     schema: CacheSchema

@@ -80,7 +80,7 @@ def _sequences(entry: Entry) -> list[tuple[int, int]]:
     return sequences
 
 
-def build_step(entries: Sequence[Entry], agents: int, page_size: int, device: torch.device) -> StepInputs:
+def build_step(entries: Sequence[Entry], agents: int, page_size: int) -> StepInputs:
     """Step inputs of all entries, packed in order; logits rows are those of `Piece.rows`, in order.
 
     Without any wanted row the last token's is asked for: a program need not serve zero rows.
@@ -120,7 +120,7 @@ def build_step(entries: Sequence[Entry], agents: int, page_size: int, device: to
     kept_NT = torch.where(writes_NT, tensor(slots), SCRATCH_PAGE * page_size)
     width = max(map(len, tables))
     padded = chain.from_iterable((*table, *[SCRATCH_PAGE] * (width - len(table))) for table in tables)
-    step = StepInputs(
+    return StepInputs(
         token_ids=tensor(tokens),
         positions=tensor(positions),
         agent_ids=tensor(agent_ids).repeat_interleave(repeats),
@@ -131,4 +131,3 @@ def build_step(entries: Sequence[Entry], agents: int, page_size: int, device: to
         context_lens=tensor(contexts),
         page_table=tensor(list(padded)).view(len(tables), width),
     )
-    return step if device.type == "cpu" else StepInputs(*(part.to(device) for part in step.tensors()))

@@ -87,7 +87,6 @@ class Engine:
             names=(BASE, *program.schema.agents),
             acting=(BASE, *acting),
             max_batch_tokens=max_batch_tokens,
-            device=device,
         )
 
     @property

@@ -49,7 +49,6 @@ class EngineLoop:
     names: tuple[str, ...]
     acting: tuple[str, ...]
     max_batch_tokens: int
-    device: torch.device
     on_step: Callable[[], None] | None = None
     states: dict[TrajectoryState, None] = field(default_factory=dict)  # open ones, in order of creation
     usage: Usage = field(default_factory=Usage)
@@ -106,7 +105,7 @@ class EngineLoop:
             targets += [target for _, target in entry.copies]
         self.cache.copy_pages(sources, targets)
         page_size = self.cache.page_size
-        step = build_step(entries, len(self.names) - 1, page_size, self.device)
+        step = build_step(entries, len(self.names) - 1, page_size)
         with torch.inference_mode():
             logits_RV = self.program.run(step, self.cache.tensors)
         self.steps += 1

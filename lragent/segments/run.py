@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lragent.errors import ArtifactError, InternalError
+from lragent.exported import CPU
 from lragent.package import Run, open_package
 from lragent.segments.plan import INPUT, VALUE, WEIGHT, Call, Plan, read_plan
 
@@ -60,7 +61,7 @@ def load_segments(path: Path, weights: Mapping[str, Tensor], input_names: Sequen
         ArtifactError: the plan is damaged.
     """
     plan = read_plan(path)
-    runs = [open_package(path.parent / entry.path, {}) for entry in plan.packages]
+    runs = [open_package(path.parent / entry.path, {}, CPU) for entry in plan.packages]
     try:
         return bind(plan, runs, weights, input_names)
     except (KeyError, IndexError) as error:

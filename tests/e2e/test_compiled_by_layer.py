@@ -17,7 +17,7 @@ import lragent
 from lragent.artifact import describe_file, open_artifact
 from lragent.compile import compile_graph, load_compiled, target_name
 from lragent.errors import ArtifactError, RequestError
-from lragent.exported import example_step
+from lragent.exported import CPU, example_step
 from lragent.kernels.cache_schema import CacheSchema
 from lragent.kernels.step import STEP_INPUTS
 from lragent.manifest import read_manifest, write_manifest
@@ -152,7 +152,7 @@ def test_a_graph_that_can_not_be_cut_is_compiled_whole_and_says_why(tmp_path: Pa
     assert (compiled.file.name, compiled.refusal) == ("program.pt2", "it has no attention op")
     step = example_step(1)
     step.token_ids.copy_(torch.arange(6))
-    assert torch.equal(load_compiled(compiled.file, schema, {})(*step.tensors()), step.logits_rows)
+    assert torch.equal(load_compiled(compiled.file, schema, {}, CPU)(*step.tensors()), step.logits_rows)
 
 
 def test_unknown_unit(tiny_llama: WrittenModel, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 import lragent
 from tests.models import write_model
@@ -27,5 +30,37 @@ def test_same_tokens_as_on_the_cpu(tmp_path: Path, backend: str, sharing: str) -
     written = write_model(tmp_path, "llama")
     artifact = tmp_path / "tiny.lragent"
     lragent.convert(written.model_dir, written.adapters, artifact, compiled=False)
-    expected = _tokens(artifact, sharing=sharing, backend="eager")
+    expected = _tokens(artifact, sharing=sharing, backend="eager", attention="torch")
     assert _tokens(artifact, sharing=sharing, backend=backend, device="cuda") == expected
+
+
+def _many_tokens(artifact: Path, **options: str) -> list[list[int]]:
+    """Ten trajectories at once, whose turns end at different steps: steps of many sizes."""
+    engine = lragent.load(artifact, kv_memory="8MiB", max_batch_tokens=64, **options)  # type: ignore[arg-type]
+    trajectories = [engine.trajectory([5 + i, 17, 3, 44, 9, 8, 7] * (2 + i)) for i in range(10)]
+    agents = ("plan", "action", "reflect")
+
+    async def turns(i: int) -> list[int]:
+        found = []
+        for turn in range(3):
+            agent = agents[(i + turn) % 3]
+            found += (await trajectories[i].agenerate(agent, max_new_tokens=8 + i, ignore_eos=True)).token_ids
+            trajectories[i].append([11, 12, 13, 14 + i])
+        return found
+
+    async def all_turns() -> list[list[int]]:
+        return await asyncio.gather(*(turns(i) for i in range(len(trajectories))))
+
+    return asyncio.run(all_turns())
+
+
+@pytest.mark.parametrize("sharing", ["base_lr_shared", "rebase_shared", "full_shared"])
+def test_steps_become_graphs_and_give_the_same_tokens(tmp_path: Path, sharing: str) -> None:
+    written = write_model(tmp_path, "llama")
+    artifact = tmp_path / "tiny.lragent"
+    lragent.convert(written.model_dir, written.adapters, artifact, compiled=False)
+    expected = _many_tokens(artifact, sharing=sharing, backend="eager", attention="torch")
+    replay = torch.cuda.CUDAGraph.replay
+    with mock.patch.object(torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=replay) as replays:
+        assert _many_tokens(artifact, sharing=sharing, backend="eager", device="cuda") == expected
+    assert replays.call_count > 10

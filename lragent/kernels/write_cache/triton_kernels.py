@@ -28,7 +28,8 @@ def write_kv_kernel(
     tl.store(v_cache + row * DV + d_d, value_d.to(tl.float32).to(v_cache.dtype.element_ty), mask=mask_d)
 
 
-@triton.jit
+# A number that differs from step to step must not mean another compilation.
+@triton.jit(do_not_specialize=["tokens"])
 def write_lr_kernel(
     lr, lr_cache, lr_table, slots, elements, tokens, lr_row, agents, ROWS: tl.constexpr, R: tl.constexpr
 ):

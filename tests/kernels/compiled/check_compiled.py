@@ -5,6 +5,7 @@ Run by `tests/kernels/test_triton_compiled.py`. The figures hold for the Triton 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -90,9 +91,9 @@ def _absent(variant: Variant) -> dict[str, None]:
     return dict.fromkeys(names)
 
 
-def _compiled(kernel: Any, variant: Variant, target: Target, constants: dict[str, Any], **options: int) -> Resources:
+def _compiled(kernel: Any, variant: Variant, target: Target, constants: Mapping[str, Any], **options: int) -> Resources:
     absent = {name: None for name in _absent(variant) if name in kernel.arg_names}
-    return compiled(kernel, _types(variant), constants | absent, target, **options)
+    return compiled(kernel, _types(variant), {**constants, **absent}, target, **options)
 
 
 def attention(kind: str, variant: Variant, target: Target) -> Resources:

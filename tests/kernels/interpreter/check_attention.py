@@ -22,6 +22,7 @@ from tests.kernels.attention_cases import (
     Case,
     assert_as_exact_as_half_precision,
     assert_as_exact_as_reference,
+    call,
 )
 from tests.kernels.interpreter import shim
 
@@ -103,3 +104,23 @@ def test_sizes(sizes: dict[str, Any], final: bool) -> None:
 def test_every_case_with_every_shape_of_step(case: Case, plan: Plan) -> None:
     for sequences in (((130, 1, 3), (64, 6, 3), *MIXED), MIXED[:1], MIXED[1:2], ((300, 1, 1), (5, 1, 3))):
         assert_as_exact_as_reference(watched(plan), replace(case, sequences=sequences).build())
+
+
+@pytest.mark.parametrize("plan", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("decodes", [True, False], ids=["decodes", "chunks"])
+def test_padding_changes_no_row(plan: Plan, decodes: bool) -> None:
+    """Steps of padded sizes (`lragent/packed_step.py`): tokens of no sequence, sequences without tokens."""
+    sequences = tuple(MIXED[i] for i in ((0, 2) if decodes else (0, 1, 2)))
+    values = replace(WIDE, sequences=sequences).build()
+    expected = call(watched(plan), values)
+    tokens, more = expected.shape[0], 3
+    ends = [tokens] * more
+    values["query"] = torch.cat([values["query"], torch.full_like(values["query"][:1], torch.nan).repeat(5, 1, 1)])
+    values["agent_ids"] = torch.cat([values["agent_ids"], torch.zeros(5, dtype=torch.int64)])
+    if decodes:
+        values["query"], values["agent_ids"] = (values[name][: tokens + more] for name in ("query", "agent_ids"))
+    values["seq_starts"] = torch.cat([values["seq_starts"], torch.tensor(ends)])
+    values["context_lens"] = torch.cat([values["context_lens"], torch.zeros(more, dtype=torch.int64)])
+    table = values["page_table"]
+    values["page_table"] = torch.cat([table, torch.zeros(more, table.shape[1], dtype=torch.int64)])
+    assert torch.equal(call(watched(plan), values)[:tokens], expected)

@@ -14,7 +14,8 @@ import triton.language as tl
 from lragent.kernels.flash_lora_attention.triton.tiles import capped, key_chunk, low_rank_columns, token_slots
 
 
-@triton.jit
+# A number that differs from step to step must not mean another compilation.
+@triton.jit(do_not_specialize=["page_columns", "splits"])
 def decode_kernel(
     query, k_cache, v_cache, agent_ids, seq_starts, context_lens, page_table,
     lr_k, lr_k_table, b_k, lr_v, lr_v_table, rope_cos, rope_sin, rope_partner, norm_weight,

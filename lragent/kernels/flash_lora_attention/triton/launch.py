@@ -29,8 +29,8 @@ from lragent.kernels.flash_lora_attention.triton.variants import (
 )
 
 # A split reads at least this many tokens; splits are added until a device has this many programs a processor.
-SPLIT_TOKENS = 256
-PROGRAMS_A_PROCESSOR = 4
+SPLIT_TOKENS = 128
+PROGRAMS_A_PROCESSOR = 8
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ def flash_lora_attention(
     softcap: float,
     plan: Plan | None = None,
 ) -> Tensor:
-    """See `lragent::flash_lora_attention` in `lragent.kernels.ops`: `[T, Hq, Dv]`. Every sequence has a query token."""
+    """See `lragent::flash_lora_attention` in `lragent.kernels.ops`: `[T, Hq, Dv]`.
+
+    Sequences may be empty, and tokens after the last sequence belong to none: their rows are left as they are.
+    """
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise InternalError("cache pages are not contiguous")
     tokens, query_heads, k_dim = query_THqDk.shape

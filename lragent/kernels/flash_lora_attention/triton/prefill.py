@@ -35,7 +35,8 @@ def sequence_of_block(seq_starts, block, sequences, BLOCK: tl.constexpr):
     return low
 
 
-@triton.jit
+# A number that differs from step to step must not mean another compilation.
+@triton.jit(do_not_specialize=["page_columns", "sequences"])
 def prefill_kernel(
     query, k_cache, v_cache, agent_ids, seq_starts, context_lens, page_table,
     lr_k, lr_k_table, b_k, lr_v, lr_v_table, b_v, rope_cos, rope_sin, rope_partner, norm_weight, sinks,

@@ -11,7 +11,8 @@ import triton.language as tl
 from lragent.kernels.flash_lora_attention.triton.tiles import LOG2E
 
 
-@triton.jit
+# A number that differs from step to step must not mean another compilation.
+@triton.jit(do_not_specialize=["splits"])
 def reduce_kernel(
     partial, lse, agent_ids, seq_starts, b_v, sinks, out, splits,
     H: tl.constexpr, GROUP: tl.constexpr, DV: tl.constexpr, RANK_V: tl.constexpr, R: tl.constexpr,

@@ -1,13 +1,15 @@
 """What a compiled attention kernel depends on, and the tile shapes and warps of each kind of variant.
 
 The shapes were chosen so that the compiler spills no register on sm_80, sm_90 and gfx942 and stays within shared
-memory; `tests/kernels/compiled` holds that, and says by how much the one variant spills that still does. No GPU timed
-them.
+memory; `tests/kernels/compiled` holds that, and says by how much the one variant spills that still does. Those of
+usual variants on sm_90 were chosen among such by their time on an H200 (`benchmarks/triton_tiles.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -102,6 +104,12 @@ def dot_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return first if first in (torch.float16, torch.bfloat16) and set(dtypes) == {first} else torch.float32
 
 
+def _was_timed(variant: Variant) -> bool:
+    """Whether the tiles of a kind of variant were chosen by their time on an H200 (`benchmarks/triton_tiles.py`)."""
+    rank, dim = max(variant.k_rank, variant.v_rank), max(variant.k_dim, variant.v_dim)
+    return variant.is_half and variant.final and dim <= 128 and rank <= 64
+
+
 def decode_tiles(variant: Variant, target: Target) -> Tiles:
     """Tiles of a decode kernel."""
     stages = 1 if target == "gfx942" else 2
@@ -109,6 +117,11 @@ def decode_tiles(variant: Variant, target: Target) -> Tiles:
     if not variant.is_half:
         return Tiles(rows, tokens=32, channels=16, warps=8, stages=stages)
     rank, dim = max(variant.k_rank, variant.v_rank), max(variant.k_dim, variant.v_dim)
+    if target == "sm_90" and _was_timed(variant):
+        if variant.k_rank:
+            channels = 64 if rank > 16 else padded(variant.k_dim)
+            return Tiles(rows, tokens=32, channels=channels, warps=4, stages=2, unroll=rank > 16)
+        return Tiles(rows, tokens=128 if dim <= 64 else 64, channels=64, warps=4, stages=2, unroll=rank <= 16)
     tokens, warps = 64, 4
     if target == "sm_90" and rank > 64:
         tokens, warps = 32 if dim <= 64 else 64, 8 if dim > 128 else 4
@@ -129,8 +142,13 @@ def prefill_tiles(variant: Variant, target: Target) -> Tiles:
         return Tiles(max(rows, 16), tokens=16, channels=16, warps=8, stages=1)
     if target == "gfx942":
         return Tiles(max(rows, 64), tokens=64, channels=32, warps=4, stages=1)
-    if target == "sm_90" and dim <= 128 and rank <= 16:
-        return Tiles(max(rows, 128), tokens=32, channels=64, warps=8, stages=2)
+    if target == "sm_90" and _was_timed(variant):
+        if rank > 16:
+            tokens = 32 if variant.k_rank else 64
+            return Tiles(max(rows, 128), tokens, channels=64, warps=8, stages=2, unroll=True)
+        # With 64 tokens, keys rebuilt from at most 16 columns come out wrong on Hopper (Triton 3.6).
+        tokens, stages = (32, 2) if variant.k_rank else (64, 3)
+        return Tiles(max(rows, 128), tokens, padded(variant.k_dim), warps=4 if dim <= 64 else 8, stages=stages)
     if target == "sm_90" and (dim <= 128 or rank <= 16):
         return Tiles(
             max(rows, 64), tokens=32 if dim > 128 and not variant.final else 16, channels=32, warps=8, stages=2
@@ -144,15 +162,19 @@ def prefill_tiles(variant: Variant, target: Target) -> Tiles:
     return Tiles(max(rows, 32), tokens, channels=16, warps=8, stages=2, least_rank=64 if dim > 128 else SMALLEST)
 
 
-def decode_constants(variant: Variant, tiles: Tiles) -> dict[str, Any]:
+# A step asks for these once a layer, and computing them takes as long as a launch.
+@cache
+def decode_constants(variant: Variant, tiles: Tiles) -> Mapping[str, Any]:
     return variant.shared_constants() | tiles.constants(variant) | {"G": tiles.rows}
 
 
-def prefill_constants(variant: Variant, tiles: Tiles) -> dict[str, Any]:
+@cache
+def prefill_constants(variant: Variant, tiles: Tiles) -> Mapping[str, Any]:
     return variant.shared_constants() | tiles.constants(variant) | {"M": tiles.rows, "SINKS": variant.sinks}
 
 
-def reduce_constants(variant: Variant) -> dict[str, Any]:
+@cache
+def reduce_constants(variant: Variant) -> Mapping[str, Any]:
     shared = variant.shared_constants()
     own = {"R": padded(variant.v_rank), "SINKS": variant.sinks}
     return {name: shared[name] for name in ("H", "GROUP", "DV", "RANK_V", "D_V")} | own

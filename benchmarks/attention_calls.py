@@ -1,0 +1,72 @@
+"""Arguments of the attention op over a paged cache of random numbers, for benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lragent.kernels.cache_schema import LowRankStream
+
+PAGE = 32
+AGENTS = 3
+
+
+@dataclass(frozen=True)
+class Heads:
+    """KV heads, query heads of each, and channels."""
+
+    kv: int
+    group: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Arguments of the attention op for one step; `bytes`: of the cache that it must read."""
+
+    with_keys: tuple[object, ...]
+    without_keys: tuple[object, ...]
+    bytes_with_keys: int
+    bytes_without_keys: int
+
+
+def paged(
+    batch: int,
+    context: int,
+    rank: int,
+    dtype: torch.dtype,
+    heads: Heads,
+    tokens: int = 1,
+    device: torch.device | None = None,
+) -> Paged:
+    """`batch` sequences with `tokens` new tokens at the end of `context`; agents take turns over sequences."""
+    pages = 1 + batch * (context // PAGE)
+    stream = LowRankStream("", (rank,) * AGENTS, tuple(range(AGENTS)))
+    with torch.device(device or "cpu"):
+        order = 1 + torch.randperm(pages - 1)
+        table = stream.table("per_agent", pages, PAGE).to(order.device)
+        cache = [torch.randn(pages, heads.kv, PAGE, heads.dim).to(dtype) for _ in range(2)]
+        columns = [torch.randn(stream.elements("per_agent", pages, PAGE)).to(dtype) for _ in range(2)]
+        up = [torch.randn(AGENTS + 1, heads.kv, rank, heads.dim).to(dtype) for _ in range(2)]
+        half = heads.dim // 2
+        angles = torch.outer(torch.arange(float(context)), 1e-4 ** (torch.arange(half) / half)).repeat(1, 2)
+        signs = torch.cat([-torch.ones(half), torch.ones(half)])
+        rope = (angles.cos(), angles.sin() * signs, torch.arange(heads.dim).roll(half))
+        step = (
+            torch.randn(batch * tokens, heads.kv * heads.group, heads.dim).to(dtype),
+            *cache,
+            (torch.arange(batch) % AGENTS + 1).repeat_interleave(tokens),
+            torch.arange(batch + 1) * tokens,
+            torch.full((batch,), context),
+            order.view(batch, context // PAGE),
+        )
+    rest = (None, 0.0, True, None, heads.dim**-0.5, 0, 0.0)
+    keys, values = (columns[0], table, up[0]), (columns[1], table, up[1])
+    base, low = batch * context * 2 * heads.kv * heads.dim * dtype.itemsize, batch * context * rank * dtype.itemsize
+    return Paged(
+        with_keys=(*step, *keys, *values, *rope, *rest),
+        without_keys=(*step, None, None, None, *values, None, None, None, *rest),
+        bytes_with_keys=base + 2 * low,
+        bytes_without_keys=base + low,
+    )
