@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from lragent.kernels import ops
-from lragent.kernels.flash_lora_attention import reference
 from lragent.kernels.write_cache import torch_scatter
-from tests.kernels.attention_cases import CASES, Case, assert_as_exact_as_reference, call, in_double
+from tests.kernels.attention_cases import (
+    CASES,
+    Case,
+    assert_as_exact_as_half_precision,
+    assert_as_exact_as_reference,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -34,24 +38,24 @@ def test_float32(case: Case) -> None:
     assert_as_exact_as_reference(triton_op, on_device(replace(case, sequences=LONG).build()))
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (80, 96), (256, 256)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("final", [True, False], ids=["final", "raw"])
+HALF_DIMS = [
+    *(((dim, dim), torch.bfloat16) for dim in (64, 128, 256)),
+    ((80, 96), torch.bfloat16),
+    ((128, 128), torch.float16),
+]
+
+
+@pytest.mark.parametrize(("dims", "dtype"), HALF_DIMS, ids=str)
+@pytest.mark.parametrize(("final", "adapted_k"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("ranks", [(16, 0, 8), (64, 0, 33)], ids=str)
 def test_half_precision(
-    dims: tuple[int, int], dtype: torch.dtype, final: bool, monkeypatch: pytest.MonkeyPatch
+    dims: tuple[int, int], dtype: torch.dtype, final: bool, adapted_k: bool, ranks: tuple[int, ...]
 ) -> None:
     case = Case(
-        "half", sequences=LONG, k_dim=dims[0], v_dim=dims[1], ranks=(16, 0, 8), cache_dtype=dtype, final=final,
-        norm=not final,
+        "half", sequences=LONG, k_dim=dims[0], v_dim=dims[1], ranks=ranks, cache_dtype=dtype, final=final,
+        norm=not final, adapted_k=adapted_k,
     )  # fmt: skip
-    values = on_device(case.build(dtype))
-    exact = call(reference.flash_lora_attention, in_double(values))
-    found = call(triton_op, values)
-    with monkeypatch.context() as patch:
-        patch.setattr(reference, "compute_dtype", lambda dtype: dtype)
-        plain = call(reference.flash_lora_attention, values)
-    own, error = (float((x.double() - exact).abs().max()) for x in (plain, found))
-    assert error <= 2 * own
+    assert_as_exact_as_half_precision(triton_op, on_device(case.build(dtype)))
 
 
 def test_writes() -> None:

@@ -30,8 +30,33 @@ inline void ask(const char*& ahead) {
   ahead += kLines * 64;
 }
 
+// The larger numbers, or those of `b` where one is NaN. (`at::vec::maximum` hands on any NaN, and takes five times as
+// long.)
+inline Vec larger_of(const Vec& a, const Vec& b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_max_ps(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_max_ps(a, b);
+#else
+  return at::vec::maximum(a, b);
+#endif
+}
+
 inline float largest_of(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
+}
+
+// The same of a row. Four maxima at once: each waits for the one before.
+inline float largest_of(const float* row, int64_t n) {
+  Vec largest[4];
+  for (Vec& x : largest) x = Vec::loadu(row);
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) largest[j] = larger_of(largest[j], Vec::loadu(row + i + j * W));
+  }
+  for (; i < n; i += W) largest[0] = larger_of(largest[0], Vec::loadu(row + i));
+  return largest_of(larger_of(larger_of(largest[0], largest[1]), larger_of(largest[2], largest[3])));
 }
 
 inline float sum_of(const Vec& x) {
@@ -63,22 +88,33 @@ inline void scale_row(float* row, int64_t n, float factor) {
   for (int64_t i = 0; i < n; i += W) (Vec::loadu(row + i) * f).store(row + i);
 }
 
-// exp(x) for x <= 0, and 0 below the smallest normal result; polynomial of Cephes' expf, good to two units in the
-// last place.
+// exp(x) for x <= 0, and 0 where that is below the smallest normal number (without AVX-512: below exp(-87)).
+//
+// 2^(x log2 e) = 2^f 2^n with the polynomial of least relative error (2e-9) for 2^f on [-1/2, 1/2].
 inline Vec exp_of_nonpositive(const Vec& x) {
+  const Vec log2e(1.44269504088896341f);
+#if defined(CPU_CAPABILITY_AVX512)
+  const Vec clamped = larger_of(Vec(-200.f), x);  // an infinity minus itself would be NaN
+  const Vec n = _mm512_roundscale_ps(clamped * log2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
   const Vec least(-87.f), rounder(12582912.f);  // 1.5 * 2^23: adding it leaves the rounded number in the lowest bits
-  const Vec clamped = at::vec::maximum(x, least);
-  const Vec shifted = at::vec::fmadd(clamped, Vec(1.44269504088896341f), rounder), n = shifted - rounder;
-  const Vec r = at::vec::fmadd(n, Vec(2.12194440e-4f), at::vec::fmadd(n, Vec(-0.693359375f), clamped));
-  Vec p = at::vec::fmadd(Vec(1.9875691500e-4f), r, Vec(1.3981999507e-3f));
-  p = at::vec::fmadd(p, r, Vec(8.3334519073e-3f));
-  p = at::vec::fmadd(p, r, Vec(4.1665795894e-2f));
-  p = at::vec::fmadd(p, r, Vec(1.6666665459e-1f));
-  p = at::vec::fmadd(p, r, Vec(5.0000001201e-1f));
-  p = at::vec::fmadd(p, r * r, r + Vec(1.f));
+  const Vec clamped = larger_of(least, x);
+  const Vec shifted = at::vec::fmadd(clamped, log2e, rounder), n = shifted - rounder;
+#endif
+  const Vec f = at::vec::fmsub(clamped, log2e, n);
+  Vec p = at::vec::fmadd(Vec(1.5345809515565634e-4f), f, Vec(1.3399930903688073e-3f));
+  p = at::vec::fmadd(p, f, Vec(9.618489071726799e-3f));
+  p = at::vec::fmadd(p, f, Vec(5.550328642129898e-2f));
+  p = at::vec::fmadd(p, f, Vec(2.4022646248340607e-1f));
+  p = at::vec::fmadd(p, f, Vec(6.931471824645996e-1f));
+  p = at::vec::fmadd(p, f, Vec(1.f));
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_scalef_ps(p, n);
+#else
   const auto exponent = at::vec::cast<int32_t>(shifted) << at::vec::Vectorized<int32_t>(23);
   const Vec result = at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
   return Vec::blendv(result, Vec(0.f), x < least);
+#endif
 }
 
 // How raw products become scores: `scale * x`, then `softcap * tanh(score / softcap)` if softcap > 0.
@@ -104,10 +140,8 @@ inline float softmax_row(
   }
   std::fill(scores + first, scores + low, kMinusInfinity);
   std::fill(scores + high, scores + last, kMinusInfinity);
-  Vec largest = Vec::loadu(scores + first);
-  for (int64_t j = first + W; j < last; j += W) largest = at::vec::maximum(largest, Vec::loadu(scores + j));
   const float before = maximum;
-  maximum = std::max(before, largest_of(largest) * scaling.scale);
+  maximum = std::max(before, largest_of(scores + first, last - first) * scaling.scale);
   const Vec scale(scaling.scale), shift(maximum);
   Vec sum(0.f);
   for (int64_t j = first; j < last; j += W) {

@@ -9,8 +9,10 @@ namespace lragent {
 
 // Output features that are computed together: two vectors of a register block.
 constexpr int64_t kStrip = 2 * W;
-// Bytes of inputs whose products are summed in one go: four rows of a strip then stay in the innermost cache.
+// Bytes of an input whose products are summed in one go: four rows of a strip then stay in the innermost cache.
 constexpr int64_t kBytesForDotProducts = 3072;
+// With AVX-512, inputs in two register blocks stay there as well if it is half of that; more pass through in any case.
+constexpr int64_t kMostInHalves = kRegisterFactor == 2 ? 2 * kDotRows : 0;
 // Up to so many tokens, numbers of half precision are extended while they are read, not once before.
 constexpr int64_t kTokensForInPlace = 9;
 // Places of a weight that are read at once for few tokens, when memory is what is waited for: the processor fetches
@@ -34,7 +36,9 @@ template <typename X, typename T>
 inline void dot_strip(
     const X* x, int64_t tokens, const T* rows, int64_t count, int64_t k_pad, StripSpace& space, float* sums,
     const char* ahead, int64_t bytes) {
-  constexpr int64_t most = kBytesForDotProducts / static_cast<int64_t>(sizeof(X)), chunk = 2 * W;
+  constexpr int64_t chunk = 2 * W;
+  const bool in_halves = tokens > kDotRows && tokens <= kMostInHalves;
+  const int64_t most = kBytesForDotProducts / (in_halves ? 2 : 1) / static_cast<int64_t>(sizeof(X));
   const int64_t parts = (k_pad + most - 1) / most, bytes_a_part = bytes / parts;
   const int64_t features = ((k_pad + parts - 1) / parts + chunk - 1) / chunk * chunk;
   for (int64_t begin = 0; begin < k_pad; begin += features) {
