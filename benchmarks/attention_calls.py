@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lragent.kernels.cache_schema import LowRankStream
+from lragent.runtime import huge_pages
 
 PAGE = 32
 AGENTS = 3
@@ -31,6 +32,11 @@ class Paged:
     bytes_without_keys: int
 
 
+def held(numbers: torch.Tensor) -> torch.Tensor:
+    """The numbers in memory such as the engine's caches have."""
+    return numbers if numbers.is_cuda else huge_pages.zeros(numbers.shape, numbers.dtype).copy_(numbers)
+
+
 def paged(
     batch: int,
     context: int,
@@ -46,8 +52,8 @@ def paged(
     with torch.device(device or "cpu"):
         order = 1 + torch.randperm(pages - 1)
         table = stream.table("per_agent", pages, PAGE).to(order.device)
-        cache = [torch.randn(pages, heads.kv, PAGE, heads.dim).to(dtype) for _ in range(2)]
-        columns = [torch.randn(stream.elements("per_agent", pages, PAGE)).to(dtype) for _ in range(2)]
+        cache = [held(torch.randn(pages, heads.kv, PAGE, heads.dim).to(dtype)) for _ in range(2)]
+        columns = [held(torch.randn(stream.elements("per_agent", pages, PAGE)).to(dtype)) for _ in range(2)]
         up = [torch.randn(AGENTS + 1, heads.kv, rank, heads.dim).to(dtype) for _ in range(2)]
         half = heads.dim // 2
         angles = torch.outer(torch.arange(float(context)), 1e-4 ** (torch.arange(half) / half)).repeat(1, 2)

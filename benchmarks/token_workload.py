@@ -91,7 +91,13 @@ def main() -> None:
     workload["trajs"] = workload["trajs"][: options.n or None]
 
     started = time.perf_counter()
-    engine = lragent.load(options.artifact, sharing=options.sharing, kv_memory=options.kv_memory, device=options.device)
+    engine = lragent.load(
+        options.artifact,
+        sharing=options.sharing,
+        kv_memory=options.kv_memory,
+        device=options.device,
+        backend=options.backend,
+    )
     loaded = time.perf_counter() - started
     first = workload["trajs"][0]
     short = {**workload, "trajs": [{"prompt": first["prompt"][::-1][:96], "obs": [first["obs"][0][::-1]]}]}
