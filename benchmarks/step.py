@@ -1,16 +1,18 @@
 """Times single steps of a compiled artifact beside their bound on this machine, and shows where the time goes.
 
     python -m benchmarks.step ARTIFACT [--sharing base_lr_shared] [--context 512] [--sequences 1,8,32] [--prefill 512]
+    python -m benchmarks.step ARTIFACT --device cuda [--backend eager]
 
 The bound of a step is the time to read what it must read (weights once, every sequence's cache) at the measured read
 bandwidth, or its floating point operations at the rate of a GEMM of the artifact's dtype, whichever is longer. One
-thread unless told.
+thread unless told. On the CPU, times are CPU time; on a GPU, wall time until the device is done.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +21,9 @@ from pathlib import Path
 import torch
 
 import lragent
-from benchmarks.timing import seconds
+from benchmarks.timing import in_turn, seconds
 from lragent.artifact import open_artifact
-from lragent.exported import PAGE_SIZE
+from lragent.exported import CPU, PAGE_SIZE
 from lragent.kernels.step import Program, StepInputs
 from lragent.layouts import dtype_named
 from lragent.runtime.memory import allocate
@@ -36,15 +38,28 @@ class Machine:
     gemm: float
 
 
-def measure_machine(dtype: torch.dtype = torch.float32) -> Machine:
+def spent(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of CPU time on the CPU, of wall time on a GPU, whose steps become graphs in the first three runs."""
+    if device.type == "cpu":
+        return seconds(work, repeats)
+
+    def finished() -> None:
+        work()
+        torch.cuda.synchronize(device)
+
+    return in_turn({"": finished}, repeats + 3, time.perf_counter)[""][3:]
+
+
+def measure_machine(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Machine:
     """Best of several runs: the machine's limit, not its usual speed. Where a processor has no instructions for the
     GEMM's dtype, float32 is the faster way, and the limit."""
-    numbers = torch.randn(64 << 20)
-    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    spent = [min(seconds(partial(torch.mm, left.to(d), right.to(d)), 7)) for d in {torch.float32, dtype}]
+    size = 1024 if device.type == "cpu" else 8192
+    numbers = torch.randn(64 << 20, device=device)
+    left, right = torch.randn(2, size, size, device=device)
+    products = [min(spent(partial(torch.mm, left.to(d), right.to(d)), device, 7)) for d in {torch.float32, dtype}]
     return Machine(
-        bandwidth=numbers.numel() * 4 / min(seconds(lambda: numbers.sum(), 7)),
-        gemm=2 * 1024**3 / min(spent),
+        bandwidth=numbers.numel() * 4 / min(spent(lambda: numbers.sum(), device, 7)),
+        gemm=2 * size**3 / min(products),
     )
 
 
@@ -69,11 +84,11 @@ def step_inputs(program: Program, sequences: int, tokens: int, context: int) -> 
     )
 
 
-def runner(program: Program, sharing: str, step: StepInputs) -> Callable[[], torch.Tensor]:
+def runner(program: Program, sharing: str, step: StepInputs, device: torch.device = CPU) -> Callable[[], torch.Tensor]:
     """Runs a step over a cache of its own that is as large as the step's contexts."""
     dtype, columns = dtype_named(program.facts["dtype"]), SCHEMES[sharing].columns
     pages = 1 + step.page_table.numel()
-    cache = allocate(program.schema, columns, pages, PAGE_SIZE, dtype, torch.device("cpu")).tensors
+    cache = allocate(program.schema, columns, pages, PAGE_SIZE, dtype, device).tensors
     return partial(program.run, step, cache)
 
 
@@ -101,12 +116,20 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the one prefill step; 0: none")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="compiled")
     parser.add_argument("--profile", action="store_true", help="show the ops that take longest")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    program = lragent.load(options.artifact, sharing=options.sharing, kv_memory="16MiB").program
-    dtype = dtype_named(program.facts["dtype"])
-    machine = measure_machine(dtype)
+    program = lragent.load(
+        options.artifact,
+        sharing=options.sharing,
+        kv_memory="16MiB",
+        device=options.device,
+        backend=options.backend,
+    ).program
+    device, dtype = torch.device(program.facts["device"]), dtype_named(program.facts["dtype"])
+    machine = measure_machine(dtype, device)
     print(f"read {machine.bandwidth / 1e9:.1f} GB/s, GEMM {machine.gemm / 1e9:.0f} GFLOP/s, {options.threads} threads")
     held = open_artifact(options.artifact).weights().values()
     matrices = list({t.data_ptr(): t for t in held if t.dim() == 2 and t.is_floating_point()}.values())
@@ -115,8 +138,8 @@ def main() -> None:
         steps.append((1, options.prefill, max(options.context, options.prefill)))
     for sequences, tokens, context in steps:
         step = step_inputs(program, sequences, tokens, context)
-        run = runner(program, options.sharing, step)
-        found = statistics.median(seconds(run, options.repeats))
+        run = runner(program, options.sharing, step, device)
+        found = statistics.median(spent(run, device, options.repeats))
         least = bound(program, machine, matrices, dtype.itemsize, step)
         kind = "decode" if tokens == 1 else "prefill"
         print(f"{kind:7} {sequences:3} x {tokens:4} at {context}: {found * 1e3:8.1f} ms, {found / least:.2f} x bound")
