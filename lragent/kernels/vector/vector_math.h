@@ -88,26 +88,24 @@ inline void scale_row(float* row, int64_t n, float factor) {
   for (int64_t i = 0; i < n; i += W) (Vec::loadu(row + i) * f).store(row + i);
 }
 
-// exp(x) for x <= 0, and 0 where that is below the smallest normal number (without AVX-512: below exp(-87)).
-//
-// 2^(x log2 e) = 2^f 2^n with the polynomial of least relative error (2e-9) for 2^f on [-1/2, 1/2].
+// exp(x) for x <= 0, and 0 where that is below the smallest normal number (without AVX-512: below exp(-87));
+// polynomial of Cephes' expf, good to two units in the last place.
 inline Vec exp_of_nonpositive(const Vec& x) {
-  const Vec log2e(1.44269504088896341f);
 #if defined(CPU_CAPABILITY_AVX512)
-  const Vec clamped = larger_of(Vec(-200.f), x);  // an infinity minus itself would be NaN
-  const Vec n = _mm512_roundscale_ps(clamped * log2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec least(-200.f);  // an infinity minus itself would be NaN
 #else
-  const Vec least(-87.f), rounder(12582912.f);  // 1.5 * 2^23: adding it leaves the rounded number in the lowest bits
-  const Vec clamped = larger_of(least, x);
-  const Vec shifted = at::vec::fmadd(clamped, log2e, rounder), n = shifted - rounder;
+  const Vec least(-87.f);
 #endif
-  const Vec f = at::vec::fmsub(clamped, log2e, n);
-  Vec p = at::vec::fmadd(Vec(1.5345809515565634e-4f), f, Vec(1.3399930903688073e-3f));
-  p = at::vec::fmadd(p, f, Vec(9.618489071726799e-3f));
-  p = at::vec::fmadd(p, f, Vec(5.550328642129898e-2f));
-  p = at::vec::fmadd(p, f, Vec(2.4022646248340607e-1f));
-  p = at::vec::fmadd(p, f, Vec(6.931471824645996e-1f));
-  p = at::vec::fmadd(p, f, Vec(1.f));
+  const Vec rounder(12582912.f);  // 1.5 * 2^23: adding it leaves the rounded number in the lowest bits
+  const Vec clamped = larger_of(least, x);
+  const Vec shifted = at::vec::fmadd(clamped, Vec(1.44269504088896341f), rounder), n = shifted - rounder;
+  const Vec r = at::vec::fmadd(n, Vec(2.12194440e-4f), at::vec::fmadd(n, Vec(-0.693359375f), clamped));
+  Vec p = at::vec::fmadd(Vec(1.9875691500e-4f), r, Vec(1.3981999507e-3f));
+  p = at::vec::fmadd(p, r, Vec(8.3334519073e-3f));
+  p = at::vec::fmadd(p, r, Vec(4.1665795894e-2f));
+  p = at::vec::fmadd(p, r, Vec(1.6666665459e-1f));
+  p = at::vec::fmadd(p, r, Vec(5.0000001201e-1f));
+  p = at::vec::fmadd(p, r * r, r + Vec(1.f));
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_scalef_ps(p, n);
 #else
