@@ -26,6 +26,7 @@ from benchmarks.timing import in_turn
 from lragent.kernels import cpp_library
 
 KV_HEADS, GROUP, DIM = 3, 3, 64
+HEADS = Heads(KV_HEADS, GROUP, DIM)
 SETS = 4  # caches used in turn, where they are small: a model has one a layer
 MOST_NUMBERS = 300 << 20  # of one cache: more is left out
 
@@ -90,7 +91,7 @@ def main() -> None:
                 if numbers > MOST_NUMBERS:
                     continue
                 sets = SETS if numbers < 16 << 20 else 1
-                ours = [paged(batch, context, options.rank, dtype, Heads(KV_HEADS, GROUP, DIM)) for _ in range(sets)]
+                ours = [paged(batch, context, options.rank, dtype, HEADS) for _ in range(sets)]
                 plain = [contiguous(batch, context, options.rank, dtype) for _ in range(sets)]
                 works: dict[str, Callable[[], object]] = {
                     "q,v": lambda ours=ours: [op(*each.without_keys) for each in ours],  # type: ignore[misc]

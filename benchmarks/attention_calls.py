@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lragent.exported import CPU
 from lragent.kernels.cache_schema import LowRankStream
 from lragent.runtime import huge_pages
 
@@ -44,12 +45,12 @@ def paged(
     dtype: torch.dtype,
     heads: Heads,
     tokens: int = 1,
-    device: torch.device | None = None,
+    device: torch.device = CPU,
 ) -> Paged:
     """`batch` sequences with `tokens` new tokens at the end of `context`; agents take turns over sequences."""
     pages = 1 + batch * (context // PAGE)
     stream = LowRankStream("", (rank,) * AGENTS, tuple(range(AGENTS)))
-    with torch.device(device or "cpu"):
+    with device:
         order = 1 + torch.randperm(pages - 1)
         table = stream.table("per_agent", pages, PAGE).to(order.device)
         cache = [held(torch.randn(pages, heads.kv, PAGE, heads.dim).to(dtype)) for _ in range(2)]

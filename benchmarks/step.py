@@ -84,10 +84,10 @@ def step_inputs(program: Program, sequences: int, tokens: int, context: int) -> 
     )
 
 
-def runner(program: Program, sharing: str, step: StepInputs, device: torch.device = CPU) -> Callable[[], torch.Tensor]:
+def runner(program: Program, sharing: str, step: StepInputs) -> Callable[[], torch.Tensor]:
     """Runs a step over a cache of its own that is as large as the step's contexts."""
     dtype, columns = dtype_named(program.facts["dtype"]), SCHEMES[sharing].columns
-    pages = 1 + step.page_table.numel()
+    pages, device = 1 + step.page_table.numel(), torch.device(program.facts["device"])
     cache = allocate(program.schema, columns, pages, PAGE_SIZE, dtype, device).tensors
     return partial(program.run, step, cache)
 
@@ -138,7 +138,7 @@ def main() -> None:
         steps.append((1, options.prefill, max(options.context, options.prefill)))
     for sequences, tokens, context in steps:
         step = step_inputs(program, sequences, tokens, context)
-        run = runner(program, options.sharing, step, device)
+        run = runner(program, options.sharing, step)
         found = statistics.median(spent(run, device, options.repeats))
         least = bound(program, machine, matrices, dtype.itemsize, step)
         kind = "decode" if tokens == 1 else "prefill"

@@ -111,14 +111,15 @@ class DeviceSteps:
 
     def _copy(self, step: StepInputs, sizes: StepSizes) -> tuple[Tensor, ...]:
         """The step's inputs on the device, padded to `sizes`; they are overwritten by the next step's."""
-        if self._there.numel() < sizes.numbers():
+        numbers = sizes.numbers()
+        if self._there.numel() < numbers:
             self._forget(self._cache)
-            room = max(LEAST_ROOM, 2 * sizes.numbers())
+            room = max(LEAST_ROOM, 2 * numbers)
             self._host, self._there = (buffer_for(room, device) for device in (CPU, self._device))
         if self._copied is not None:
             self._copied.synchronize()
         pack(step, self._host, sizes)
-        self._there[: sizes.numbers()].copy_(self._host[: sizes.numbers()], non_blocking=True)
+        self._there[:numbers].copy_(self._host[:numbers], non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record()
         return views(self._there, sizes)

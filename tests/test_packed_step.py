@@ -6,7 +6,7 @@ import torch
 
 from lragent.exported import example_step
 from lragent.kernels.step import STEP_INPUTS, StepInputs
-from lragent.packed_step import ALIGNMENT, LEAST_COLUMNS, pack, padded, rounded_up, sizes_of, views
+from lragent.packed_step import ALIGNMENT, LEAST_COLUMNS, StepSizes, pack, padded, rounded_up, sizes_of, views
 
 AGENTS = 3
 
@@ -57,9 +57,7 @@ def test_empty_sequences_start_where_tokens_end() -> None:
 def test_a_mixed_step_never_looks_like_decodes_and_has_room_for_its_tokens() -> None:
     for sequences in range(1, 40):
         for more in range(1, 40):
-            step = example_step(AGENTS, sequences, 1)
-            sizes = sizes_of(step)
-            mixed = padded(type(sizes)(sequences + more, sequences, 4, sequences, AGENTS))
+            mixed = padded(StepSizes(sequences + more, sequences, 4, sequences, AGENTS))
             assert mixed.tokens > mixed.sequences >= sequences and mixed.tokens >= sequences + more
 
 

@@ -46,6 +46,16 @@ class Variant:
     def is_half(self) -> bool:
         return self.dot_dtype != torch.float32
 
+    @property
+    def rank(self) -> int:
+        """The larger rank."""
+        return max(self.k_rank, self.v_rank)
+
+    @property
+    def dim(self) -> int:
+        """Channels of keys or values, whichever have more."""
+        return max(self.k_dim, self.v_dim)
+
     def shared_constants(self) -> dict[str, Any]:
         """Compile-time arguments that the decode and the prefill kernel have in common."""
         return {
@@ -106,8 +116,7 @@ def dot_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 def _was_timed(variant: Variant) -> bool:
     """Whether the tiles of a kind of variant were chosen by their time on an H200 (`benchmarks/triton_tiles.py`)."""
-    rank, dim = max(variant.k_rank, variant.v_rank), max(variant.k_dim, variant.v_dim)
-    return variant.is_half and variant.final and dim <= 128 and rank <= 64
+    return variant.is_half and variant.final and variant.dim <= 128 and variant.rank <= 64
 
 
 def decode_tiles(variant: Variant, target: Target) -> Tiles:
@@ -116,7 +125,7 @@ def decode_tiles(variant: Variant, target: Target) -> Tiles:
     rows = SMALLEST if target == "gfx942" or variant.group > 8 else 8
     if not variant.is_half:
         return Tiles(rows, tokens=32, channels=16, warps=8, stages=stages)
-    rank, dim = max(variant.k_rank, variant.v_rank), max(variant.k_dim, variant.v_dim)
+    rank, dim = variant.rank, variant.dim
     if target == "sm_90" and _was_timed(variant):
         if variant.k_rank:
             channels = 64 if rank > 16 else padded(variant.k_dim)
@@ -137,7 +146,7 @@ def decode_tiles(variant: Variant, target: Target) -> Tiles:
 def prefill_tiles(variant: Variant, target: Target) -> Tiles:
     """Tiles of a prefill kernel; a program has room for all query heads of a KV head."""
     rows = int(triton.next_power_of_2(variant.group))
-    rank, dim = max(variant.k_rank, variant.v_rank), max(variant.k_dim, variant.v_dim)
+    rank, dim = variant.rank, variant.dim
     if not variant.is_half:
         return Tiles(max(rows, 16), tokens=16, channels=16, warps=8, stages=1)
     if target == "gfx942":
@@ -149,6 +158,8 @@ def prefill_tiles(variant: Variant, target: Target) -> Tiles:
         # With 64 tokens, keys rebuilt from at most 16 columns come out wrong on Hopper (Triton 3.6).
         tokens, stages = (32, 2) if variant.k_rank else (64, 3)
         return Tiles(max(rows, 128), tokens, padded(variant.k_dim), warps=4 if dim <= 64 else 8, stages=stages)
+    if target == "sm_90" and dim <= 128 and rank <= 16:
+        return Tiles(max(rows, 128), tokens=32, channels=64, warps=8, stages=2)
     if target == "sm_90" and (dim <= 128 or rank <= 16):
         return Tiles(
             max(rows, 64), tokens=32 if dim > 128 and not variant.final else 16, channels=32, warps=8, stages=2
