@@ -33,9 +33,12 @@ class Paged:
     bytes_without_keys: int
 
 
-def held(numbers: torch.Tensor) -> torch.Tensor:
+def held(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The numbers in memory such as the engine's caches have."""
-    return numbers if numbers.is_cuda else huge_pages.zeros(numbers.shape, numbers.dtype).copy_(numbers)
+    if tensors[0].is_cuda:
+        return tensors
+    found = huge_pages.zeros([t.shape for t in tensors], tensors[0].dtype)
+    return [to.copy_(t) for to, t in zip(found, tensors, strict=True)]
 
 
 def paged(
@@ -53,8 +56,10 @@ def paged(
     with device:
         order = 1 + torch.randperm(pages - 1)
         table = stream.table("per_agent", pages, PAGE).to(order.device)
-        cache = [held(torch.randn(pages, heads.kv, PAGE, heads.dim).to(dtype)) for _ in range(2)]
-        columns = [held(torch.randn(stream.elements("per_agent", pages, PAGE)).to(dtype)) for _ in range(2)]
+        base = [torch.randn(pages, heads.kv, PAGE, heads.dim).to(dtype) for _ in range(2)]
+        low = [torch.randn(stream.elements("per_agent", pages, PAGE)).to(dtype) for _ in range(2)]
+        memory = held([*base, *low])
+        cache, columns = memory[:2], memory[2:]
         up = [torch.randn(AGENTS + 1, heads.kv, rank, heads.dim).to(dtype) for _ in range(2)]
         half = heads.dim // 2
         angles = torch.outer(torch.arange(float(context)), 1e-4 ** (torch.arange(half) / half)).repeat(1, 2)
@@ -70,10 +75,10 @@ def paged(
         )
     rest = (None, 0.0, True, None, heads.dim**-0.5, 0, 0.0)
     keys, values = (columns[0], table, up[0]), (columns[1], table, up[1])
-    base, low = batch * context * 2 * heads.kv * heads.dim * dtype.itemsize, batch * context * rank * dtype.itemsize
+    base_bytes, low_bytes = (batch * context * n * dtype.itemsize for n in (2 * heads.kv * heads.dim, rank))
     return Paged(
         with_keys=(*step, *keys, *values, *rope, *rest),
         without_keys=(*step, None, None, None, *values, None, None, None, *rest),
-        bytes_with_keys=base + 2 * low,
-        bytes_without_keys=base + low,
+        bytes_with_keys=base_bytes + 2 * low_bytes,
+        bytes_without_keys=base_bytes + low_bytes,
     )

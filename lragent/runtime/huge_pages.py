@@ -10,19 +10,37 @@ import math
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import accumulate
 
 import torch
 
 _HUGE = 2 << 20
 
 
-def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Like `torch.zeros` on the CPU; the system commits the memory when it is first written."""
-    size = math.prod(shape) * dtype.itemsize
+_LINE = 64
+
+
+def zeros(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Like `torch.zeros` on the CPU for each shape; the system commits the memory when it is first written.
+
+    All tensors lie in one mapping, so that small ones are in huge pages as well, each from a cache line's beginning on.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    line = _LINE // dtype.itemsize
+    starts = [0, *accumulate(-(-size // line) * line for size in sizes)]
+    held = _memory(starts.pop(), dtype)
+    return [
+        held[start : start + size].view(tuple(shape))
+        for start, size, shape in zip(starts, sizes, shapes, strict=True)
+    ]
+
+
+def _memory(count: int, dtype: torch.dtype) -> torch.Tensor:
+    size = count * dtype.itemsize
     if size < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(tuple(shape), dtype=dtype)
+        return torch.zeros(count, dtype=dtype)
     memory = mmap.mmap(-1, -(-size // _HUGE) * _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     # The tensor keeps the mapping alive.
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(tuple(shape))
+    return torch.frombuffer(memory, dtype=dtype, count=count)

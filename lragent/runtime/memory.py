@@ -108,16 +108,21 @@ def allocate(
     if schema.layout == "dense" and schema.low_rank:
         raise InternalError("a dense cache schema must not name low-rank streams")
 
-    def zeros(*shape: int) -> torch.Tensor:
-        if device.type == "cpu":
-            return huge_pages.zeros(shape, dtype)
-        return torch.zeros(shape, dtype=dtype, device=device)
-
+    layers = schema.base
+    shapes = [
+        *((pages, layer.kv_heads, page_size, layer.k_dim) for layer in layers),
+        *((pages, layer.kv_heads, page_size, layer.v_dim) for layer in layers),
+        *((stream.elements(columns, pages, page_size),) for stream in schema.low_rank),
+    ]
     try:
+        if device.type == "cpu":
+            held = huge_pages.zeros(shapes, dtype)
+        else:
+            held = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         tensors = CacheTensors(
-            k_base=tuple(zeros(pages, layer.kv_heads, page_size, layer.k_dim) for layer in schema.base),
-            v_base=tuple(zeros(pages, layer.kv_heads, page_size, layer.v_dim) for layer in schema.base),
-            low_rank=tuple(zeros(stream.elements(columns, pages, page_size)) for stream in schema.low_rank),
+            k_base=tuple(held[: len(layers)]),
+            v_base=tuple(held[len(layers) : 2 * len(layers)]),
+            low_rank=tuple(held[2 * len(layers) :]),
             tables=tuple(stream.table(columns, pages, page_size).to(device) for stream in schema.low_rank),
         )
     except (OSError, RuntimeError) as error:  # mmap, PyTorch

@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "products.h"
+#include "dot_products.h"
 
 namespace lragent {
 

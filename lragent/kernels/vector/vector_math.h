@@ -10,13 +10,33 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <new>
 #include <type_traits>
+#include <vector>
 
 namespace lragent {
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t W = Vec::size();
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// Begins where a cache line does: a register is then never read from two lines.
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+
+  LineAllocator() = default;
+  template <typename U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
+  void deallocate(T* numbers, size_t) { ::operator delete(numbers, kLine); }
+  bool operator==(const LineAllocator&) const = default;
+
+  static constexpr std::align_val_t kLine{64};
+};
+
+template <typename T>
+using Aligned = std::vector<T, LineAllocator<T>>;
 
 inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 

@@ -119,8 +119,8 @@ inline bool multiplies_in_pairs(const Call& call) {
       call.keys_lie_well();
 }
 
-inline void run_and_write(const Call& call, const Item& item, Parts& parts, Workspace& space) {
-  ItemRun(call, item, space).run();
+inline void run_and_write(const Call& call, const Item& item, const Item* next, Parts& parts, Workspace& space) {
+  ItemRun(call, item, next, space).run();
   if (item.partial) {
     parts.keep(item, space);
     return;
@@ -209,7 +209,12 @@ inline at::Tensor flash_lora_attention(
   std::atomic<size_t> next{0};
   at::parallel_for(0, step.threads, 1, [&](int64_t, int64_t) {
     static thread_local Workspace space;  // kept between calls: fresh memory costs a page fault every 4 KiB
-    for (size_t i = next++; i < plan.items.size(); i = next++) run_and_write(call, plan.items[i], parts, space);
+    const size_t count = plan.items.size(), threads = static_cast<size_t>(step.threads);
+    for (size_t i = next++; i < count; i = next++) {
+      // Threads take items in turn, most of the time.
+      const Item* likely_next = i + threads < count ? &plan.items[i + threads] : nullptr;
+      run_and_write(call, plan.items[i], likely_next, parts, space);
+    }
   });
   at::parallel_for(0, parts.tokens(), 8, [&](int64_t begin, int64_t end) {
     std::vector<float> sum;

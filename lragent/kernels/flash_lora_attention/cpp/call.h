@@ -28,9 +28,9 @@ struct LowRank {
   const int64_t* table = nullptr;
   std::vector<int64_t> ranks;            // [N + 1]; 0 where the agent has no columns or has no part in the call
   std::vector<const float*> up;          // [N + 1], each [H][r][padded D]; filled by `use`, null where the rank is 0
-  std::vector<std::vector<float>> held;  // [N + 1], numbers of `up` that had to be converted or padded
+  std::vector<Aligned<float>> held;  // [N + 1], numbers of `up` that had to be converted or padded
   int64_t widest = 0;                    // padded largest of these ranks
-  std::vector<std::vector<Pair>> up_pairs;  // [N + 1], each [H][r / 2 rounded up][D]: as `up`; filled by `use_in_pairs`
+  std::vector<Aligned<Pair>> up_pairs;  // [N + 1], each [H][r / 2 rounded up][D]: as `up`; filled by `use_in_pairs`
 
   void read(
       const OptionalTensor& lr, const OptionalTensor& lr_table, const OptionalTensor& b, int64_t heads, int64_t dim,
@@ -111,7 +111,7 @@ struct LowRank {
 
   // The same for columns of bfloat16, in pairs; a last column that has no other is joined by zero.
   const Pair* page_in_pairs(
-      int64_t agent, int64_t page, int64_t page_size, int64_t count, std::vector<Pair>& held) const {
+      int64_t agent, int64_t page, int64_t page_size, int64_t count, Aligned<Pair>& held) const {
     const int64_t rank = ranks[agent], columns_of_row = pairs_of(rank);
     const at::BFloat16* from = columns.from(table[agent * 4] + page * page_size * rank).bfloats();
     if (rank % 2 == 0) return pairs(from);

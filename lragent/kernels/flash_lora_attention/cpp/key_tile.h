@@ -7,9 +7,9 @@ namespace lragent {
 
 // Scratch of one thread for the tiles of one page. Rows are padded to W, tiles to a multiple of W rows.
 struct TileScratch {
-  std::vector<float> key, delta, cos, sin, columns, value;
-  std::vector<at::BFloat16> rounded_key;
-  std::vector<Pair> column_pairs;
+  Aligned<float> key, delta, cos, sin, columns, value;
+  Aligned<at::BFloat16> rounded_key;
+  Aligned<Pair> column_pairs;
 
   void reserve(const Call& call) {
     const int64_t rows = padded(call.page_size);

@@ -16,22 +16,24 @@ constexpr int64_t kRowsForDotProducts = 12;
 
 // Running state and scratch of one thread. Arrays are indexed [head of the item][row * G + g].
 struct Workspace {
-  std::vector<float> query, scores, out, reduced, maximum, total, packed;
-  std::vector<at::BFloat16> rounded_weights;  // as `scores`, where weights are multiplied in pairs
-  std::vector<Pair> value_columns;            // LR columns of a page's values, two keys at a time
+  Aligned<float> query, scores, out, reduced, maximum, total, packed;
+  Aligned<at::BFloat16> rounded_weights;  // as `scores`, where weights are multiplied in pairs
+  Aligned<Pair> value_columns;            // LR columns of a page's values, two keys at a time
   TileScratch tile;
 };
 
 class ItemRun {
  public:
-  ItemRun(const Call& call, const Item& item, Workspace& space)
+  // `next`: the item that the thread is likely to run after this one, if any.
+  ItemRun(const Call& call, const Item& item, const Item* next, Workspace& space)
       : call_(call), item_(item), space_(space),
         heads_(item.last_head - item.first_head), rows_(static_cast<int64_t>(item.rows.size()) * call.group),
-        reduced_ld_(call.v_low.widest) {
+        reduced_ld_(call.v_low.widest),
+        page_after_(next == nullptr ? page_of(item.last_key - 1) : next->pages[next->first_key / call.page_size]) {
     const int64_t all = heads_ * rows_;
     tile_keys_ = std::clamp<int64_t>(kScoreNumbers / all, 1, 512) / call.page_size * call.page_size;
     tile_keys_ = std::max(tile_keys_, call.page_size);
-    scores_ld_ = tile_keys_ + W;
+    scores_ld_ = tile_keys_ + 2 * W;  // rows of bfloat16 numbers begin a cache line, too
     space.query.resize(all * call.k_pad);
     space.scores.resize(all * scores_ld_);
     space.rounded_weights.resize(call.in_pairs ? all * scores_ld_ : 0);
@@ -48,15 +50,44 @@ class ItemRun {
     load_queries();
     for (int64_t key = item_.first_key; key < item_.last_key; key += tile_keys_) {
       const int64_t end = std::min(key + tile_keys_, item_.last_key);
-      for (int64_t first = key; first < end; first += call_.page_size) score_page(key, first, page_count(first));
+      for_pages(key, end, keys_of(page_of(key)), values_of(page_of(key)), [&](const Page& page) { score_page(page); });
       weigh(key, end - key);
-      for (int64_t first = key; first < end; first += call_.page_size) add_values(key, first, page_count(first));
+      const Tiles after = keys_of(end < item_.last_key ? page_of(end) : page_after_);
+      for_pages(key, end, values_of(page_of(key)), after, [&](const Page& page) { add_values(page); });
     }
     expand_reduced();
   }
 
  private:
-  int64_t page_count(int64_t first) const { return std::min(call_.page_size, item_.last_key - first); }
+  // Keys or values of a page: a tile for each head.
+  struct Tiles {
+    const Numbers& cache;
+    int64_t dim, page;
+  };
+
+  // A page among those of a tile of keys.
+  struct Page {
+    int64_t id, next;      // in the cache: its own, and that of the page after it, or its own if it is the last
+    int64_t first, count;  // keys
+    int64_t place;         // of the first key among the tile's scores
+    Tiles ahead;           // what is read after this page
+  };
+
+  int64_t page_of(int64_t key) const { return item_.pages[key / call_.page_size]; }
+  Tiles keys_of(int64_t page) const { return {call_.k_cache, call_.k_dim, page}; }
+  Tiles values_of(int64_t page) const { return {call_.v_cache, call_.v_dim, page}; }
+
+  // Calls f(page) for all pages of a tile, whose `tiles` are read; `after` are read next.
+  template <typename F>
+  void for_pages(int64_t begin, int64_t end, const Tiles& tiles, const Tiles& after, const F& f) const {
+    const int64_t size = call_.page_size;
+    const int64_t* id = item_.pages + begin / size;
+    for (int64_t first = begin; first < end; first += size, ++id) {
+      const int64_t left = item_.last_key - first, next = left > size ? id[1] : *id;
+      const bool is_last = first + size >= end;
+      f(Page{*id, next, first, std::min(size, left), first - begin, is_last ? after : Tiles{tiles.cache, tiles.dim, next}});
+    }
+  }
 
   void load_queries() {
     for (int64_t h = 0; h < heads_; ++h) {
@@ -97,36 +128,35 @@ class ItemRun {
     return row;
   }
 
-  void score_page(int64_t tile_first, int64_t first, int64_t count) {
-    const int64_t page = item_.pages[first / call_.page_size];
+  void score_page(const Page& page) {
     Rotation rotation;
-    if (call_.builds_keys()) rotation = rotation_of(call_, first, count, space_.tile);
+    if (call_.builds_keys()) rotation = rotation_of(call_, page.first, page.count, space_.tile);
     if (!call_.key_by_agent()) {
-      const int64_t row = first_seeing(first) * call_.group;
-      score_rows(tile_first, first, count, page, row, rows_ - row, 0, {}, rotation);
+      const int64_t row = first_seeing(page.first) * call_.group;
+      score_rows(page, row, rows_ - row, 0, {}, rotation);
       return;
     }
-    for_agents(first, [&](int64_t row, int64_t rows, int64_t agent) {
-      if (few_rows()) call_.k_low.ask_for(agent, next_page(first), call_.page_size);
-      const KeyColumns columns = key_columns(call_, page, agent, count, space_.tile);
-      score_rows(tile_first, first, count, page, row, rows, agent, columns, rotation);
+    for_agents(page.first, [&](int64_t row, int64_t rows, int64_t agent) {
+      if (few_rows()) call_.k_low.ask_for(agent, page.next, call_.page_size);
+      const KeyColumns columns = key_columns(call_, page.id, agent, page.count, space_.tile);
+      score_rows(page, row, rows, agent, columns, rotation);
     });
   }
 
   void score_rows(
-      int64_t tile_first, int64_t first, int64_t count, int64_t page, int64_t row, int64_t rows, int64_t agent,
-      const KeyColumns& columns, const Rotation& rotation) {
+      const Page& page, int64_t row, int64_t rows, int64_t agent, const KeyColumns& columns, const Rotation& rotation) {
+    const int64_t dim = call_.k_pad, count = page.count;
     for (int64_t h = 0; h < heads_; ++h) {
-      const char* ahead = next_tile(call_.k_cache, call_.k_dim, first, h);
+      const char* ahead = tile_of(page.ahead, h);
       const Numbers keys =
-          key_tile(call_, page, item_.first_head + h, agent, count, columns, rotation, space_.tile, ahead);
-      const int64_t at = h * rows_ + row, dim = call_.k_pad, bytes = keys.bytes(count * dim);
-      float* scores = space_.scores.data() + at * scores_ld_ + first - tile_first;
+          key_tile(call_, page.id, item_.first_head + h, agent, count, columns, rotation, space_.tile, ahead);
+      const int64_t at = h * rows_ + row;
+      float* scores = space_.scores.data() + at * scores_ld_ + page.place;
       if constexpr (kMultipliesPairs) {
         if (call_.in_pairs) {
           const at::BFloat16 *query = rounded_query() + at * dim, *key = keys.bfloats();
           if (few_rows()) {
-            dot_products(query, dim, rows, key, dim, count, dim, scores, scores_ld_, ahead, bytes);
+            dot_products(query, dim, rows, key, dim, count, dim, scores, scores_ld_, ahead, 4 * 2 * W * keys.bytes(1));
           } else {
             multiply_transposed(pairs(query), rows, pairs(key), dim / 2, count, scores);
           }
@@ -136,7 +166,7 @@ class ItemRun {
       const float* query = space_.query.data() + at * dim;
       if (few_rows()) {
         keys.typed(0, [&](const auto* key) {
-          dot_products(query, dim, rows, key, dim, count, dim, scores, scores_ld_, ahead, bytes);
+          dot_products(query, dim, rows, key, dim, count, dim, scores, scores_ld_, ahead, 4 * W * keys.bytes(1));
         });
       } else {
         multiply_transposed(query, rows, floats(keys, count, dim, space_.tile.key), dim, count, scores);
@@ -158,7 +188,7 @@ class ItemRun {
   bool few_rows() const { return rows_ <= kRowsForDotProducts; }
 
   // The same rows as floats, in `scratch` if they have another dtype.
-  const float* floats(const Numbers& rows, int64_t count, int64_t columns, std::vector<float>& scratch) const {
+  const float* floats(const Numbers& rows, int64_t count, int64_t columns, Aligned<float>& scratch) const {
     if (rows.type == at::kFloat) return reinterpret_cast<const float*>(rows.data);
     to_floats(rows, 0, count, columns, columns, scratch.data(), columns);
     return scratch.data();
@@ -195,25 +225,18 @@ class ItemRun {
     rounded[count] = 0.f;
   }
 
-  // The page after that of key `first`, or that page if it is the last.
-  int64_t next_page(int64_t first) const {
-    const int64_t next = first + call_.page_size;
-    return item_.pages[(next < item_.last_key ? next : first) / call_.page_size];
+  // Where a head's tile lies.
+  const char* tile_of(const Tiles& tiles, int64_t h) const {
+    return tiles.cache.at((tiles.page * call_.heads + item_.first_head + h) * call_.page_size * tiles.dim);
   }
 
-  // Where the same head's tile lies in the next page.
-  const char* next_tile(const Numbers& cache, int64_t dim, int64_t first, int64_t h) const {
-    const int64_t page = next_page(first);
-    return cache.at((page * call_.heads + item_.first_head + h) * call_.page_size * dim);
-  }
-
-  void add_values(int64_t tile_first, int64_t first, int64_t count) {
-    const int64_t page = item_.pages[first / call_.page_size], row = first_seeing(first) * call_.group;
+  void add_values(const Page& page) {
+    const int64_t row = first_seeing(page.first) * call_.group, count = page.count;
     for (int64_t h = 0; h < heads_; ++h) {
-      const Numbers values = value_tile(call_, page, item_.first_head + h, count, space_.tile);
-      const int64_t at = h * rows_ + row, ld = call_.v_pad, place = at * scores_ld_ + first - tile_first;
+      const Numbers values = value_tile(call_, page.id, item_.first_head + h, count, space_.tile);
+      const int64_t at = h * rows_ + row, ld = call_.v_pad, place = at * scores_ld_ + page.place;
       const float* weights = space_.scores.data() + place;
-      const char* ahead = next_tile(call_.v_cache, call_.v_dim, first, h);
+      const char* ahead = tile_of(page.ahead, h);
       if constexpr (kMultipliesPairs) {
         if (call_.in_pairs) {
           const at::BFloat16* value = values.bfloats();
@@ -235,7 +258,7 @@ class ItemRun {
         weigh_rows(weights, scores_ld_, extended, count, at, row, ahead);
       }
     }
-    if (call_.v_low.present) reduce_columns(tile_first, first, count, page);
+    if (call_.v_low.present) reduce_columns(page);
   }
 
   // out += weights values, for a head's rows from `row` on, which are `at` and following.
@@ -252,11 +275,11 @@ class ItemRun {
   }
 
   // reduced += weights times LR columns of a page's values.
-  void reduce_columns(int64_t tile_first, int64_t first, int64_t count, int64_t page) {
-    for_agents(first, [&](int64_t begin, int64_t rows, int64_t agent) {
+  void reduce_columns(const Page& page) {
+    for_agents(page.first, [&](int64_t begin, int64_t rows, int64_t agent) {
       const int64_t rank = call_.v_low.ranks[agent], width = padded(rank);
       if (rank == 0) return;
-      if (few_rows()) call_.v_low.ask_for(agent, next_page(first), call_.page_size);
+      if (few_rows()) call_.v_low.ask_for(agent, page.next, call_.page_size);
       // Rows of all heads follow each other if all are this agent's.
       const bool all = rows == rows_;
       auto reduce = [&](const auto* weights, int64_t apart, const auto& columns, int64_t keys) {
@@ -269,14 +292,14 @@ class ItemRun {
       };
       if constexpr (kMultipliesPairs) {
         if (call_.in_pairs) {
-          call_.v_low.page_by_keys(agent, page, call_.page_size, count, space_.value_columns.data());
+          call_.v_low.page_by_keys(agent, page.id, call_.page_size, page.count, space_.value_columns.data());
           const Rows columns{static_cast<const Pair*>(space_.value_columns.data()), width};
-          reduce(pairs(space_.rounded_weights.data() + first - tile_first), scores_ld_ / 2, columns, (count + 1) / 2);
+          reduce(pairs(space_.rounded_weights.data() + page.place), scores_ld_ / 2, columns, (page.count + 1) / 2);
           return;
         }
       }
-      const float* columns = call_.v_low.page(agent, page, call_.page_size, count, space_.tile.columns.data());
-      reduce(space_.scores.data() + first - tile_first, scores_ld_, Rows{columns, width}, count);
+      const float* columns = call_.v_low.page(agent, page.id, call_.page_size, page.count, space_.tile.columns.data());
+      reduce(space_.scores.data() + page.place, scores_ld_, Rows{columns, width}, page.count);
     });
   }
 
@@ -299,6 +322,8 @@ class ItemRun {
   const Item& item_;
   Workspace& space_;
   const int64_t heads_, rows_, reduced_ld_;
+  // The page that the thread reads after the item.
+  const int64_t page_after_;
   int64_t tile_keys_, scores_ld_;
 };
 

@@ -43,9 +43,9 @@ inline void dot_strip(
   const int64_t features = ((k_pad + parts - 1) / parts + chunk - 1) / chunk * chunk;
   for (int64_t begin = 0; begin < k_pad; begin += features) {
     float* part = begin == 0 ? sums : at_least(space.part, tokens * kStrip);
-    dot_products(
-        x + begin, k_pad, tokens, rows + begin, k_pad, count, std::min(features, k_pad - begin), part, kStrip, ahead,
-        bytes_a_part);
+    const int64_t dim = std::min(features, k_pad - begin);
+    const int64_t step = bytes_a_step(bytes_a_part, count, dim, kChunk<kInPairs<X, T>>);
+    dot_products(x + begin, k_pad, tokens, rows + begin, k_pad, count, dim, part, kStrip, ahead, step);
     ahead += bytes_a_part;
     for (int64_t i = 0; begin > 0 && i < tokens * kStrip; i += W) {
       (Vec::loadu(sums + i) + Vec::loadu(part + i)).store(sums + i);
