@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.attention_calls import Heads, paged
+from benchmarks.attention_calls import Heads, paged, rotation
 from benchmarks.step import measure_machine
 from benchmarks.timing import in_turn
 from lragent.kernels import cpp_library
@@ -91,7 +91,8 @@ def main() -> None:
                 if numbers > MOST_NUMBERS:
                     continue
                 sets = SETS if numbers < 16 << 20 else 1
-                ours = [paged(batch, context, options.rank, dtype, HEADS) for _ in range(sets)]
+                rope = rotation(context, DIM)
+                ours = [paged(batch, context, options.rank, dtype, HEADS, rope=rope) for _ in range(sets)]
                 plain = [contiguous(batch, context, options.rank, dtype) for _ in range(sets)]
                 works: dict[str, Callable[[], object]] = {
                     "q,v": lambda ours=ours: [op(*each.without_keys) for each in ours],  # type: ignore[misc]

@@ -41,6 +41,14 @@ def held(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [to.copy_(t) for to, t in zip(found, tensors, strict=True)]
 
 
+def rotation(positions: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """cos and sin `[positions, dim]` and each channel's partner, for rotary embeddings of halves."""
+    half = dim // 2
+    angles = torch.outer(torch.arange(float(positions)), 1e-4 ** (torch.arange(half) / half)).repeat(1, 2)
+    signs = torch.cat([-torch.ones(half), torch.ones(half)])
+    return angles.cos(), angles.sin() * signs, torch.arange(dim).roll(half)
+
+
 def paged(
     batch: int,
     context: int,
@@ -49,8 +57,12 @@ def paged(
     heads: Heads,
     tokens: int = 1,
     device: torch.device = CPU,
+    rope: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> Paged:
-    """`batch` sequences with `tokens` new tokens at the end of `context`; agents take turns over sequences."""
+    """`batch` sequences with `tokens` new tokens at the end of `context`; agents take turns over sequences.
+
+    `rope`: tables to share with other calls, as the layers of a model do; by default the call has its own.
+    """
     pages = 1 + batch * (context // PAGE)
     stream = LowRankStream("", (rank,) * AGENTS, tuple(range(AGENTS)))
     with device:
@@ -61,10 +73,7 @@ def paged(
         memory = held([*base, *low])
         cache, columns = memory[:2], memory[2:]
         up = [torch.randn(AGENTS + 1, heads.kv, rank, heads.dim).to(dtype) for _ in range(2)]
-        half = heads.dim // 2
-        angles = torch.outer(torch.arange(float(context)), 1e-4 ** (torch.arange(half) / half)).repeat(1, 2)
-        signs = torch.cat([-torch.ones(half), torch.ones(half)])
-        rope = (angles.cos(), angles.sin() * signs, torch.arange(heads.dim).roll(half))
+        rope = rope or rotation(context, heads.dim)
         step = (
             torch.randn(batch * tokens, heads.kv * heads.group, heads.dim).to(dtype),
             *cache,

@@ -27,6 +27,8 @@ struct TileScratch {
 struct Rotation {
   const float* cos = nullptr;
   const float* sin = nullptr;
+  // The tables' next rows lie so many floats further on, and are asked for; 0: they are not.
+  int64_t further = 0;
 };
 
 inline Rotation rotation_of(const Call& call, int64_t first_position, int64_t count, TileScratch& scratch) {
@@ -35,7 +37,9 @@ inline Rotation rotation_of(const Call& call, int64_t first_position, int64_t co
   const int64_t element = first_position * call.k_dim;
   rotation.cos = call.cos.floats(element, call.k_dim);
   rotation.sin = call.sin.floats(element, call.k_dim);
+  rotation.further = call.page_size * call.k_dim;
   if (rotation.cos == nullptr) {
+    rotation.further = 0;
     to_floats(call.cos, element, count, call.k_dim, call.k_dim, scratch.cos.data(), call.k_pad);
     to_floats(call.sin, element, count, call.k_dim, call.k_dim, scratch.sin.data(), call.k_pad);
     rotation.cos = scratch.cos.data();
@@ -91,6 +95,10 @@ template <int MR, bool kAhead, typename N, typename T, typename Out>
   }
   if constexpr (kAhead) ask<lines>(ahead);
   auto finish = [&](int64_t at, const Vec& own, const Vec& partner) {
+    if (rotation.further > 0) {
+      __builtin_prefetch(rotation.cos + at + rotation.further, 0, 2);
+      __builtin_prefetch(rotation.sin + at + rotation.further, 0, 2);
+    }
     const Vec sum = at::vec::fmadd(Vec::loadu(rotation.cos + at), own, load_floats(base + at));
     store_numbers(at::vec::fmadd(Vec::loadu(rotation.sin + at), partner, sum), key + at);
   };

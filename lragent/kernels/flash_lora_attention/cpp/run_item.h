@@ -5,7 +5,7 @@
 #pragma once
 
 #include "key_tile.h"
-#include "plan.h"
+#include "page_walk.h"
 
 namespace lragent {
 
@@ -24,12 +24,11 @@ struct Workspace {
 
 class ItemRun {
  public:
-  // `next`: the item that the thread is likely to run after this one, if any.
+  // For `next` see `PageWalk`.
   ItemRun(const Call& call, const Item& item, const Item* next, Workspace& space)
       : call_(call), item_(item), space_(space),
         heads_(item.last_head - item.first_head), rows_(static_cast<int64_t>(item.rows.size()) * call.group),
-        reduced_ld_(call.v_low.widest),
-        page_after_(next == nullptr ? page_of(item.last_key - 1) : next->pages[next->first_key / call.page_size]) {
+        reduced_ld_(call.v_low.widest), walk_(call, item, next) {
     const int64_t all = heads_ * rows_;
     tile_keys_ = std::clamp<int64_t>(kScoreNumbers / all, 1, 512) / call.page_size * call.page_size;
     tile_keys_ = std::max(tile_keys_, call.page_size);
@@ -50,45 +49,14 @@ class ItemRun {
     load_queries();
     for (int64_t key = item_.first_key; key < item_.last_key; key += tile_keys_) {
       const int64_t end = std::min(key + tile_keys_, item_.last_key);
-      for_pages(key, end, keys_of(page_of(key)), values_of(page_of(key)), [&](const Page& page) { score_page(page); });
+      walk_.keys(key, end, [&](const Page& page) { score_page(page); });
       weigh(key, end - key);
-      const Tiles after = keys_of(end < item_.last_key ? page_of(end) : page_after_);
-      for_pages(key, end, values_of(page_of(key)), after, [&](const Page& page) { add_values(page); });
+      walk_.values(key, end, [&](const Page& page) { add_values(page); });
     }
     expand_reduced();
   }
 
  private:
-  // Keys or values of a page: a tile for each head.
-  struct Tiles {
-    const Numbers& cache;
-    int64_t dim, page;
-  };
-
-  // A page among those of a tile of keys.
-  struct Page {
-    int64_t id, next;      // in the cache: its own, and that of the page after it, or its own if it is the last
-    int64_t first, count;  // keys
-    int64_t place;         // of the first key among the tile's scores
-    Tiles ahead;           // what is read after this page
-  };
-
-  int64_t page_of(int64_t key) const { return item_.pages[key / call_.page_size]; }
-  Tiles keys_of(int64_t page) const { return {call_.k_cache, call_.k_dim, page}; }
-  Tiles values_of(int64_t page) const { return {call_.v_cache, call_.v_dim, page}; }
-
-  // Calls f(page) for all pages of a tile, whose `tiles` are read; `after` are read next.
-  template <typename F>
-  void for_pages(int64_t begin, int64_t end, const Tiles& tiles, const Tiles& after, const F& f) const {
-    const int64_t size = call_.page_size;
-    const int64_t* id = item_.pages + begin / size;
-    for (int64_t first = begin; first < end; first += size, ++id) {
-      const int64_t left = item_.last_key - first, next = left > size ? id[1] : *id;
-      const bool is_last = first + size >= end;
-      f(Page{*id, next, first, std::min(size, left), first - begin, is_last ? after : Tiles{tiles.cache, tiles.dim, next}});
-    }
-  }
-
   void load_queries() {
     for (int64_t h = 0; h < heads_; ++h) {
       for (size_t row = 0; row < item_.rows.size(); ++row) {
@@ -144,10 +112,10 @@ class ItemRun {
   }
 
   void score_rows(
-      const Page& page, int64_t row, int64_t rows, int64_t agent, const KeyColumns& columns, const Rotation& rotation) {
+      const Page& page, int64_t row, int64_t rows, int64_t agent, const KeyColumns& columns, Rotation rotation) {
     const int64_t dim = call_.k_pad, count = page.count;
-    for (int64_t h = 0; h < heads_; ++h) {
-      const char* ahead = tile_of(page.ahead, h);
+    for (int64_t h = 0; h < heads_; ++h, rotation.further = 0) {
+      const char* ahead = page.ahead.of(call_, item_.first_head + h);
       const Numbers keys =
           key_tile(call_, page.id, item_.first_head + h, agent, count, columns, rotation, space_.tile, ahead);
       const int64_t at = h * rows_ + row;
@@ -225,18 +193,13 @@ class ItemRun {
     rounded[count] = 0.f;
   }
 
-  // Where a head's tile lies.
-  const char* tile_of(const Tiles& tiles, int64_t h) const {
-    return tiles.cache.at((tiles.page * call_.heads + item_.first_head + h) * call_.page_size * tiles.dim);
-  }
-
   void add_values(const Page& page) {
     const int64_t row = first_seeing(page.first) * call_.group, count = page.count;
     for (int64_t h = 0; h < heads_; ++h) {
       const Numbers values = value_tile(call_, page.id, item_.first_head + h, count, space_.tile);
       const int64_t at = h * rows_ + row, ld = call_.v_pad, place = at * scores_ld_ + page.place;
       const float* weights = space_.scores.data() + place;
-      const char* ahead = tile_of(page.ahead, h);
+      const char* ahead = page.ahead.of(call_, item_.first_head + h);
       if constexpr (kMultipliesPairs) {
         if (call_.in_pairs) {
           const at::BFloat16* value = values.bfloats();
@@ -322,8 +285,7 @@ class ItemRun {
   const Item& item_;
   Workspace& space_;
   const int64_t heads_, rows_, reduced_ld_;
-  // The page that the thread reads after the item.
-  const int64_t page_after_;
+  const PageWalk walk_;
   int64_t tile_keys_, scores_ld_;
 };
 
