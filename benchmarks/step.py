@@ -4,8 +4,9 @@
     python -m benchmarks.step ARTIFACT --device cuda [--backend eager]
 
 The bound of a step is the time to read what it must read (weights once, every sequence's cache) at the measured read
-bandwidth, or its floating point operations at the rate of a GEMM of the artifact's dtype, whichever is longer. One
-thread unless told. On the CPU, times are CPU time; on a GPU, wall time until the device is done.
+bandwidth, or its floating point operations at the rate of a GEMM of the artifact's dtype, whichever is longer: as if
+all of the shorter one were hidden. "In turn" is the sum of both: as if nothing were. One thread unless told. On the CPU,
+times are CPU time; on a GPU, wall time until the device is done.
 """
 
 from __future__ import annotations
@@ -92,8 +93,11 @@ def runner(program: Program, sharing: str, step: StepInputs) -> Callable[[], tor
     return partial(program.run, step, cache)
 
 
-def bound(program: Program, machine: Machine, weights: list[torch.Tensor], size: int, step: StepInputs) -> float:
-    """Seconds that a step takes at least (see the module's text); `size`: bytes of a number in the cache."""
+def least_times(
+    program: Program, machine: Machine, weights: list[torch.Tensor], size: int, step: StepInputs
+) -> tuple[float, float]:
+    """Seconds that a step's reading and its operations take (see the module's text); `size`: bytes of a number in the
+    cache."""
     schema = program.schema
     tokens, contexts = step.token_ids.numel(), step.context_lens.double()
     cache = float(contexts.sum()) * schema.base_numbers_per_token() * size
@@ -104,7 +108,7 @@ def bound(program: Program, machine: Machine, weights: list[torch.Tensor], size:
     new = tokens / step.context_lens.numel()
     keys = float((contexts - (new - 1) / 2).sum()) * new
     attention = sum(4 * keys * layer.kv_heads * layer.k_dim for layer in schema.base)
-    return max((weight_bytes + cache) / machine.bandwidth, (2 * products + attention) / machine.gemm)
+    return (weight_bytes + cache) / machine.bandwidth, (2 * products + attention) / machine.gemm
 
 
 def main() -> None:
@@ -140,9 +144,13 @@ def main() -> None:
         step = step_inputs(program, sequences, tokens, context)
         run = runner(program, options.sharing, step)
         found = statistics.median(spent(run, device, options.repeats))
-        least = bound(program, machine, matrices, dtype.itemsize, step)
+        times = least_times(program, machine, matrices, dtype.itemsize, step)
         kind = "decode" if tokens == 1 else "prefill"
-        print(f"{kind:7} {sequences:3} x {tokens:4} at {context}: {found * 1e3:8.1f} ms, {found / least:.2f} x bound")
+        print(
+            f"{kind:7} {sequences:3} x {tokens:4} at {context}: {found * 1e3:8.1f} ms, "
+            f"{found / max(times):.2f} x bound, {found / sum(times):.2f} x in turn "
+            f"(reading {times[0] * 1e3:.1f} ms, arithmetic {times[1] * 1e3:.1f} ms)"
+        )
         if options.profile:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
                 run()

@@ -15,8 +15,6 @@ from itertools import accumulate
 import torch
 
 _HUGE = 2 << 20
-
-
 _LINE = 64
 
 
@@ -30,8 +28,7 @@ def zeros(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Ten
     starts = [0, *accumulate(-(-size // line) * line for size in sizes)]
     held = _memory(starts.pop(), dtype)
     return [
-        held[start : start + size].view(tuple(shape))
-        for start, size, shape in zip(starts, sizes, shapes, strict=True)
+        held[start : start + size].view(tuple(shape)) for start, size, shape in zip(starts, sizes, shapes, strict=True)
     ]
 
 

@@ -28,7 +28,7 @@ struct LowRank {
   const int64_t* table = nullptr;
   std::vector<int64_t> ranks;            // [N + 1]; 0 where the agent has no columns or has no part in the call
   std::vector<const float*> up;          // [N + 1], each [H][r][padded D]; filled by `use`, null where the rank is 0
-  std::vector<Aligned<float>> held;  // [N + 1], numbers of `up` that had to be converted or padded
+  std::vector<Aligned<float>> held;      // [N + 1], numbers of `up` that had to be converted or padded
   int64_t widest = 0;                    // padded largest of these ranks
   std::vector<Aligned<Pair>> up_pairs;  // [N + 1], each [H][r / 2 rounded up][D]: as `up`; filled by `use_in_pairs`
 

@@ -37,9 +37,9 @@ inline Rotation rotation_of(const Call& call, int64_t first_position, int64_t co
   const int64_t element = first_position * call.k_dim;
   rotation.cos = call.cos.floats(element, call.k_dim);
   rotation.sin = call.sin.floats(element, call.k_dim);
-  rotation.further = call.page_size * call.k_dim;
-  if (rotation.cos == nullptr) {
-    rotation.further = 0;
+  if (rotation.cos != nullptr) {
+    rotation.further = call.page_size * call.k_dim;
+  } else {
     to_floats(call.cos, element, count, call.k_dim, call.k_dim, scratch.cos.data(), call.k_pad);
     to_floats(call.sin, element, count, call.k_dim, call.k_dim, scratch.sin.data(), call.k_pad);
     rotation.cos = scratch.cos.data();

@@ -124,7 +124,7 @@ class ItemRun {
         if (call_.in_pairs) {
           const at::BFloat16 *query = rounded_query() + at * dim, *key = keys.bfloats();
           if (few_rows()) {
-            dot_products(query, dim, rows, key, dim, count, dim, scores, scores_ld_, ahead, 4 * 2 * W * keys.bytes(1));
+            score_keys(query, rows, key, count, scores, ahead);
           } else {
             multiply_transposed(pairs(query), rows, pairs(key), dim / 2, count, scores);
           }
@@ -133,13 +133,17 @@ class ItemRun {
       }
       const float* query = space_.query.data() + at * dim;
       if (few_rows()) {
-        keys.typed(0, [&](const auto* key) {
-          dot_products(query, dim, rows, key, dim, count, dim, scores, scores_ld_, ahead, 4 * W * keys.bytes(1));
-        });
+        keys.typed(0, [&](const auto* key) { score_keys(query, rows, key, count, scores, ahead); });
       } else {
         multiply_transposed(query, rows, floats(keys, count, dim, space_.tile.key), dim, count, scores);
       }
     }
+  }
+
+  template <typename Q, typename T>
+  void score_keys(const Q* query, int64_t rows, const T* keys, int64_t count, float* scores, const char* ahead) const {
+    const int64_t dim = call_.k_pad, as_many = 4 * kChunk<kInPairs<Q, T>> * sizeof(T);  // bytes as each step reads
+    dot_products(query, dim, rows, keys, dim, count, dim, scores, scores_ld_, ahead, as_many);
   }
 
   // Rows are of `dim` floats, or of `dim` pairs, which are as wide.
