@@ -5,8 +5,8 @@
 
 The bound of a step is the time to read what it must read (weights once, every sequence's cache) at the measured read
 bandwidth, or its floating point operations at the rate of a GEMM of the artifact's dtype, whichever is longer: as if
-all of the shorter one were hidden. "In turn" is the sum of both: as if nothing were. One thread unless told. On the CPU,
-times are CPU time; on a GPU, wall time until the device is done.
+all of the shorter one were hidden. "In turn" is the sum of both: as if nothing were. One thread unless told. On the
+CPU, times are CPU time; on a GPU, wall time until the device is done.
 """
 
 from __future__ import annotations
