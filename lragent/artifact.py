@@ -198,9 +198,18 @@ def stored_once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
 
 def save_tensors(directory: Path, relative: str, tensors: dict[str, Tensor]) -> FileEntry:
+    """Writes a safetensors file into an artifact.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(tensors, directory / relative)
+    try:
+        save_file(tensors, directory / relative)
+    except SafetensorError as error:
+        raise OSError(f"{relative}: {error}") from error
     (directory / relative).chmod(0o644)
     return describe_file(directory, relative)
 

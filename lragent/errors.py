@@ -59,6 +59,10 @@ class CompilerMissing(UserError):
     """No C++ compiler where one is needed."""
 
 
+class NoSpace(UserError):
+    """No room on disk for the files that a compiler writes on the way."""
+
+
 class RequestError(UserError):
     """A call that the engine can't serve: unknown agent, prompt too long, turn in progress, bad argument."""
 

@@ -6,6 +6,7 @@ sequences, M = page table columns, R = logits rows; page count and LR lengths de
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -140,16 +141,22 @@ def tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def save_without_weights(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Saves the graph with one stored number in place of each weight."""
+    """Saves the graph with one stored number in place of each weight.
+
+    Raises:
+        OSError: the file can't be written.
+    """
     weights, constants, inputs = program.state_dict, program.constants, program.example_inputs
     program._state_dict = {name: _hollow(t) for name, t in weights.items()}
     program._constants = {name: _hollow(t) for name, t in constants.items()}
     program._example_inputs = None  # they would be stored pickled
     try:
         with without_exporter_noise():
-            torch.export.save(program, path)
+            archive = io.BytesIO()  # PyTorch's own writer ends the process if the disk is full
+            torch.export.save(program, archive)
     finally:
         program._state_dict, program._constants, program._example_inputs = weights, constants, inputs
+    path.write_bytes(archive.getbuffer())
 
 
 def _hollow(value: Any) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lragent.errors import InternalError
+from lragent.errors import InternalError, NoSpace
 from lragent.exporter_noise import without_exporter_noise
 
 # Takes the list of inputs, which it empties.
@@ -17,13 +20,25 @@ Run = Callable[[list[Any]], list[Tensor]]
 
 
 def write_package(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Compiles an exported program into a package at `path`."""
-    with without_exporter_noise():
-        torch._inductor.aoti_compile_and_package(
-            program,
-            package_path=str(path),
-            inductor_configs={"aot_inductor.package_constants_in_so": False},
-        )
+    """Compiles an exported program into a package at `path`.
+
+    Raises:
+        NoSpace: the directory of temporary files is full.
+    """
+    try:
+        with without_exporter_noise():
+            torch._inductor.aoti_compile_and_package(
+                program,
+                package_path=str(path),
+                inductor_configs={"aot_inductor.package_constants_in_so": False},
+            )
+    except (RuntimeError, OSError) as error:  # the C++ compiler's, as Inductor hands it on, and Python's
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        where = tempfile.gettempdir()
+        raise NoSpace(
+            f"no space left in {where} to compile in", "Make room, or let TMPDIR name another place."
+        ) from error
 
 
 def open_package(path: Path, weights: Mapping[str, Tensor], device: torch.device) -> Run:
