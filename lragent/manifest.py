@@ -58,7 +58,7 @@ class LayoutEntry:
     program: FileEntry
     schema: CacheSchema
     layers: tuple[LayerEntry, ...]
-    fingerprint: str = ""
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,20 @@ class Manifest:
     weights: tuple[FileEntry, ...]
     aliases: dict[str, str]
     tokenizer: bool
+    slot_ranks: dict[str, tuple[int, ...]]
+    slot_groups: dict[str, tuple[int, ...]]
     compiled: dict[str, dict[str, FileEntry]] = field(default_factory=dict)
-    slot_ranks: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    slot_groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
     unit: str = "model"
     format: int = FORMAT
 
     def to_json(self) -> str:
         """With a seal over everything else, so that a manifest that was changed by hand or by accident is found."""
         raw = dataclasses.asdict(self)
-        return json.dumps({**raw, SEAL: _seal_of(raw)}, indent=1)
+        return json.dumps({**raw, SEAL: seal_of(raw)}, indent=1)
 
 
-def _seal_of(raw: Mapping[str, Any]) -> str:
+def seal_of(raw: Mapping[str, Any]) -> str:
+    """sha256 of a manifest's entries without its seal, as hexadecimal digits."""
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
@@ -109,7 +110,8 @@ def read_manifest(directory: Path) -> Manifest:
     """Reads and checks `manifest.json`.
 
     Raises:
-        ArtifactError: no artifact there, another format version (names both), or a damaged or changed manifest.
+        ArtifactError: no artifact there, another format version (names both), or a manifest that is damaged, changed,
+            or without its seal or another entry.
     """
     file = directory / MANIFEST
     if not directory.is_dir():
@@ -127,7 +129,9 @@ def read_manifest(directory: Path) -> Manifest:
             "Convert the model again with this version.",
         )
     seal = raw.pop(SEAL, None)
-    if seal is not None and seal != _seal_of(raw):
+    if seal is None:
+        raise ArtifactError(f"{file} has no {SEAL}", "Put it back as it was, or convert the model again.")
+    if seal != seal_of(raw):
         raise ArtifactError(f"{file} is not as it was written", "Put it back as it was, or convert the model again.")
     try:
         return _from_json(raw)
@@ -138,10 +142,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _from_json(raw: dict[str, Any]) -> Manifest:
-    known = {f.name for f in dataclasses.fields(Manifest)}
-    unknown = sorted(set(raw) - known)
-    if unknown:
-        raise ValueError(f"unknown entries {unknown}")
+    _require_entries(raw, Manifest)
     return Manifest(
         **{
             **raw,
@@ -149,8 +150,8 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
             "agents": tuple(_agent(entry) for entry in raw["agents"]),
             "layouts": {name: _layout(entry) for name, entry in raw["layouts"].items()},
             "weights": tuple(FileEntry(**entry) for entry in raw["weights"]),
-            "slot_ranks": {module: tuple(ranks) for module, ranks in raw.get("slot_ranks", {}).items()},
-            "slot_groups": {module: tuple(group) for module, group in raw.get("slot_groups", {}).items()},
+            "slot_ranks": {module: tuple(ranks) for module, ranks in raw["slot_ranks"].items()},
+            "slot_groups": {module: tuple(group) for module, group in raw["slot_groups"].items()},
             "compiled": {
                 target: {key: FileEntry(**entry) for key, entry in packages.items()}
                 for target, packages in raw["compiled"].items()
@@ -159,11 +160,20 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
     )
 
 
+def _require_entries(raw: Mapping[str, Any], kind: type[Manifest] | type[LayoutEntry]) -> None:
+    """Raises ValueError unless a JSON object has exactly the entries of a dataclass, those with a default too."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    for found, names in (("unknown", set(raw) - known), ("missing", known - set(raw))):
+        if names:
+            raise ValueError(f"{found} entries {sorted(names)}")
+
+
 def _agent(raw: dict[str, Any]) -> AgentEntry:
     return AgentEntry(**{**raw, "scalings": tuple(raw["scalings"]), "targets": tuple(raw["targets"])})
 
 
 def _layout(raw: dict[str, Any]) -> LayoutEntry:
+    _require_entries(raw, LayoutEntry)
     schema = raw["schema"]
     layout: Layout = schema["layout"]
     return LayoutEntry(
@@ -178,5 +188,5 @@ def _layout(raw: dict[str, Any]) -> LayoutEntry:
             ),
         ),
         layers=tuple(LayerEntry(**entry) for entry in raw["layers"]),
-        fingerprint=raw.get("fingerprint", ""),
+        fingerprint=raw["fingerprint"],
     )

@@ -45,8 +45,6 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
     """
     artifact = files.open_artifact(path)
     manifest = artifact.manifest
-    if not all(entry.fingerprint for entry in manifest.layouts.values()):
-        raise ArtifactError(f"{path} was written before artifacts could be updated", _ANEW)
     loaded = stages.run("load", lambda: load_directories(model_dir, adapters, manifest.dtype))
     slots = Slots(tuple(agent.name for agent in manifest.agents), manifest.slot_ranks, manifest.slot_groups)
     loaded = fit(loaded, assign(slots, tuple(adapters)))

@@ -16,7 +16,7 @@ from lragent.artifact import new_directory, open_artifact
 from lragent.compile import target_name
 from lragent.errors import ArtifactError, CompilerMissing, ModelError, RequestError
 from lragent.locks import directory_lock
-from lragent.manifest import SEAL, read_manifest
+from lragent.manifest import SEAL, read_manifest, seal_of
 from tests.models import WrittenModel
 
 
@@ -27,10 +27,18 @@ def artifact(tiny_artifact: Path, tmp_path: Path) -> Path:
 
 
 def _edit(artifact: Path, **changes: Any) -> None:
-    """Makes it an artifact that was written with other values."""
-    file = artifact / "manifest.json"
-    held = {name: value for name, value in json.loads(file.read_text()).items() if name != SEAL}
-    file.write_text(json.dumps({**held, **changes}))
+    """Makes it an artifact that was written, and sealed, with other values."""
+    _write_sealed(artifact, {**_entries(artifact), **changes})
+
+
+def _entries(artifact: Path) -> dict[str, Any]:
+    held: dict[str, Any] = json.loads((artifact / "manifest.json").read_text())
+    del held[SEAL]
+    return held
+
+
+def _write_sealed(artifact: Path, entries: dict[str, Any]) -> None:
+    (artifact / "manifest.json").write_text(json.dumps({**entries, SEAL: seal_of(entries)}))
 
 
 def test_contents(tiny_artifact: Path) -> None:
@@ -118,6 +126,28 @@ def test_a_manifest_that_was_changed_is_found(artifact: Path) -> None:
         with pytest.raises(ArtifactError, match=r"manifest\.json is not as it was written"):
             lragent.load(artifact)
     file.write_text(whole)
+    read_manifest(artifact)
+
+
+def test_a_manifest_without_its_seal_is_refused(artifact: Path) -> None:
+    (artifact / "manifest.json").write_text(json.dumps(_entries(artifact)))
+    with pytest.raises(ArtifactError, match=r"manifest\.json has no seal\n.*convert"):
+        lragent.load(artifact)
+
+
+def test_every_entry_of_a_manifest_must_be_there(artifact: Path) -> None:
+    whole = _entries(artifact)
+    for name in whole.keys() - {"format"}:
+        _write_sealed(artifact, {other: value for other, value in whole.items() if other != name})
+        with pytest.raises(ArtifactError, match=rf"manifest\.json is damaged: .*missing entries \['{name}'\]"):
+            read_manifest(artifact)
+    split = whole["layouts"]["split"]
+    for name in split:
+        left = {other: value for other, value in split.items() if other != name}
+        _write_sealed(artifact, {**whole, "layouts": {**whole["layouts"], "split": left}})
+        with pytest.raises(ArtifactError, match=rf"manifest\.json is damaged: .*missing entries \['{name}'\]"):
+            read_manifest(artifact)
+    _write_sealed(artifact, whole)
     read_manifest(artifact)
 
 
