@@ -101,7 +101,7 @@ def attention(kind: str, variant: Variant, target: Target) -> Resources:
         tiles = decode_tiles(variant, target)
         return _compiled(decode_kernel, variant, target, decode_constants(variant, tiles), **tiles.options())
     tiles = prefill_tiles(variant, target)
-    return _compiled(prefill_kernel, variant, target, prefill_constants(variant, tiles), **tiles.options())
+    return _compiled(prefill_kernel, variant, target, prefill_constants(variant, tiles, target), **tiles.options())
 
 
 # Bytes that a variant spills with the best tiles that were found.
@@ -149,5 +149,5 @@ def test_writes(target: Target) -> None:
 
 def test_a_spill_would_be_found() -> None:
     tiles = replace(prefill_tiles(EVERYTHING, "sm_80"), rows=128, tokens=64)
-    constants = prefill_constants(EVERYTHING, tiles)
+    constants = prefill_constants(EVERYTHING, tiles, "sm_80")
     assert _compiled(prefill_kernel, EVERYTHING, "sm_80", constants, **tiles.options()).spilled > 0

@@ -71,6 +71,9 @@ def flash_lora_attention(
     """See `lragent::flash_lora_attention` in `lragent.kernels.ops`: `[T, Hq, Dv]`.
 
     Sequences may be empty, and tokens after the last sequence belong to none: their rows are left as they are.
+
+    Raises:
+        MiscompiledTiles: `plan` has prefill tiles that are known to give wrong numbers on the device.
     """
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise InternalError("cache pages are not contiguous")
@@ -110,7 +113,7 @@ def flash_lora_attention(
         blocks = tokens // (tiles.rows // variant.group) + sequences
         prefill_kernel[(heads, blocks)](
             *common, b_v, *transform, sinks_Hq, out, norm_eps, scale, columns, sequences,
-            **prefill_constants(variant, tiles), **tiles.options(),
+            **prefill_constants(variant, tiles, target_of(query.device)), **tiles.options(),
         )  # fmt: skip
     if tokens == sequences or sequences > 1:
         tiles = plan.decode
@@ -135,6 +138,11 @@ def _plan(variant: Variant, sequences: int, longest: int, device: torch.device) 
     programs = sequences * variant.heads * -(-variant.group // decode.rows)
     wanted = -(-processors * PROGRAMS_A_PROCESSOR // programs)
     return Plan(decode, prefill_tiles(variant, target), max(1, min(wanted, -(-longest // SPLIT_TOKENS))))
+
+
+def target_of(device: torch.device) -> Target | None:
+    """The compile target whose tiles a device uses; None for the CPU, where kernels are interpreted."""
+    return _device_facts(device.index)[0] if device.type == "cuda" else None
 
 
 @cache

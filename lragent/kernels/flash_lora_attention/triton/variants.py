@@ -16,11 +16,20 @@ import torch
 import triton
 import triton.language as tl
 
+from lragent.errors import InternalError
+
 Target = Literal["sm_80", "sm_90", "gfx942"]
 
 _TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # A product of the compiler has at least this many channels, tokens or columns of `x A`.
 SMALLEST = 16
+# Prefill on Hopper: tiles of at least this many tokens, with keys rebuilt from at most this many columns, give wrong
+# numbers or read outside the cache (Triton 3.6; 64 tokens were run, wider tiles were not).
+MISCOMPILED_TOKENS, MISCOMPILED_COLUMNS = 64, 16
+
+
+class MiscompiledTiles(InternalError):
+    """Tiles that Triton is known to compile into a kernel with wrong results on a target."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,7 @@ def prefill_tiles(variant: Variant, target: Target) -> Tiles:
         if rank > 16:
             tokens = 32 if variant.k_rank else 64
             return Tiles(max(rows, 128), tokens, channels=64, warps=8, stages=2, unroll=True)
-        # With 64 tokens, keys rebuilt from at most 16 columns come out wrong on Hopper (Triton 3.6).
+        # Keys rebuilt from few columns need tiles below MISCOMPILED_TOKENS.
         tokens, stages = (32, 2) if variant.k_rank else (64, 3)
         return Tiles(max(rows, 128), tokens, padded(variant.k_dim), warps=4 if dim <= 64 else 8, stages=stages)
     if target == "sm_90" and dim <= 128 and rank <= 16:
@@ -180,8 +189,23 @@ def decode_constants(variant: Variant, tiles: Tiles) -> Mapping[str, Any]:
 
 
 @cache
-def prefill_constants(variant: Variant, tiles: Tiles) -> Mapping[str, Any]:
-    return variant.shared_constants() | tiles.constants(variant) | {"M": tiles.rows, "SINKS": variant.sinks}
+def prefill_constants(variant: Variant, tiles: Tiles, target: Target | None) -> Mapping[str, Any]:
+    """Compile-time arguments of the prefill kernel.
+
+    Args:
+        target: what the kernel is compiled for; None: it is interpreted.
+
+    Raises:
+        MiscompiledTiles: the kernel of these tiles gives wrong numbers on the target.
+    """
+    constants = variant.shared_constants() | tiles.constants(variant) | {"M": tiles.rows, "SINKS": variant.sinks}
+    few_columns = 0 < constants["R_K"] <= MISCOMPILED_COLUMNS
+    if target == "sm_90" and few_columns and tiles.tokens >= MISCOMPILED_TOKENS:
+        raise MiscompiledTiles(
+            f"prefill tiles on sm_90 of {tiles.tokens} tokens, whose keys are rebuilt from at most "
+            f"{MISCOMPILED_COLUMNS} columns, compute wrong numbers: {tiles}"
+        )
+    return constants
 
 
 @cache
