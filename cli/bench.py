@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lragent.defaults import KV_MEMORY
 from lragent.errors import RequestError
 
 from .engine_options import (
@@ -77,7 +78,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated in a turn.")] = 16,
     observation_tokens: Annotated[int, typer.Option(min=0, help="Tokens appended after a turn.")] = 64,
     concurrency: Concurrency = 8,
-    kv_memory: KvMemory = "2GiB",
+    kv_memory: KvMemory = KV_MEMORY,
     max_batch_tokens: MaxBatchTokens = 2048,
     backend: Backend = "compiled",
     attention: Attention = "auto",

@@ -80,8 +80,9 @@ def convert(
 def print_report(report: ConvertReport, console: Console) -> None:
     """Where the artifact is, for whom, how long each stage took, and what split layout was refused for."""
     console.print(f"wrote {report.out} for {', '.join(report.agents)}", markup=False, soft_wrap=True)
+    width = max([24, *map(len, report.seconds)])
     for stage, seconds in report.seconds.items():
-        console.print(f"  {stage:<24} {show_seconds(seconds):>10}", markup=False, soft_wrap=True)
+        console.print(f"  {stage:<{width}} {show_seconds(seconds):>10}", markup=False, soft_wrap=True)
     if report.refusal:
         refusal = f"split layout refused, so only non_shared and full_shared work: {report.refusal}"
         console.print(refusal, markup=False, soft_wrap=True)

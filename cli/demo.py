@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lragent.defaults import KV_MEMORY
 from lragent.errors import TaskFileError
 
 from .demo_artifact import ensure_artifact, ensure_model
@@ -42,7 +43,7 @@ def demo(
     ] = None,
     world: Annotated[Path, typer.Option(metavar="DIR", help="The fact_world example.")] = FACT_WORLD,
     concurrency: Concurrency = 8,
-    kv_memory: KvMemory = "2GiB",
+    kv_memory: KvMemory = KV_MEMORY,
     backend: Backend = "compiled",
     threads: Threads = None,
     as_json: AsJson = False,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import typer
 
 import lragent
+from lragent.defaults import KV_MEMORY
 
 if TYPE_CHECKING:
     from lragent.runtime import Engine
@@ -28,7 +29,14 @@ MaxBatchTokens = Annotated[int, typer.Option(min=1, help="Most tokens a step.")]
 Backend = Annotated[
     Literal["compiled", "eager"], typer.Option(help="compiled needs a C++ compiler where parts are missing.")
 ]
-Attention = Annotated[str, typer.Option(help="Attention implementation; auto picks one.")]
+AttentionName = Literal["auto", "reference", "torch", "inductor", "cpp", "triton"]
+Attention = Annotated[
+    AttentionName,
+    typer.Option(
+        metavar="NAME",
+        help=f"Attention implementation: {', '.join(get_args(AttentionName))}; auto picks one for the device.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
 AllowCompiled = Annotated[
@@ -50,7 +58,7 @@ Adapters = Annotated[
 class EngineOptions:
     """How an artifact is loaded, apart from the sharing scheme."""
 
-    kv_memory: str = "2GiB"
+    kv_memory: str = KV_MEMORY
     max_batch_tokens: int = 2048
     backend: str = "compiled"
     attention: str = "auto"

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 import lragent
+from lragent.defaults import KV_MEMORY
 
 from .adapter_arguments import parse_adapters
 from .engine_options import AsJson
@@ -24,7 +25,7 @@ def inspect(
     adapters: Annotated[
         str | None, typer.Option(metavar="NAME=DIR,...", help="Dry run: nothing is compiled or written.")
     ] = None,
-    memory: Annotated[str, typer.Option(metavar="SIZE", help="How many tokens fit into this much cache.")] = "2GiB",
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="How many tokens fit into this much cache.")] = KV_MEMORY,
     as_json: AsJson = False,
 ) -> None:
     """Show agents, streams, key transforms, bytes a token under each scheme, and refusals."""

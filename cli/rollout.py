@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lragent.defaults import KV_MEMORY
+
 from .engine_options import (
     Agents,
     AllowCompiled,
@@ -44,7 +46,7 @@ def rollout(
     concurrency: Concurrency = 32,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the results in --out, run the other tasks.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop what is in --out.")] = False,
-    kv_memory: KvMemory = "2GiB",
+    kv_memory: KvMemory = KV_MEMORY,
     max_batch_tokens: MaxBatchTokens = 2048,
     backend: Backend = "compiled",
     attention: Attention = "auto",

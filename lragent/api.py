@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lragent.defaults import KV_MEMORY
 from lragent.errors import RequestError, SplitRefused
 from lragent.layouts import LAYOUTS, dtype_named
 from lragent.stages import Progress, Stages
@@ -35,6 +36,7 @@ def convert(
     Args:
         adapters: agent name -> PEFT adapter directory.
         layouts: which are compiled for this machine now; the other is compiled when it is first loaded.
+        attention: name of the implementation that layouts are compiled with, or "auto".
         compiled: False writes the programs only (then no C++ compiler is needed).
         progress: is told the name of each stage as it begins.
         spare: slots kept free for agents that `update` may add.
@@ -46,6 +48,7 @@ def convert(
     """
     from lragent.build_artifact import build
     from lragent.compile import require_unit
+    from lragent.kernels.dispatch import require_attention, resolve
     from lragent.loading import load_directories
     from lragent.slots import fit, slots_of
 
@@ -53,11 +56,15 @@ def convert(
         if layout not in LAYOUTS:
             raise RequestError(f"unknown layout {layout!r}", f"Use {' or '.join(LAYOUTS)}.")
     require_unit(unit)
+    require_attention(attention, "cpu")
+    now = layouts if compiled else ()
+    if now:
+        attention = resolve(attention, "cpu")
     stages = Stages(progress)
     loaded = stages.run("load", lambda: load_directories(model_dir, adapters, dtype))
     if spare > 0:
         loaded = fit(loaded, slots_of(loaded, spare))
-    return build(loaded, Path(out), layouts if compiled else (), attention, overwrite, stages, layouts, unit)
+    return build(loaded, Path(out), now, attention, overwrite, stages, layouts, unit)
 
 
 def update(
@@ -82,7 +89,7 @@ def update(
 def load(
     path: str | Path,
     sharing: str = "base_lr_shared",
-    kv_memory: int | str = "2GiB",
+    kv_memory: int | str = KV_MEMORY,
     max_batch_tokens: int = 2048,
     backend: str = "compiled",
     attention: str = "auto",
@@ -144,7 +151,7 @@ def optimize(
     peft_model: Any,
     sharing: str = "base_lr_shared",
     tokenizer: str | Path | None = None,
-    kv_memory: int | str = "2GiB",
+    kv_memory: int | str = KV_MEMORY,
     max_batch_tokens: int = 2048,
     backend: str = "compiled",
     attention: str = "auto",

@@ -83,6 +83,7 @@ def build(
 
     Args:
         compile_layouts: layouts compiled for this machine.
+        attention: the implementation that they are compiled with (`lragent.kernels.dispatch.resolve`).
         unit: what is compiled at once (`lragent.compile.UNITS`).
         wanted: layouts that must not be refused; `compile_layouts` if None.
 
@@ -108,7 +109,7 @@ def write(
     unit: str,
 ) -> ConvertReport:
     """Writes rewritten programs as an artifact and compiles some of them for this machine."""
-    chosen = resolve(attention, "cpu")
+    names = graphs(resolve(attention, "cpu")) if compile_layouts else ()
     with files.new_directory(out, overwrite) as directory:
         manifest = replace(write_programs(loaded, programs, refusal, directory, stages), unit=unit)
         if overwrite:
@@ -117,11 +118,12 @@ def write(
         unit_refusal = ""
         kept = manifest.compiled.get(target_name(), {})
         for layout in compile_layouts:
-            for name in graphs(chosen):
+            for name in names:
                 key = f"{layout}-{name}-{dtype_name(loaded.dtype)}"
                 if key not in kept:
                     work = partial(_compile, programs[layout], loaded.dtype, name, directory, key, unit)
-                    packages[key], refused = stages.run(f"compile {layout}", work)
+                    stage = f"compile {layout}" if len(names) == 1 else f"compile {layout} ({name})"
+                    packages[key], refused = stages.run(stage, work)
                     unit_refusal = unit_refusal or refused
         if packages:
             manifest.compiled[target_name()] = {**kept, **packages}

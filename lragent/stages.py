@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from lragent.errors import InternalError
+
 T = TypeVar("T")
 Progress = Callable[[str], None]
 
@@ -19,6 +21,13 @@ class Stages:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, name: str, work: Callable[[], T]) -> T:
+        """Runs `work` as a stage and returns its result.
+
+        Raises:
+            InternalError: a stage of this name has run already; its seconds would be lost.
+        """
+        if name in self.seconds:
+            raise InternalError(f"stage {name!r} has run already")
         if self.progress is not None:
             self.progress(name)
         started = time.perf_counter()

@@ -15,6 +15,7 @@ import lragent
 from lragent.artifact import new_directory, open_artifact
 from lragent.compile import target_name
 from lragent.errors import ArtifactError, CompilerMissing, ModelError, RequestError
+from lragent.kernels import cpp_library
 from lragent.locks import directory_lock
 from lragent.manifest import SEAL, read_manifest, seal_of
 from tests.models import WrittenModel
@@ -207,6 +208,28 @@ def test_unknown_names(artifact: Path) -> None:
     for wrong in ({"sharing": "all_shared"}, {"backend": "jit"}, {"attention": "magic"}, {"kv_dtype": "int3"}):
         with pytest.raises(RequestError):
             lragent.load(artifact, **wrong)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", ["magic", "triton"])
+def test_an_attention_that_can_not_be_had_is_refused_before_the_model_is_read(
+    name: str, compiled: bool, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match=rf"attention '{name}'.*\nUse auto, reference, torch, inductor(,| or) cpp"):
+        lragent.convert(tmp_path / "nowhere", {}, tmp_path / "x.lragent", attention=name, compiled=compiled)
+
+
+@pytest.mark.parametrize("name", ["auto", "cpp"])
+def test_nothing_is_built_for_an_artifact_without_packages(
+    name: str, tiny_llama: WrittenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> None:
+        raise AssertionError("the C++ kernels are built")
+
+    monkeypatch.setattr(cpp_library, "load", build)
+    out = tmp_path / "m.lragent"
+    report = lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, out, attention=name, compiled=False)
+    assert report.compiled == () and open_artifact(out).manifest.compiled == {}
 
 
 def test_no_compiler(artifact: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: WrittenModel, tmp_path: Path) -> None:

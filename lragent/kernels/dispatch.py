@@ -26,6 +26,17 @@ def graphs(attention: str) -> tuple[str, ...]:
     return GRAPHS.get(attention, (attention,))
 
 
+def require_attention(attention: str, device: str) -> None:
+    """Raises RequestError unless an implementation, or "auto", exists for a device; nothing is loaded or built."""
+    kind = device.split(":")[0]
+    there = [name for name, kinds in IMPLEMENTATIONS.items() if kind in kinds]
+    hint = f"Use auto, {', '.join(there[:-1])} or {there[-1]}."
+    if attention != "auto" and attention not in IMPLEMENTATIONS:
+        raise RequestError(f"attention {attention!r} is not available", hint)
+    if attention != "auto" and attention not in there:
+        raise RequestError(f"attention {attention!r} does not run on {device}", hint)
+
+
 def resolve(attention: str, device: str) -> str:
     """Name of the implementation for a device, ready to run; "auto" chooses.
 
@@ -35,13 +46,9 @@ def resolve(attention: str, device: str) -> str:
         RequestError: unknown, not available on this device, or "triton" was asked for and isn't installed.
         CompilerMissing: "cpp" was asked for and can't be built.
     """
-    kind = device.split(":")[0]
+    require_attention(attention, device)
     if attention == "auto":
-        return _best(kind)
-    if attention not in IMPLEMENTATIONS:
-        raise RequestError(f"attention {attention!r} is not available", f"Use auto, {', '.join(IMPLEMENTATIONS)}.")
-    if kind not in IMPLEMENTATIONS[attention]:
-        raise RequestError(f"attention {attention!r} does not run on {device}", "Use attention auto.")
+        return _best(device.split(":")[0])
     if attention == "cpp":
         cpp_library.load()
     if attention == "triton":

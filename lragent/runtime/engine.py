@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lragent.defaults import KV_MEMORY
 from lragent.errors import InternalError, RequestError
 from lragent.kernels.step import Program
 from lragent.runtime import memory
@@ -53,7 +54,7 @@ class Engine:
         program: Program,
         sharing: str,
         tokenizer: Tokenizer | None = None,
-        kv_memory: int | str = "1GiB",
+        kv_memory: int | str = KV_MEMORY,
         max_batch_tokens: int = 2048,
         page_size: int = 32,
         kv_dtype: torch.dtype = torch.float32,

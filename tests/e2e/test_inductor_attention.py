@@ -34,5 +34,6 @@ def test_compiled(artifacts: Artifacts, tmp_path: Path) -> None:
     out = tmp_path / "m.lragent"
     report = lragent.convert(written.model_dir, written.adapters, out, attention="inductor")
     assert report.compiled == ("split-inductor_decode-float32", "split-inductor_prefill-float32")
+    assert {"compile split (inductor_decode)", "compile split (inductor_prefill)"} <= report.seconds.keys()
     engine = lragent.load(out, attention="inductor", kv_memory="4MiB")
     assert_equals_oracle(written, "base_lr_shared", SCRIPT, run_on_engine(engine, SCRIPT))

@@ -1,0 +1,41 @@
+"""Options that several commands share are those of `lragent.load`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import get_args
+
+import pytest
+
+import lragent
+from lragent.kernels.dispatch import IMPLEMENTATIONS
+from lragent.runtime.engine import Engine
+from lragent_cli.engine_options import AttentionName, EngineOptions
+from tests.cli.conftest import call
+
+COMMANDS = ("convert", "verify", "rollout", "bench")
+
+
+def test_defaults_are_those_of_load() -> None:
+    taken = inspect.signature(lragent.load).parameters
+    for field in dataclasses.fields(EngineOptions):
+        assert field.default == taken[field.name].default, field.name
+
+
+def test_kv_memory_has_one_default() -> None:
+    makers = (lragent.load, lragent.optimize, Engine)
+    assert {inspect.signature(maker).parameters["kv_memory"].default for maker in makers} == {"2GiB"}
+
+
+def test_attention_names_are_those_that_there_are() -> None:
+    assert get_args(AttentionName) == ("auto", *IMPLEMENTATIONS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_attention_names_and_an_unknown_one_is_refused(command: str) -> None:
+    shown = call(command, "--help").out
+    refused = call(command, "x", "--attention", "magic")
+    assert refused.code == 2 and "--attention" in refused.err
+    for name in ("auto", *IMPLEMENTATIONS):
+        assert name in shown and name in refused.err
