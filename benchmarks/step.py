@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--backend", default="compiled")
+    parser.add_argument("--backend", default="auto")
     parser.add_argument("--profile", action="store_true", help="show the ops that take longest")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

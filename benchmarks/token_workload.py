@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=0, help="first trajectories only; 0: all")
     parser.add_argument("--kv-memory", default="4GiB")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--backend", default="compiled")
+    parser.add_argument("--backend", default="auto")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     workload = json.loads(options.workload.read_text())
@@ -118,7 +118,7 @@ def main() -> None:
         "mode": options.sharing,
         "dtype": engine.program.facts["dtype"],
         "device": options.device,
-        "backend": options.backend,
+        "backend": engine.program.facts["backend"],
         "threads": options.threads,
         "trajs": len(held),
         "turns": len(measured.generated),

@@ -80,7 +80,7 @@ def bench(
     concurrency: Concurrency = 8,
     kv_memory: KvMemory = KV_MEMORY,
     max_batch_tokens: MaxBatchTokens = 2048,
-    backend: Backend = "compiled",
+    backend: Backend = "auto",
     attention: Attention = "auto",
     device: Device = "cpu",
     threads: Threads = None,

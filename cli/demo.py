@@ -44,7 +44,7 @@ def demo(
     world: Annotated[Path, typer.Option(metavar="DIR", help="The fact_world example.")] = FACT_WORLD,
     concurrency: Concurrency = 8,
     kv_memory: KvMemory = KV_MEMORY,
-    backend: Backend = "compiled",
+    backend: Backend = "auto",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -53,7 +53,7 @@ def demo(
     workflow, questions = load_world(world, tasks)
     work.mkdir(parents=True, exist_ok=True)
     model = model or ensure_model(work / "model")
-    artifact = ensure_artifact(model, world / "adapters", work / "fact_world.lragent", compiled=backend == "compiled")
+    artifact = ensure_artifact(model, world / "adapters", work / "fact_world.lragent", compiled=backend != "eager")
     options = EngineOptions(kv_memory, backend=backend, threads=threads)
     runs: list[SchemeRun] = []
     for sharing in chosen:

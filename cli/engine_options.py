@@ -27,7 +27,11 @@ Concurrency = Annotated[int, typer.Option(min=1, help="Tasks that are under way 
 KvMemory = Annotated[str, typer.Option(metavar="SIZE", help="Memory for the cache, such as 2GiB.")]
 MaxBatchTokens = Annotated[int, typer.Option(min=1, help="Most tokens a step.")]
 Backend = Annotated[
-    Literal["compiled", "eager"], typer.Option(help="compiled needs a C++ compiler where parts are missing.")
+    Literal["auto", "compiled", "eager"],
+    typer.Option(
+        help="auto: compiled on a CPU, eager on a GPU. compiled, so auto on a CPU, needs a C++ compiler where packages "
+        "are missing; eager runs op by op, on a GPU as CUDA graphs where Triton is installed."
+    ),
 ]
 AttentionName = Literal["auto", "reference", "torch", "inductor", "cpp", "triton"]
 Attention = Annotated[
@@ -60,7 +64,7 @@ class EngineOptions:
 
     kv_memory: str = KV_MEMORY
     max_batch_tokens: int = 2048
-    backend: str = "compiled"
+    backend: str = "auto"
     attention: str = "auto"
     device: str = "cpu"
     threads: int | None = None

@@ -48,7 +48,7 @@ def rollout(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop what is in --out.")] = False,
     kv_memory: KvMemory = KV_MEMORY,
     max_batch_tokens: MaxBatchTokens = 2048,
-    backend: Backend = "compiled",
+    backend: Backend = "auto",
     attention: Attention = "auto",
     device: Device = "cpu",
     threads: Threads = None,

@@ -77,7 +77,7 @@ def verify(
         ),
     ] = None,
     schemes: Schemes = "non_shared,base_lr_shared",
-    backend: Backend = "compiled",
+    backend: Backend = "auto",
     attention: Attention = "auto",
     threads: Threads = None,
     allow_compiled: AllowCompiled = True,

@@ -35,7 +35,7 @@ def tiny_peft_model() -> Any:
 
 def main() -> None:
     """Both agents read and extend one trajectory; the second computes only what the first has not."""
-    # "compiled" is the default and the faster one; "eager" starts at once and needs no C++ compiler.
+    # The default compiles, which is faster to run; "eager" starts at once and needs no C++ compiler.
     engine = lragent.optimize(tiny_peft_model(), sharing="base_lr_shared", kv_memory="16MiB", backend="eager")
     question, observation = list(range(40)), list(range(50, 60))
     with engine.trajectory(question) as t:

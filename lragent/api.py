@@ -91,7 +91,7 @@ def load(
     sharing: str = "base_lr_shared",
     kv_memory: int | str = KV_MEMORY,
     max_batch_tokens: int = 2048,
-    backend: str = "compiled",
+    backend: str = "auto",
     attention: str = "auto",
     device: str = "cpu",
     threads: int | None = None,
@@ -104,7 +104,9 @@ def load(
     Args:
         sharing: sharing scheme; it decides which of the two programs is run.
         kv_memory: bytes, or text such as "2GiB".
-        backend: "compiled", or "eager" (slower, needs no C++ compiler).
+        backend: "compiled"; "eager", which runs op by op (on a GPU as CUDA graphs where Triton is installed) and needs
+            no C++ compiler; "auto": compiled on a CPU, eager on a GPU. On a GPU, "compiled" runs each package in a
+            child process first.
         allow_compiled: False compiles again instead of running machine code from the artifact.
         agents: those that will act besides `base`: the cache then holds no columns of others. None: all.
 
@@ -113,15 +115,15 @@ def load(
     """
     from lragent.artifact import open_artifact
     from lragent.kernels.dispatch import resolve
-    from lragent.open_engine import program_of_artifact, require_backend, tokenizer_of
+    from lragent.open_engine import program_of_artifact, resolve_backend, tokenizer_of
     from lragent.placing import device_named
     from lragent.runtime.engine import Engine
     from lragent.runtime.schemes import scheme_named
     from lragent.threads import require_threads
 
     layout = scheme_named(sharing).layout
-    require_backend(backend)
     place = device_named(device)
+    backend = resolve_backend(backend, place)
     require_threads(threads)
     artifact = open_artifact(path)
     manifest = artifact.manifest
@@ -153,7 +155,7 @@ def optimize(
     tokenizer: str | Path | None = None,
     kv_memory: int | str = KV_MEMORY,
     max_batch_tokens: int = 2048,
-    backend: str = "compiled",
+    backend: str = "auto",
     attention: str = "auto",
     threads: int | None = None,
     unit: str = "model",
@@ -162,6 +164,7 @@ def optimize(
 
     Args:
         tokenizer: a transformers tokenizer, or a directory with tokenizer files; None: token ids only.
+        backend: "compiled", "eager", or "auto", which is "compiled" (see `load`).
         unit: what is compiled at once, see `convert`.
 
     Raises:
@@ -169,16 +172,16 @@ def optimize(
     """
     from lragent.build_artifact import rewrite, write
     from lragent.compile import require_unit
-    from lragent.exported import PAGE_SIZE
+    from lragent.exported import CPU, PAGE_SIZE
     from lragent.kernels.dispatch import resolve
     from lragent.loading import load_live
-    from lragent.open_engine import program_of_model, require_backend, tokenizer_from
+    from lragent.open_engine import program_of_model, resolve_backend, tokenizer_from
     from lragent.runtime.engine import Engine
     from lragent.runtime.schemes import scheme_named
     from lragent.threads import require_threads
 
     layout = scheme_named(sharing).layout
-    require_backend(backend)
+    backend = resolve_backend(backend, CPU)
     require_threads(threads)
     require_unit(unit)
     chosen = resolve(attention, "cpu")

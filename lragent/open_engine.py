@@ -21,6 +21,7 @@ from lragent.kernels.step import AgentFacts, Program
 from lragent.layouts import dtype_name, dtype_named
 from lragent.manifest import LayoutEntry
 from lragent.placing import moved, placed
+from lragent.probe_package import Probe, require_runs
 from lragent.runtime.tokenizer import Tokenizer, TokenizerFile
 
 if TYPE_CHECKING:
@@ -29,12 +30,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("compiled", "eager")
+BACKENDS = ("auto", "compiled", "eager")
+# Kinds of devices on which a package runs in a child process first: PyTorch may crash when it loads one there.
+PROBED = ("cuda",)
 
 
-def require_backend(backend: str) -> None:
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """ "compiled" or "eager"; "auto" is "compiled" on a CPU, and "eager" elsewhere until packages are proven there.
+
+    Raises:
+        RequestError: there is no such backend.
+    """
     if backend not in BACKENDS:
-        raise RequestError(f"unknown backend {backend!r}", f"Use {' or '.join(BACKENDS)}.")
+        raise RequestError(f"unknown backend {backend!r}", f"Use {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}.")
+    if backend == "auto":
+        return "compiled" if device.type == "cpu" else "eager"
+    return backend
 
 
 def program_of_artifact(
@@ -46,14 +57,22 @@ def program_of_artifact(
     kv_dtype: torch.dtype,
     allow_compiled: bool,
 ) -> Program:
-    """The runnable program of one layout of an artifact."""
+    """The runnable program of one layout of an artifact.
+
+    Args:
+        backend: "compiled" or "eager" (see `resolve_backend`).
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or a package crashes on a device of a kind in `PROBED`.
+        CompilerMissing: a package is missing and can't be compiled.
+    """
     weights = moved(artifact.weights(), device)
     calls: dict[str, Callable[..., Tensor]] = {}
     for name in graphs(attention):
         if backend == "eager":
             calls[name] = eager_call(_lowered(artifact, entry, weights, name, device))
         else:
-            calls[name] = _compiled(artifact, entry, weights, name, kv_dtype, allow_compiled, device)
+            calls[name] = _compiled(artifact, entry, weights, attention, name, kv_dtype, allow_compiled, device)
     manifest = artifact.manifest
     facts = ProgramFacts(
         schema=entry.schema,
@@ -129,6 +148,7 @@ def _compiled(
     artifact: Artifact,
     entry: LayoutEntry,
     weights: Mapping[str, Tensor],
+    attention: str,
     graph_name: str,
     kv_dtype: torch.dtype,
     allow_compiled: bool,
@@ -137,13 +157,23 @@ def _compiled(
     """The compiled graph for a device of this machine: the artifact's, or one lowered now and kept there."""
     key, target = f"{entry.schema.layout}-{graph_name}-{dtype_name(kv_dtype)}", target_name(device)
     held = artifact.manifest.compiled.get(target, {}).get(key)
+
+    def probe(package: Path) -> None:
+        if device.type in PROBED:
+            layout, dtype = entry.schema.layout, dtype_name(kv_dtype)
+            where, used_on = str(artifact.directory), str(device)
+            require_runs(Probe(where, layout, str(package), attention, graph_name, dtype, used_on))
+
     if held is not None and allow_compiled:
-        return load_compiled(compiled_file(artifact, held), entry.schema, weights, device)
+        package = compiled_file(artifact, held)
+        probe(package)
+        return load_compiled(package, entry.schema, weights, device)
     log.warning("compiling %s for %s; this takes a minute or more for a real model", key, target)
     lowered = _lowered(artifact, entry, weights, graph_name, device)
     with tempfile.TemporaryDirectory(prefix="lragent-") as scratch:
         unit = artifact.manifest.unit
         built = compile_graph(lowered, entry.schema, kv_dtype, graph_name, unit, Path(scratch), device).file
+        probe(built)
         if allow_compiled:
             try:
                 keep_compiled(artifact, target, key, built)

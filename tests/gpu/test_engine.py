@@ -34,6 +34,13 @@ def test_same_tokens_as_on_the_cpu(tmp_path: Path, backend: str, sharing: str) -
     assert _tokens(artifact, sharing=sharing, backend=backend, device="cuda") == expected
 
 
+def test_eager_is_the_default_on_a_gpu(tmp_path: Path) -> None:
+    written = write_model(tmp_path, "llama")
+    lragent.convert(written.model_dir, written.adapters, tmp_path / "tiny.lragent", compiled=False)
+    engine = lragent.load(tmp_path / "tiny.lragent", kv_memory="8MiB", device="cuda")
+    assert engine.program.facts["backend"] == "eager"
+
+
 def _many_tokens(artifact: Path, **options: str) -> list[list[int]]:
     """Ten trajectories at once, whose turns end at different steps: steps of many sizes."""
     engine = lragent.load(artifact, kv_memory="8MiB", max_batch_tokens=64, **options)  # type: ignore[arg-type]
