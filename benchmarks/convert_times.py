@@ -56,8 +56,8 @@ def convert(model_dir: Path, adapters: Mapping[str, Path], dtype: str, out: Path
     stages = Stages(clock)
     with fresh_cache():
         loaded = stages.run("load", lambda: load_directories(model_dir, adapters, dtype))
-        programs, refusal = rewrite(loaded, ("split",), stages)
-        write(loaded, programs, refusal, out, ("split",), "auto", False, stages, unit)
+        rewritten = rewrite(loaded, ("split",), stages)
+        write(loaded, rewritten, out, ("split",), "auto", False, stages, unit)
     clock("")
     return clock.seconds
 

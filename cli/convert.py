@@ -13,6 +13,7 @@ import lragent
 
 from .adapter_arguments import parse_adapters
 from .engine_options import Adapters, AsJson, Attention, ModelArgument
+from .misses import miss_lines
 from .output import print_json, results, stages
 from .quantities import show_seconds
 
@@ -78,11 +79,13 @@ def convert(
 
 
 def print_report(report: ConvertReport, console: Console) -> None:
-    """Where the artifact is, for whom, how long each stage took, and what split layout was refused for."""
+    """Where the artifact is, for whom, how long each stage took, what did not match, and why layouts were refused."""
     console.print(f"wrote {report.out} for {', '.join(report.agents)}", markup=False, soft_wrap=True)
     width = max([24, *map(len, report.seconds)])
     for stage, seconds in report.seconds.items():
         console.print(f"  {stage:<{width}} {show_seconds(seconds):>10}", markup=False, soft_wrap=True)
+    for line in miss_lines(report.misses):
+        console.print(line, markup=False, soft_wrap=True)
     if report.refusal:
         refusal = f"split layout refused, so only non_shared and full_shared work: {report.refusal}"
         console.print(refusal, markup=False, soft_wrap=True)

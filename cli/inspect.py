@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,9 +11,11 @@ from rich.table import Table
 
 import lragent
 from lragent.defaults import KV_MEMORY
+from lragent.errors import SplitRefused
 
 from .adapter_arguments import parse_adapters
 from .engine_options import AsJson
+from .misses import miss_lines
 from .output import print_json, results, stages
 from .quantities import show_bytes, show_count
 
@@ -35,8 +38,13 @@ def inspect(
     if adapters is None:
         inspection = lragent.inspect(path)
     else:
-        with stages("capturing"):
-            inspection = lragent.inspect(path, parse_adapters(adapters))
+        named = parse_adapters(adapters)
+        try:
+            with stages("capturing"):
+                inspection = lragent.inspect(path, named)
+        except SplitRefused as error:
+            print_refused(error, as_json)
+            raise
     fit = inspection.tokens_that_fit(size)
     if as_json:
         facts = {**inspection.to_dict(), "break_even": inspection.break_even}
@@ -63,8 +71,18 @@ def print_facts(inspection: Inspection) -> None:
         lines.append(f"{inspection.spare} spare slots for agents that an update adds")
     if inspection.refusal:
         lines.append(f"refused: {inspection.refusal}")
+    lines += miss_lines(inspection.misses)
     for line in lines:
         results.print(line, markup=False, soft_wrap=True)
+
+
+def print_refused(error: SplitRefused, as_json: bool) -> None:
+    """Every place for which a model is refused as a whole."""
+    if as_json:
+        print_json({"refusal": error.message, "refused": [dataclasses.asdict(miss) for miss in error.misses]})
+        return
+    for miss in error.misses:
+        results.print(str(miss), markup=False, soft_wrap=True)
 
 
 def print_break_even(inspection: Inspection) -> None:

@@ -131,6 +131,7 @@ def load(
         raise SplitRefused(
             f"{path} has no {layout} program, which {sharing} needs: {manifest.refusal}",
             "Use sharing non_shared or full_shared.",
+            manifest.refused,
         )
     cache_dtype = dtype_named(manifest.dtype if kv_dtype == "auto" else kv_dtype)
     chosen = resolve(attention, device)
@@ -186,14 +187,14 @@ def optimize(
     require_unit(unit)
     chosen = resolve(attention, "cpu")
     loaded = load_live(peft_model)
-    programs, refusal = rewrite(loaded, (layout,), Stages())
+    rewritten = rewrite(loaded, (layout,), Stages())
 
     def save(out: Path) -> None:
         compiled = (layout,) if backend == "compiled" else ()
-        write(loaded, programs, refusal, out, compiled, chosen, False, Stages(), unit)
+        write(loaded, rewritten, out, compiled, chosen, False, Stages(), unit)
 
     return Engine(
-        program_of_model(loaded, programs[layout], backend, chosen, loaded.dtype, unit),
+        program_of_model(loaded, rewritten.programs[layout], backend, chosen, loaded.dtype, unit),
         sharing=sharing,
         tokenizer=tokenizer_from(tokenizer),
         kv_memory=kv_memory,

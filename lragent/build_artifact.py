@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from lragent.break_even import advice, bytes_per_token
 from lragent.capture import capture
 from lragent.compile import compile_graph, require_compiler, target_name
 from lragent.compiled_files import compiled_file, place_compiled, unit_of
-from lragent.errors import ArtifactError, SplitRefused
+from lragent.errors import ArtifactError, Miss, SplitRefused
 from lragent.exported import PAGE_SIZE, export_graph, save_without_weights, tensors_of
 from lragent.fingerprint import fingerprint
 from lragent.kernels.cache_schema import Layout
@@ -26,6 +26,7 @@ from lragent.kernels.dispatch import graphs, resolve
 from lragent.layouts import LAYOUTS, dtype_name
 from lragent.loading import LoadedModel
 from lragent.manifest import AgentEntry, FileEntry, LayerEntry, LayoutEntry, Manifest, write_manifest
+from lragent.misses import misses_by_layout
 from lragent.passes.pipeline import Transformed, lower, transform
 from lragent.slots import slots_of
 from lragent.stages import Stages
@@ -36,7 +37,11 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ConvertReport:
     """What `convert` did: seconds by stage, compiled packages, why split layout was refused ("" if it was not),
-    what to think of before sharing (`lragent.break_even`), and why unit "layer" became "model" ("" if it did not)."""
+    what to think of before sharing (`lragent.break_even`), and why unit "layer" became "model" ("" if it did not).
+
+    `misses`: layout -> every place where a pass did not match, the layers that don't run the chosen attention
+    implementation among them, or every place for which the layout was refused; layouts without misses are left out.
+    """
 
     out: Path
     agents: tuple[str, ...]
@@ -45,28 +50,35 @@ class ConvertReport:
     refusal: str
     advice: str = ""
     unit_refusal: str = ""
+    misses: Mapping[str, tuple[Miss, ...]] = field(default_factory=dict)
 
 
-def rewrite(loaded: LoadedModel, wanted: Sequence[Layout], stages: Stages) -> tuple[dict[Layout, Transformed], str]:
+@dataclass(frozen=True)
+class Rewritten:
+    """A model's programs by layout, and why split layout was refused: in words ("" if it was not), and every place."""
+
+    programs: Mapping[Layout, Transformed]
+    refusal: str = ""
+    refused: tuple[Miss, ...] = ()
+
+
+def rewrite(loaded: LoadedModel, wanted: Sequence[Layout], stages: Stages) -> Rewritten:
     """Captures the model and rewrites it for every layout that its graph allows.
-
-    Returns:
-        The programs, and why split layout was refused ("" if it was not).
 
     Raises:
         SplitRefused: a layout in `wanted` is refused.
     """
     captured = stages.run("capture", lambda: capture(loaded))
     programs: dict[Layout, Transformed] = {}
-    refusal = ""
+    refusal: SplitRefused | None = None
     for layout in LAYOUTS:
         try:
             programs[layout] = stages.run(f"rewrite {layout}", partial(transform, captured, layout))
         except SplitRefused as error:
             if layout in wanted or layout == "dense":
                 raise
-            refusal = error.message
-    return programs, refusal
+            refusal = error
+    return Rewritten(programs) if refusal is None else Rewritten(programs, refusal.message, refusal.misses)
 
 
 def build(
@@ -93,14 +105,13 @@ def build(
     files.require_free(out, overwrite)
     if compile_layouts:
         require_compiler()
-    programs, refusal = rewrite(loaded, compile_layouts if wanted is None else wanted, stages)
-    return write(loaded, programs, refusal, out, compile_layouts, attention, overwrite, stages, unit)
+    rewritten = rewrite(loaded, compile_layouts if wanted is None else wanted, stages)
+    return write(loaded, rewritten, out, compile_layouts, attention, overwrite, stages, unit)
 
 
 def write(
     loaded: LoadedModel,
-    programs: Mapping[Layout, Transformed],
-    refusal: str,
+    rewritten: Rewritten,
     out: Path,
     compile_layouts: Sequence[Layout],
     attention: str,
@@ -111,7 +122,7 @@ def write(
     """Writes rewritten programs as an artifact and compiles some of them for this machine."""
     names = graphs(resolve(attention, "cpu")) if compile_layouts else ()
     with files.new_directory(out, overwrite) as directory:
-        manifest = replace(write_programs(loaded, programs, refusal, directory, stages), unit=unit)
+        manifest = replace(write_programs(loaded, rewritten, directory, stages), unit=unit)
         if overwrite:
             _keep_packages(out, manifest, directory)
         packages: dict[str, FileEntry] = {}
@@ -121,7 +132,7 @@ def write(
             for name in names:
                 key = f"{layout}-{name}-{dtype_name(loaded.dtype)}"
                 if key not in kept:
-                    work = partial(_compile, programs[layout], loaded.dtype, name, directory, key, unit)
+                    work = partial(_compile, rewritten.programs[layout], loaded.dtype, name, directory, key, unit)
                     stage = f"compile {layout}" if len(names) == 1 else f"compile {layout} ({name})"
                     packages[key], refused = stages.run(stage, work)
                     unit_refusal = unit_refusal or refused
@@ -130,18 +141,25 @@ def write(
         write_manifest(manifest, directory)
     agents = tuple(agent.name for agent in loaded.agents if agent.digest)
     sizes = bytes_per_token({n: e.schema for n, e in manifest.layouts.items()}, agents, manifest.dtype)
-    return ConvertReport(out, agents, dict(stages.seconds), tuple(packages), refusal, advice(sizes), unit_refusal)
+    return ConvertReport(
+        out,
+        agents,
+        dict(stages.seconds),
+        tuple(packages),
+        rewritten.refusal,
+        advice(sizes),
+        unit_refusal,
+        misses_by_layout(manifest.layouts.items(), rewritten.refused, names or graphs(attention)),
+    )
 
 
-def write_programs(
-    loaded: LoadedModel, programs: Mapping[Layout, Transformed], refusal: str, directory: Path, stages: Stages
-) -> Manifest:
+def write_programs(loaded: LoadedModel, rewritten: Rewritten, directory: Path, stages: Stages) -> Manifest:
     """Writes programs, weights and tokenizer; returns the manifest, which is not written yet."""
     tensors: dict[str, Tensor] = {}
     slots = slots_of(loaded, spare=0)
     layouts: dict[str, LayoutEntry] = {}
     (directory / "programs").mkdir()
-    for layout, program in programs.items():
+    for layout, program in rewritten.programs.items():
         relative = f"programs/{layout}.pt2"
         stages.run(f"export {layout}", partial(_export, program, loaded.dtype, directory / relative))
         tensors.update(tensors_of(program.graph))
@@ -151,6 +169,8 @@ def write_programs(
             layers=tuple(
                 LayerEntry(layer.index, layer.k_module, layer.v_module, layer.key_transform) for layer in program.layers
             ),
+            misses=program.misses,
+            fallbacks=dict(program.fallbacks),
             fingerprint=fingerprint(program.graph, program.schema),
         )
     from_adapters = adapter_constants(loaded, tensors)
@@ -165,7 +185,8 @@ def write_programs(
         page_size=PAGE_SIZE,
         agents=agent_entries(loaded),
         layouts=layouts,
-        refusal=refusal,
+        refusal=rewritten.refusal,
+        refused=rewritten.refused,
         weights=weights,
         aliases=aliases,
         tokenizer=files.write_tokenizer(loaded.tokenizer_source, directory),
@@ -221,6 +242,6 @@ def _compile(
 ) -> tuple[FileEntry, str]:
     """What was compiled, and why not by layer although that was asked for ("": it was, or was not asked for)."""
     with tempfile.TemporaryDirectory() as scratch:
-        lowered = lower(program.graph, graph_name)
+        lowered = lower(program.graph, graph_name).graph
         built = compile_graph(lowered, program.schema, dtype, graph_name, unit, Path(scratch))
         return place_compiled(built.file, directory, target_name(), key), built.refusal

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, fx
 
 from lragent.device_steps import DeviceSteps
-from lragent.errors import CompilerMissing, RequestError
+from lragent.errors import CompilerMissing, Miss, RequestError
 from lragent.exported import CPU, StepKind, export_graph
 from lragent.homogeneous import homogeneous_call
 from lragent.kernels.cache_schema import CacheSchema
+from lragent.kernels.dispatch import FALLBACK
 from lragent.kernels.step import STEP_INPUTS, AgentFacts, Program, cache_input_names, run_flat
 from lragent.package import Run, open_package, write_package
 from lragent.segments.compile_segments import compile_segments
@@ -40,7 +41,10 @@ STEPS: dict[str, StepKind] = {"inductor_decode": "decode", "inductor_prefill": "
 
 @dataclass(frozen=True)
 class ProgramFacts:
-    """What a `Program` says of itself beside the callable."""
+    """What a `Program` says of itself beside the callable.
+
+    `attention`: the chosen implementation. `fallback`: the layers that run `dispatch.FALLBACK` instead.
+    """
 
     schema: CacheSchema
     agents: tuple[AgentFacts, ...]
@@ -48,6 +52,14 @@ class ProgramFacts:
     vocab_size: int
     dtype: torch.dtype
     attention: str
+    fallback: tuple[Miss, ...]
+
+    @property
+    def attention_text(self) -> str:
+        """The chosen implementation and, if there are any, the number of layers that run another one."""
+        if not self.fallback:
+            return self.attention
+        return f"{self.attention}, {FALLBACK} on {len(self.fallback)} of {len(self.schema.base)} layers"
 
 
 def target_name(device: torch.device = CPU) -> str:
@@ -174,7 +186,12 @@ def join(calls: Mapping[str, Callable[..., Tensor]]) -> Callable[..., Tensor]:
 
 
 def program(call: Callable[..., Tensor], facts: ProgramFacts, backend: str, device: torch.device) -> Program:
-    """Wraps a callable over all graph inputs, which lie on `device`, as the runtime's `Program`."""
+    """Wraps a callable over all graph inputs, which lie on `device`, as the runtime's `Program`.
+
+    One warning is logged if some layers run another attention implementation than the chosen one.
+    """
+    if facts.fallback:
+        log.warning("attention %s: %s", facts.attention_text, facts.fallback[0].reason)
     return Program(
         schema=facts.schema,
         agents=facts.agents,
@@ -183,7 +200,7 @@ def program(call: Callable[..., Tensor], facts: ProgramFacts, backend: str, devi
         run=run_flat(call) if device.type == "cpu" else DeviceSteps(call, device, facts.attention == "triton").run,
         facts={
             "backend": backend,
-            "attention": facts.attention,
+            "attention": facts.attention_text,
             "device": str(device),
             "dtype": str(facts.dtype).removeprefix("torch."),
         },

@@ -4,6 +4,8 @@ Every `UserError` says what was found, where, and what to do; the CLI prints it 
 with code 1. An `InternalError` is a defect of this project and keeps its traceback.
 """
 
+from dataclasses import dataclass
+
 MOST_SHOWN = 300
 
 
@@ -39,14 +41,26 @@ class AdapterError(UserError):
     """An adapter that is missing, broken, of another base, or of a kind that is not supported."""
 
 
+@dataclass(frozen=True)
+class Miss:
+    """A place in a graph where a pass expected to match and could not."""
+
+    where: str
+    node: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason} (node {self.node})"
+
+
 class SplitRefused(UserError):
-    """A layer whose K or V can't be split into a base and a low-rank stream; says layer, node and reason.
+    """An adapter that can't be routed, or a layer whose K or V can't be split into a base and a low-rank stream.
 
     Args:
-        misses: every refused place (`lragent.passes.base.Miss`).
+        misses: every refused place; the message names the first few.
     """
 
-    def __init__(self, message: str, hint: str = "", misses: tuple[object, ...] = ()) -> None:
+    def __init__(self, message: str, hint: str = "", misses: tuple[Miss, ...] = ()) -> None:
         super().__init__(message, hint)
         self.misses = misses
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lragent.artifact import open_artifact
 from lragent.break_even import break_even, bytes_per_token
+from lragent.errors import Miss
 from lragent.kernels.cache_schema import CacheSchema
 from lragent.layouts import dtype_name
+from lragent.misses import misses_by_layout
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Inspection:
     """See the field names.
 
     `bytes_per_token`: scheme -> bytes of cache that one token takes once 1, 2, ... all agents have seen it, over all
-    layers, in the dtype of the cache. A scheme that is refused is missing. `spare`: slots without agent.
+    layers, in the dtype of the cache. A scheme that is refused is missing. `spare`: slots without agent. `misses`:
+    layout -> every place where a pass did not match, or for which the layout was refused; layers that an attention
+    implementation can't run are listed for each implementation.
     """
 
     source: str
@@ -57,6 +61,7 @@ class Inspection:
     refusal: str
     compiled: Mapping[str, tuple[str, ...]]
     spare: int = 0
+    misses: Mapping[str, tuple[Miss, ...]] = field(default_factory=dict)
 
     @property
     def break_even(self) -> dict[str, int | None]:
@@ -90,17 +95,23 @@ def inspect_artifact(path: Path) -> Inspection:
         refusal=manifest.refusal,
         compiled={target: tuple(packages) for target, packages in manifest.compiled.items()},
         spare=sum(not a.digest for a in manifest.agents),
+        misses=misses_by_layout(manifest.layouts.items(), manifest.refused),
     )
 
 
 def inspect_model(model_dir: Path, adapters: Mapping[str, str | Path]) -> Inspection:
-    """Loads, captures and rewrites, but writes and compiles nothing."""
+    """Loads, captures and rewrites, but writes and compiles nothing.
+
+    Raises:
+        SplitRefused: no layout is possible; `misses` holds every refused place.
+    """
     from lragent.build_artifact import rewrite
     from lragent.loading import load_directories
     from lragent.stages import Stages
 
     loaded = load_directories(model_dir, adapters)
-    programs, refusal = rewrite(loaded, (), Stages())
+    rewritten = rewrite(loaded, (), Stages())
+    programs = rewritten.programs
     shown = programs.get("split") or programs["dense"]
     return Inspection(
         source=str(model_dir),
@@ -114,8 +125,9 @@ def inspect_model(model_dir: Path, adapters: Mapping[str, str | Path]) -> Inspec
             tuple(a.name for a in loaded.agents),
             dtype_name(loaded.dtype),
         ),
-        refusal=refusal,
+        refusal=rewritten.refusal,
         compiled={},
+        misses=misses_by_layout(programs.items(), rewritten.refused),
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lragent.errors import ArtifactError
+from lragent.errors import ArtifactError, Miss
 from lragent.kernels.cache_schema import BaseStreams, CacheSchema, Layout, LowRankStream
 
 FORMAT = 1
@@ -52,12 +52,15 @@ class FileEntry:
 class LayoutEntry:
     """One rewritten program and its cache schema.
 
-    `fingerprint`: what packages compiled from it depend on (`lragent.fingerprint`).
+    `misses`, `fallbacks`: see `lragent.passes.pipeline.Transformed`. `fingerprint`: what packages compiled from it
+    depend on (`lragent.fingerprint`).
     """
 
     program: FileEntry
     schema: CacheSchema
     layers: tuple[LayerEntry, ...]
+    misses: tuple[Miss, ...]
+    fallbacks: dict[str, tuple[Miss, ...]]
     fingerprint: str
 
 
@@ -65,6 +68,7 @@ class LayoutEntry:
 class Manifest:
     """See the field names.
 
+    `refused`: every place for which split layout was refused; `refusal` names the first few.
     `compiled`: target -> "layout-attention-kvdtype" -> package, or plan where it is compiled by layer. `unit`: how it
     is compiled for another machine ("model" or "layer"). `slot_ranks`, `slot_groups`: see `lragent.slots.Slots`.
     """
@@ -79,6 +83,7 @@ class Manifest:
     agents: tuple[AgentEntry, ...]
     layouts: dict[str, LayoutEntry]
     refusal: str
+    refused: tuple[Miss, ...]
     weights: tuple[FileEntry, ...]
     aliases: dict[str, str]
     tokenizer: bool
@@ -149,6 +154,7 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
             "stop_token_ids": tuple(raw["stop_token_ids"]),
             "agents": tuple(_agent(entry) for entry in raw["agents"]),
             "layouts": {name: _layout(entry) for name, entry in raw["layouts"].items()},
+            "refused": _misses(raw["refused"]),
             "weights": tuple(FileEntry(**entry) for entry in raw["weights"]),
             "slot_ranks": {module: tuple(ranks) for module, ranks in raw["slot_ranks"].items()},
             "slot_groups": {module: tuple(group) for module, group in raw["slot_groups"].items()},
@@ -172,6 +178,10 @@ def _agent(raw: dict[str, Any]) -> AgentEntry:
     return AgentEntry(**{**raw, "scalings": tuple(raw["scalings"]), "targets": tuple(raw["targets"])})
 
 
+def _misses(raw: list[dict[str, str]]) -> tuple[Miss, ...]:
+    return tuple(Miss(**entry) for entry in raw)
+
+
 def _layout(raw: dict[str, Any]) -> LayoutEntry:
     _require_entries(raw, LayoutEntry)
     schema = raw["schema"]
@@ -188,5 +198,7 @@ def _layout(raw: dict[str, Any]) -> LayoutEntry:
             ),
         ),
         layers=tuple(LayerEntry(**entry) for entry in raw["layers"]),
+        misses=_misses(raw["misses"]),
+        fallbacks={name: _misses(entries) for name, entries in raw["fallbacks"].items()},
         fingerprint=raw["fingerprint"],
     )

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from lragent.artifact import TOKENIZER, Artifact
 from lragent.compile import ProgramFacts, compile_graph, eager_call, join, load_compiled, program, target_name
 from lragent.compiled_files import compiled_file, keep_compiled
-from lragent.errors import RequestError
+from lragent.errors import Miss, RequestError
 from lragent.exported import CPU, load_with_weights, tensors_of
 from lragent.kernels.dispatch import graphs
 from lragent.kernels.step import AgentFacts, Program
@@ -26,7 +27,7 @@ from lragent.runtime.tokenizer import Tokenizer, TokenizerFile
 
 if TYPE_CHECKING:
     from lragent.loading import LoadedModel
-    from lragent.passes.pipeline import Transformed
+    from lragent.passes.pipeline import Lowered, Transformed
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +69,14 @@ def program_of_artifact(
     """
     weights = moved(artifact.weights(), device)
     calls: dict[str, Callable[..., Tensor]] = {}
+    fallback: dict[str, Miss] = {}  # by layer
     for name in graphs(attention):
         if backend == "eager":
-            calls[name] = eager_call(_lowered(artifact, entry, weights, name, device))
+            lowered = _lowered(artifact, entry, weights, name, device)
+            calls[name], misses = eager_call(lowered.graph), lowered.fallback
         else:
-            calls[name] = _compiled(artifact, entry, weights, attention, name, kv_dtype, allow_compiled, device)
+            calls[name], misses = _compiled(artifact, entry, weights, attention, name, kv_dtype, allow_compiled, device)
+        fallback.update({miss.where: miss for miss in misses})
     manifest = artifact.manifest
     facts = ProgramFacts(
         schema=entry.schema,
@@ -81,6 +85,7 @@ def program_of_artifact(
         vocab_size=manifest.vocab_size,
         dtype=dtype_named(manifest.dtype),
         attention=attention,
+        fallback=tuple(fallback.values()),
     )
     return program(join(calls), facts, backend, device)
 
@@ -93,17 +98,21 @@ def program_of_model(
     kv_dtype: torch.dtype,
     unit: str = "model",
 ) -> Program:
-    """The runnable program of a model in memory."""
+    """The runnable program of a model in memory; places where a rewriting pass did not match are logged."""
     from lragent.passes.pipeline import lower
 
+    for miss in transformed.misses:
+        log.warning("%s", miss)
     calls: dict[str, Callable[..., Tensor]] = {}
+    fallback: dict[str, Miss] = {}  # by layer
     for name in graphs(attention):
-        graph = lower(transformed.graph, name)
+        lowered = lower(transformed.graph, name)
+        fallback.update({miss.where: miss for miss in lowered.fallback})
         if backend == "eager":
-            calls[name] = eager_call(graph)
+            calls[name] = eager_call(lowered.graph)
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            built = compile_graph(graph, transformed.schema, kv_dtype, name, unit, Path(scratch))
+            built = compile_graph(lowered.graph, transformed.schema, kv_dtype, name, unit, Path(scratch))
             calls[name] = load_compiled(built.file, transformed.schema, tensors_of(transformed.graph), CPU)
     facts = ProgramFacts(
         schema=transformed.schema,
@@ -112,6 +121,7 @@ def program_of_model(
         vocab_size=loaded.vocab_size,
         dtype=loaded.dtype,
         attention=attention,
+        fallback=tuple(fallback.values()),
     )
     return program(join(calls), facts, backend, CPU)
 
@@ -138,10 +148,12 @@ def tokenizer_from(source: Any) -> Tokenizer | None:
 
 def _lowered(
     artifact: Artifact, entry: LayoutEntry, weights: Mapping[str, Tensor], graph_name: str, device: torch.device
-) -> fx.GraphModule:
+) -> Lowered:
+    """A program of the artifact, lowered now, on `device`."""
     from lragent.passes.pipeline import lower
 
-    return placed(lower(load_with_weights(artifact.file(entry.program), weights), graph_name), device)
+    lowered = lower(load_with_weights(artifact.file(entry.program), weights), graph_name)
+    return replace(lowered, graph=placed(lowered.graph, device))
 
 
 def _compiled(
@@ -153,8 +165,11 @@ def _compiled(
     kv_dtype: torch.dtype,
     allow_compiled: bool,
     device: torch.device,
-) -> Callable[..., Tensor]:
-    """The compiled graph for a device of this machine: the artifact's, or one lowered now and kept there."""
+) -> tuple[Callable[..., Tensor], tuple[Miss, ...]]:
+    """The compiled graph for a device of this machine, and its layers that run another attention implementation.
+
+    The package is the artifact's, or one lowered now and kept there.
+    """
     key, target = f"{entry.schema.layout}-{graph_name}-{dtype_name(kv_dtype)}", target_name(device)
     held = artifact.manifest.compiled.get(target, {}).get(key)
 
@@ -167,12 +182,12 @@ def _compiled(
     if held is not None and allow_compiled:
         package = compiled_file(artifact, held)
         probe(package)
-        return load_compiled(package, entry.schema, weights, device)
+        return load_compiled(package, entry.schema, weights, device), entry.fallbacks.get(graph_name, ())
     log.warning("compiling %s for %s; this takes a minute or more for a real model", key, target)
     lowered = _lowered(artifact, entry, weights, graph_name, device)
     with tempfile.TemporaryDirectory(prefix="lragent-") as scratch:
         unit = artifact.manifest.unit
-        built = compile_graph(lowered, entry.schema, kv_dtype, graph_name, unit, Path(scratch), device).file
+        built = compile_graph(lowered.graph, entry.schema, kv_dtype, graph_name, unit, Path(scratch), device).file
         probe(built)
         if allow_compiled:
             try:
@@ -180,4 +195,4 @@ def _compiled(
             except OSError as error:
                 where = artifact.directory
                 log.warning("the package can't be kept in %s (%s): the next load compiles again", where, error)
-        return load_compiled(built, entry.schema, weights, device)
+        return load_compiled(built, entry.schema, weights, device), lowered.fallback

@@ -26,6 +26,7 @@ from lragent.layouts import LAYOUTS
 from lragent.loading import load_directories
 from lragent.locks import directory_lock
 from lragent.manifest import FileEntry, read_manifest, write_manifest
+from lragent.misses import misses_by_layout
 from lragent.slots import Slots, assign, fit
 from lragent.stages import Stages
 
@@ -48,7 +49,7 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
     loaded = stages.run("load", lambda: load_directories(model_dir, adapters, manifest.dtype))
     slots = Slots(tuple(agent.name for agent in manifest.agents), manifest.slot_ranks, manifest.slot_groups)
     loaded = fit(loaded, assign(slots, tuple(adapters)))
-    programs, _ = rewrite(loaded, tuple(layout for layout in LAYOUTS if layout in manifest.layouts), stages)
+    programs = rewrite(loaded, tuple(layout for layout in LAYOUTS if layout in manifest.layouts), stages).programs
     tensors: dict[str, Tensor] = {}
     for program in programs.values():
         tensors.update(tensors_of(program.graph))
@@ -87,7 +88,8 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
     except OSError as error:
         raise files.cannot_write(path, error) from error
     sizes = bytes_per_token({name: entry.schema for name, entry in layouts.items()}, acting, manifest.dtype)
-    return ConvertReport(path, acting, dict(stages.seconds), (), manifest.refusal, advice(sizes))
+    misses = misses_by_layout(layouts.items(), manifest.refused, graph_names=())
+    return ConvertReport(path, acting, dict(stages.seconds), (), manifest.refusal, advice(sizes), misses=misses)
 
 
 def _write_adapters(path: Path, tensors: dict[str, Tensor]) -> FileEntry:

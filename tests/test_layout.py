@@ -4,6 +4,7 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,7 +86,7 @@ def test_passes_and_runtime_never_import_each_other(path: Path) -> None:
 
 
 @pytest.mark.parametrize("a_pass", PASSES, ids=lambda p: p.name)
-def test_every_pass_has_a_test_file(a_pass: Pass) -> None:
+def test_every_pass_has_a_test_file(a_pass: Pass[Any]) -> None:
     assert (ROOT / "tests" / "passes" / f"test_{a_pass.name}.py").is_file()
 
 

@@ -31,7 +31,7 @@ def _fake(mode: FakeTensorMode, graph: fx.GraphModule) -> None:
 
 def _run(layout: Any, place: bool) -> Tensor:
     program = transform(captured(Tiny().build()), layout)
-    graph = lower(program.graph, "triton")
+    graph = lower(program.graph, "triton").graph
     inputs = (
         *example_step(len(program.schema.agents)).tensors(),
         *example_cache(program.schema, torch.float32).tensors(),

@@ -17,6 +17,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "cpp": ("cpu",),
     "triton": ("cuda",),
 }
+# Runs the layers that the chosen implementation can't.
+FALLBACK = "torch"
 # Implementations that need several graphs; lragent.homogeneous splits steps between them.
 GRAPHS: dict[str, tuple[str, ...]] = {"inductor": ("inductor_decode", "inductor_prefill")}
 

@@ -97,7 +97,7 @@ class Program:
     max_positions: int
     vocab_size: int
     run: Callable[[StepInputs, CacheTensors], torch.Tensor]
-    facts: Mapping[str, str]  # for reports: backend, attention lowering, device, dtype
+    facts: Mapping[str, str]  # for reports: backend, attention and its fallback, device, dtype
 
 
 def run_flat(

@@ -1,7 +1,7 @@
 """All passes, in the order in which they run."""
 
 from lragent.passes.attach_cache import ATTACH_CACHE
-from lragent.passes.base import Pass
+from lragent.passes.base import LowerContext, Pass, RewriteContext
 from lragent.passes.cleanup import CLEANUP
 from lragent.passes.fuse_linears import FUSE_LINEARS
 from lragent.passes.lower_attention import LOWER_ATTENTION
@@ -11,7 +11,7 @@ from lragent.passes.select_logits import SELECT_LOGITS
 from lragent.passes.split_kv import SPLIT_KV
 
 # The model's side: what an artifact stores.
-REWRITE: tuple[Pass, ...] = (
+REWRITE: tuple[Pass[RewriteContext], ...] = (
     NORMALIZE,
     SELECT_LOGITS,
     ROUTE_ADAPTERS,
@@ -19,5 +19,5 @@ REWRITE: tuple[Pass, ...] = (
     ATTACH_CACHE,
 )
 # The target's side: run again wherever an artifact is lowered.
-LOWER: tuple[Pass, ...] = (LOWER_ATTENTION, FUSE_LINEARS, CLEANUP)
-PASSES = REWRITE + LOWER
+LOWER: tuple[Pass[LowerContext], ...] = (LOWER_ATTENTION, FUSE_LINEARS, CLEANUP)
+PASSES: tuple[Pass[RewriteContext] | Pass[LowerContext], ...] = (*REWRITE, *LOWER)

@@ -24,9 +24,8 @@ from lragent.kernels.ops import SLOPE_CHANNELS, with_slopes
 from lragent.kernels.step import STEP_INPUTS, cache_input_names
 from lragent.passes.base import (
     Pass,
-    PassContext,
     PassReport,
-    PassState,
+    RewriteContext,
     RoutedLinear,
     SplitStream,
     add_constant,
@@ -41,8 +40,8 @@ lragent = torch.ops.lragent
 _RENAMED = {"input_ids": "token_ids", "position_ids": "positions"}
 
 
-def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
-    markers = marker_nodes(graph)
+def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
+    markers, state = marker_nodes(graph), context.state
     if not markers:
         return PassReport(0)
     sides = [state.split.get(m.name, _whole(m)) for m in markers]

@@ -5,29 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from lragent.adapter_weights import ReplacedRows
+from lragent.errors import Miss
 from lragent.kernels.cache_schema import BaseStreams, Layout, LowRankStream
 
 
 @dataclass(frozen=True)
-class Miss:
-    """A place where a pass expected to match and could not."""
-
-    where: str
-    node: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason} (node {self.node})"
-
-
-@dataclass(frozen=True)
 class PassReport:
-    """What a pass did: how many places it changed, and which it refused."""
+    """The result of a pass: how many places it changed, and the places where it did not match."""
 
     changed: int
     misses: tuple[Miss, ...] = ()
@@ -47,30 +37,6 @@ class Adapter:
     b: Tensor
     ones: Tensor | None = None
     gain: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class PassContext:
-    """Facts that the passes read; nothing in here changes while they run.
-
-    Args:
-        agents: names in order; agent id = index + 1.
-        adapters: projection FQN -> agent name -> weights.
-        lora_parameters: FQN of a captured lora_A / lora_B weight -> (projection FQN, "a" or "b").
-        captured_scaling: projection FQN -> scalings that may stand in its captured chains.
-        rows: projection FQN -> agent name -> outputs (of an embedding: tokens) with weights of the agent's own.
-        groups: projection FQN -> for each agent, the first agent whose A it shares; empty: whoever has an equal A.
-    """
-
-    layout: Layout
-    agents: tuple[str, ...]
-    adapters: Mapping[str, Mapping[str, Adapter]]
-    lora_parameters: Mapping[str, tuple[str, str]]
-    captured_scaling: Mapping[str, frozenset[float]]
-    max_positions: int
-    attention: str
-    rows: Mapping[str, Mapping[str, ReplacedRows]] = field(default_factory=dict)
-    groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,7 +96,7 @@ class KeyTransform:
 
 @dataclass
 class PassState:
-    """What passes hand to later ones, beside the graph itself."""
+    """Results that rewriting passes hand to later ones, beside the graph itself."""
 
     split: dict[str, tuple[SplitStream, SplitStream]] = field(default_factory=dict)  # by marker node name
     base_streams: tuple[BaseStreams, ...] = ()
@@ -138,11 +104,59 @@ class PassState:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """A named rewrite of the graph in place."""
+class RewriteContext:
+    """Facts of the loaded model that rewriting passes read; `state` is the one part that they write.
+
+    Args:
+        agents: names in order; agent id = index + 1.
+        adapters: projection FQN -> agent name -> weights.
+        lora_parameters: FQN of a captured lora_A / lora_B weight -> (projection FQN, "a" or "b").
+        captured_scaling: projection FQN -> scalings that may stand in its captured chains.
+        rows: projection FQN -> agent name -> outputs (of an embedding: tokens) with weights of the agent's own.
+        groups: projection FQN -> for each agent, the first agent whose A it shares; empty: whoever has an equal A.
+    """
+
+    layout: Layout
+    agents: tuple[str, ...]
+    adapters: Mapping[str, Mapping[str, Adapter]]
+    lora_parameters: Mapping[str, tuple[str, str]]
+    captured_scaling: Mapping[str, frozenset[float]]
+    max_positions: int
+    rows: Mapping[str, Mapping[str, ReplacedRows]] = field(default_factory=dict)
+    groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    state: PassState = field(default_factory=PassState)
+
+    def lora_role(self, node: object) -> tuple[str, str] | None:
+        """(projection FQN, "a" or "b") of a `get_attr` node of a captured adapter weight; None for any other node."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        # Names in the graph are those of the model, under the attribute of the exported wrapper.
+        return self.lora_parameters.get(str(node.target).partition(".")[2])
+
+
+@dataclass(frozen=True)
+class LowerContext:
+    """Facts that lowering passes read: the name of the graph of an attention implementation (`dispatch.graphs`)."""
+
+    attention: str
+
+
+Context = TypeVar("Context", RewriteContext, LowerContext)
+
+
+@dataclass(frozen=True)
+class Pass(Generic[Context]):
+    """A named rewrite of the graph in place.
+
+    Args:
+        required: every place must match; a miss refuses the program.
+        hint: advice to the user when a required pass has missed.
+    """
 
     name: str
-    run: Callable[[fx.GraphModule, PassContext, PassState], PassReport]
+    run: Callable[[fx.GraphModule, Context], PassReport]
+    required: bool = False
+    hint: str = ""
 
 
 ROUTED = "lragent_routed"  # key in node.meta of a routed projection's output: RoutedLinear

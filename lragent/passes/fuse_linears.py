@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from lragent.kernels import ops
-from lragent.passes.base import Pass, PassContext, PassReport, PassState, calls, fetch, only_user, placeholder
+from lragent.passes.base import LowerContext, Pass, PassReport, calls, fetch, only_user, placeholder
 
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +38,7 @@ class _Delta:
     routes: Routes  # [agents + 1, 3]
 
 
-def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
+def _run(graph: fx.GraphModule, context: LowerContext) -> PassReport:
     if context.attention != "cpp":
         return PassReport(0)
     groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)

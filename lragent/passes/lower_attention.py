@@ -3,7 +3,8 @@
 Before:                                    After (attention="torch"):
     o = flash_lora_attention(q, ...)           o = flash_lora_attention_torch(q, ...)
 
-A norm over all heads is known to `reference` and `torch` only: such layers run `torch` whatever was chosen.
+A norm over all heads is known to `reference` and `torch` only: such layers run `torch` whatever was chosen, and the
+pass reports each.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from lragent.errors import Miss
 from lragent.kernels import ops
+from lragent.kernels.dispatch import FALLBACK
 from lragent.kernels.flash_lora_attention import inductor
-from lragent.passes.base import Miss, Pass, PassContext, PassReport, PassState, calls, fetch
+from lragent.passes.base import LowerContext, Pass, PassReport, calls, fetch
 
 # Implementation name -> what the node calls; a plain function is traced into the graph when it is exported.
 TARGETS: dict[str, Callable[..., Any]] = {
@@ -33,18 +36,28 @@ WIDE_NORMS = ("reference", "torch")
 NORM_WEIGHT = 16  # argument of the op
 
 
-def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
-    chosen = TARGETS[context.attention]
-    nodes = list(calls(graph, torch.ops.lragent.flash_lora_attention.default))
-    misses: list[Miss] = []
-    for index, node in enumerate(nodes):
-        node.target = chosen
-        if context.attention not in WIDE_NORMS and _has_wide_norm(graph, node):
-            node.target = TARGETS["torch"]
-            misses.append(
-                Miss(f"layer {index}", node.name, f"{context.attention} has no norm over all heads; runs torch")
-            )
-    return PassReport(len(nodes), tuple(misses))
+def _run(graph: fx.GraphModule, context: LowerContext) -> PassReport:
+    misses = fallback_layers(graph, context.attention)
+    missed = {miss.node for miss in misses}
+    nodes = _attention_nodes(graph)
+    for node in nodes:
+        node.target = TARGETS[FALLBACK if node.name in missed else context.attention]
+    return PassReport(len(nodes), misses)
+
+
+def fallback_layers(graph: fx.GraphModule, attention: str) -> tuple[Miss, ...]:
+    """Layers of a rewritten graph, not yet lowered, that run `FALLBACK` where `attention` is chosen."""
+    if attention in WIDE_NORMS:
+        return ()
+    return tuple(
+        Miss(f"layer {index}", node.name, f"{attention} has no norm over all heads; runs {FALLBACK}")
+        for index, node in enumerate(_attention_nodes(graph))
+        if _has_wide_norm(graph, node)
+    )
+
+
+def _attention_nodes(graph: fx.GraphModule) -> list[fx.Node]:
+    return list(calls(graph, torch.ops.lragent.flash_lora_attention.default))
 
 
 def _has_wide_norm(graph: fx.GraphModule, node: fx.Node) -> bool:

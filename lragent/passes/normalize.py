@@ -16,7 +16,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from lragent.passes.base import Pass, PassContext, PassReport, PassState
+from lragent.passes.base import Pass, PassReport, RewriteContext
 
 aten = torch.ops.aten
 
@@ -30,7 +30,7 @@ _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.def
 _SAME = (aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default)
 
 
-def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
+def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
     changed = 0
     for node in list(graph.graph.nodes):
         if node.op != "call_function":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +13,27 @@ from torch import fx
 
 from lragent.adapter_weights import LoraWeights
 from lragent.capture import Captured
-from lragent.errors import InternalError, SplitRefused
+from lragent.errors import InternalError, Miss, SplitRefused
 from lragent.exporter_noise import without_exporter_noise
 from lragent.hooks import HOOK_SCALING
 from lragent.kernels.cache_schema import CacheSchema, Layout
 from lragent.loading import LoadedModel
 from lragent.passes import LOWER, REWRITE
-from lragent.passes.base import Adapter, KeyTransform, Miss, Pass, PassContext, PassReport, PassState
+from lragent.passes.base import (
+    Adapter,
+    Context,
+    KeyTransform,
+    LowerContext,
+    Pass,
+    PassReport,
+    PassState,
+    RewriteContext,
+)
+from lragent.passes.lower_attention import LOWER_ATTENTION, TARGETS, fallback_layers
 
 log = logging.getLogger(__name__)
+
+MOST_MISSES = 4  # named in the message of SplitRefused
 
 
 @dataclass(frozen=True)
@@ -36,50 +48,75 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class Transformed:
-    """A rewritten graph, not yet lowered: takes the inputs of `lragent.kernels.step`, returns logits `[R, vocab]`."""
+    """A rewritten graph, not yet lowered: takes the inputs of `lragent.kernels.step`, returns logits `[R, vocab]`.
+
+    Args:
+        reports: pass name -> report of each rewriting pass.
+        fallbacks: name of a graph (`dispatch.graphs`) -> the layers that run `dispatch.FALLBACK` once lowered for it;
+            graphs without such layers are missing.
+    """
 
     graph: fx.GraphModule
     schema: CacheSchema
     layers: tuple[LayerFacts, ...]
     reports: Mapping[str, PassReport]
+    fallbacks: Mapping[str, tuple[Miss, ...]]
+
+    @property
+    def misses(self) -> tuple[Miss, ...]:
+        """Places where a rewriting pass did not match; the program is correct there, and slower."""
+        return tuple(miss for report in self.reports.values() for miss in report.misses)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph lowered to an attention implementation, and the report of each lowering pass by its name."""
+
+    graph: fx.GraphModule
+    reports: Mapping[str, PassReport]
+
+    @property
+    def fallback(self) -> tuple[Miss, ...]:
+        """The layers that run `dispatch.FALLBACK` instead of the chosen implementation."""
+        return self.reports[LOWER_ATTENTION.name].misses
 
 
 def transform(captured: Captured, layout: Layout) -> Transformed:
     """Runs the rewriting passes on a copy of the captured graph (tensors are shared).
 
     Raises:
-        SplitRefused: an adapter's computation or a K/V stream was not recognised; names every layer, node and reason.
+        SplitRefused: an adapter's computation or a K/V stream was not recognised; holds every layer, node and reason.
     """
-    loaded = captured.loaded
     graph = _copy(captured.graph)
-    context, state = pass_context(loaded, layout), PassState()
-    reports: dict[str, PassReport] = {}
-    for entry in REWRITE:
-        reports[entry.name] = _run(entry, graph, context, state)
-        if entry.name in ("route_adapters", "split_kv"):
-            _refuse(reports[entry.name].misses, entry.name, loaded)
+    context = rewrite_context(captured.loaded, layout)
+    reports = _run_all(REWRITE, graph, context, captured.loaded.architecture)
     _drop_unused(graph)
+    _require_routed(graph, context)
+    state = context.state
     return Transformed(
         graph=graph,
         schema=CacheSchema(layout, context.agents, state.base_streams, state.low_rank_streams),
         layers=_layer_facts(state),
         reports=reports,
+        fallbacks={name: found for name in TARGETS if (found := fallback_layers(graph, name))},
     )
 
 
-def lower(graph: fx.GraphModule, attention: str) -> fx.GraphModule:
-    """Lowers a copy of a rewritten graph (tensors are shared) to an attention implementation."""
+def lower(graph: fx.GraphModule, attention: str) -> Lowered:
+    """Lowers a copy of a rewritten graph (tensors are shared) to an attention implementation.
+
+    Args:
+        attention: name of one of the implementation's graphs (`dispatch.graphs`).
+    """
     lowered = _copy(graph)
-    context = PassContext("dense", (), {}, {}, {}, 0, attention)
-    for entry in LOWER:
-        _run(entry, lowered, context, PassState())
+    reports = _run_all(LOWER, lowered, LowerContext(attention), "the graph")
     lowered.recompile()
-    return lowered
+    return Lowered(lowered, reports)
 
 
-def pass_context(loaded: LoadedModel, layout: Layout, attention: str = "reference") -> PassContext:
-    """What the passes must know of a loaded model."""
-    return PassContext(
+def rewrite_context(loaded: LoadedModel, layout: Layout) -> RewriteContext:
+    """The facts of a loaded model that rewriting passes read, and an empty state."""
+    return RewriteContext(
         layout=layout,
         agents=tuple(agent.name for agent in loaded.agents),
         adapters={
@@ -89,7 +126,6 @@ def pass_context(loaded: LoadedModel, layout: Layout, attention: str = "referenc
         lora_parameters=loaded.lora_parameters,
         captured_scaling={module: frozenset({HOOK_SCALING}) for module in (*loaded.lora, *loaded.rows)},
         max_positions=loaded.max_positions,
-        attention=attention,
         rows=loaded.rows,
         groups=loaded.groups,
     )
@@ -111,10 +147,28 @@ def _copy(graph: fx.GraphModule) -> fx.GraphModule:
         return copy.deepcopy(graph, shared)
 
 
-def _run(entry: Pass, graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
+def _run_all(
+    passes: Sequence[Pass[Context]], graph: fx.GraphModule, context: Context, subject: str
+) -> dict[str, PassReport]:
+    """Runs passes in order and returns their reports by name; `subject` begins the message of a refusal."""
+    reports: dict[str, PassReport] = {}
+    for entry in passes:
+        reports[entry.name] = report = _run(entry, graph, context)
+        if entry.required and report.misses:
+            raise SplitRefused(f"{subject} can't be split: {_shown(report.misses)}", entry.hint, report.misses)
+    return reports
+
+
+def _shown(misses: Sequence[Miss]) -> str:
+    shown = "; ".join(map(str, misses[:MOST_MISSES]))
+    more = len(misses) - MOST_MISSES
+    return f"{shown}; and {more} more; `lragent inspect MODEL --adapters ...` lists all" if more > 0 else shown
+
+
+def _run(entry: Pass[Context], graph: fx.GraphModule, context: Context) -> PassReport:
     started = time.perf_counter()
     try:
-        report = entry.run(graph, context, state)
+        report = entry.run(graph, context)
         graph.graph.lint()
     except (AssertionError, KeyError, RuntimeError, ValueError) as error:
         raise InternalError(f"pass {entry.name} failed: {type(error).__name__}: {error}") from error
@@ -134,16 +188,11 @@ def _drop_unused(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _refuse(misses: tuple[Miss, ...], entry: str, loaded: LoadedModel) -> None:
-    if not misses:
-        return
-    shown = "; ".join(str(miss) for miss in misses[:4]) + (f"; and {len(misses) - 4} more" if len(misses) > 4 else "")
-    hint = (
-        "Use layout dense (sharing non_shared or full_shared), or leave these projections out of the adapters."
-        if entry == "split_kv"
-        else "Leave these modules out of the adapters' target_modules."
-    )
-    raise SplitRefused(f"{loaded.architecture} can't be split: {shown}", hint, misses)
+def _require_routed(graph: fx.GraphModule, context: RewriteContext) -> None:
+    """Raises InternalError if the rewritten graph still reads a captured adapter weight, which no agent owns."""
+    left = sorted(str(n.target) for n in graph.graph.find_nodes(op="get_attr") if context.lora_role(n) is not None)
+    if left:
+        raise InternalError(f"adapter weight {left[0]} is still used by the rewritten graph")
 
 
 def _layer_facts(state: PassState) -> tuple[LayerFacts, ...]:

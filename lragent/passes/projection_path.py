@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from lragent.passes.base import Miss, RoutedLinear, routed_linear
+from lragent.errors import Miss
+from lragent.passes.base import RoutedLinear, routed_linear
 
 aten = torch.ops.aten
 

@@ -23,15 +23,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from lragent.errors import Miss
 from lragent.kernels.cache_schema import LowRankStream
 from lragent.passes.base import (
     ROUTED,
     Adapter,
-    Miss,
     Pass,
-    PassContext,
     PassReport,
-    PassState,
+    RewriteContext,
     RoutedLinear,
     add_constant,
     add_shared_constant,
@@ -71,12 +70,12 @@ class _Chain:
         return x
 
 
-def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
+def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
     chains: dict[tuple[str, fx.Node], list[_Chain]] = defaultdict(list)
     roots: dict[fx.Node, fx.Node] = {}
     misses: list[Miss] = []
     for down in calls(graph, aten.linear.default, aten.embedding.default):
-        role = _lora_role(down, context)
+        role = _weight_role(down, context)
         if role is None or role[1] != "a":
             continue
         found = _match(graph, down, role[0], context)
@@ -100,25 +99,22 @@ def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassR
     return PassReport(len(chains), (*misses, *_left_over(graph, context, {miss.where for miss in misses})))
 
 
-def _left_over(graph: fx.GraphModule, context: PassContext, missed: set[str]) -> list[Miss]:
+def _left_over(graph: fx.GraphModule, context: RewriteContext, missed: set[str]) -> list[Miss]:
     """Adapter weights that are still read, for modules not in `missed`: nobody's, whoever acts."""
     left: dict[str, Miss] = {}
     for node in graph.graph.find_nodes(op="get_attr"):
-        module, _ = context.lora_parameters.get(str(node.target).partition(".")[2], ("", ""))
+        module, _ = context.lora_role(node) or ("", "")
         if module and module not in missed and node.users:
             left.setdefault(module, Miss(module, node.name, "its adapter's weights are read by another op than linear"))
     return list(left.values())
 
 
-def _lora_role(node: fx.Node, context: PassContext) -> tuple[str, str] | None:
-    weight = node.args[0 if node.target is aten.embedding.default else 1]
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-        return None
-    # Names in the graph are those of the model, under the attribute of the exported wrapper.
-    return context.lora_parameters.get(str(weight.target).partition(".")[2])
+def _weight_role(node: fx.Node, context: RewriteContext) -> tuple[str, str] | None:
+    """Projection and side of the captured adapter weight that a linear or embedding op reads, if it reads one."""
+    return context.lora_role(node.args[0 if node.target is aten.embedding.default else 1])
 
 
-def _match(graph: fx.GraphModule, down: fx.Node, module: str, context: PassContext) -> _Chain | Miss:
+def _match(graph: fx.GraphModule, down: fx.Node, module: str, context: RewriteContext) -> _Chain | Miss:
     def miss(node: fx.Node, reason: str) -> Miss:
         return Miss(module, node.name, reason)
 
@@ -126,7 +122,7 @@ def _match(graph: fx.GraphModule, down: fx.Node, module: str, context: PassConte
     if not embeds and len(down.args) > 2 and down.args[2] is not None:
         return miss(down, "lora_A has a bias")
     up = only_user(down)
-    if up is None or up.target is not aten.linear.default or _lora_role(up, context) != (module, "b"):
+    if up is None or up.target is not aten.linear.default or _weight_role(up, context) != (module, "b"):
         return miss(up or down, "the output of lora_A does not go into lora_B alone")
     if len(up.args) > 2 and up.args[2] is not None:
         return miss(up, "lora_B has a bias")
@@ -158,7 +154,9 @@ def _rows_are_tokens(node: fx.Node) -> bool:
     return str(rows) == str(ids.meta["val"].shape[1]) and all(str(size) == "1" for size in ones)
 
 
-def _rewrite(graph: fx.GraphModule, context: PassContext, index: int, group: list[_Chain], agent_ids: fx.Node) -> None:
+def _rewrite(
+    graph: fx.GraphModule, context: RewriteContext, index: int, group: list[_Chain], agent_ids: fx.Node
+) -> None:
     totals = {chain.total for chain in group}
     base = next(chain.before for chain in group if chain.before not in totals)
     last = next(chain.total for chain in group if not any(user in totals for user in chain.total.users))
@@ -188,7 +186,7 @@ def _rewrite(graph: fx.GraphModule, context: PassContext, index: int, group: lis
 
 
 def _low_rank(
-    graph: fx.GraphModule, context: PassContext, index: int, chain: _Chain, stream: LowRankStream, ids: fx.Node
+    graph: fx.GraphModule, context: RewriteContext, index: int, chain: _Chain, stream: LowRankStream, ids: fx.Node
 ) -> tuple[fx.Node, fx.Node]:
     """Nodes of `x @ A_cat.T` and of the delta, at the insertion point."""
     a_cat, b_cat, columns, route, ones = stack(stream, context.agents, context.adapters[chain.module])
@@ -291,4 +289,6 @@ def stack(
     return torch.cat([d.a for d in distinct], 0), torch.cat(b_rows, 0), torch.tensor(columns), route, ones
 
 
-ROUTE_ADAPTERS = Pass("route_adapters", _run)
+ROUTE_ADAPTERS = Pass(
+    "route_adapters", _run, required=True, hint="Leave these modules out of the adapters' target_modules."
+)

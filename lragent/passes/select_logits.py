@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from lragent.passes.base import Miss, Pass, PassContext, PassReport, PassState, placeholder
+from lragent.errors import Miss
+from lragent.passes.base import Pass, PassReport, RewriteContext, placeholder
 
 aten = torch.ops.aten
 
@@ -34,7 +35,7 @@ _POINTWISE = (
 )
 
 
-def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
+def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
     if placeholder(graph, ROWS) is not None:
         return PassReport(0)
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]

@@ -17,14 +17,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from lragent.errors import Miss
 from lragent.kernels.markers import has_slopes, marker_nodes
 from lragent.passes.base import (
     KeyTransform,
-    Miss,
     Pass,
-    PassContext,
     PassReport,
-    PassState,
+    RewriteContext,
     SplitStream,
     add_shared_constant,
 )
@@ -36,7 +35,7 @@ from lragent.passes.projection_path import ProjectionPath, adapted_path
 aten = torch.ops.aten
 
 
-def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassReport:
+def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
     if context.layout == "dense":
         return PassReport(0)
     misses: list[Miss] = []
@@ -51,13 +50,13 @@ def _run(graph: fx.GraphModule, context: PassContext, state: PassState) -> PassR
             sides.append(found)
             changed += found.routed is not None
         if len(sides) == 2:
-            state.split[marker.name] = (sides[0], sides[1])
+            context.state.split[marker.name] = (sides[0], sides[1])
     # Dead code stays until the cache is attached: only then do the low-rank streams get users.
     return PassReport(changed, tuple(misses))
 
 
 def _split(
-    graph: fx.GraphModule, context: PassContext, marker: fx.Node, position: int, where: str
+    graph: fx.GraphModule, context: RewriteContext, marker: fx.Node, position: int, where: str
 ) -> SplitStream | Miss:
     end = marker.args[position]
     assert isinstance(end, fx.Node)
@@ -95,7 +94,7 @@ def _set_arg(marker: fx.Node, position: int, value: fx.Node) -> None:
     marker.args = tuple(arguments)
 
 
-def _up_projections(probe: Probe, path: ProjectionPath, context: PassContext, channel_HD: Tensor | None) -> Tensor:
+def _up_projections(probe: Probe, path: ProjectionPath, context: RewriteContext, channel_HD: Tensor | None) -> Tensor:
     """Every agent's B per head, `[N + 1, H, r, D]`: its columns are pushed through f as if they were tokens, or picked
     by channel where f rotates. Projections' columns stand one after the other, each on its own channels."""
     blocks: list[Tensor | None] = [None]
@@ -142,4 +141,9 @@ def _base_stream(
     return raw
 
 
-SPLIT_KV = Pass("split_kv", _run)
+SPLIT_KV = Pass(
+    "split_kv",
+    _run,
+    required=True,
+    hint="Use layout dense (sharing non_shared or full_shared), or leave these projections out of the adapters.",
+)

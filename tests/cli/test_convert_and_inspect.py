@@ -1,12 +1,19 @@
+import dataclasses
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+import lragent
 from lragent.build_artifact import ConvertReport
+from lragent.errors import Miss, SplitRefused
+from lragent.passes import REWRITE, pipeline
+from lragent.passes.base import Pass, PassReport
 from lragent_cli.convert import print_report
 from tests.cli.conftest import adapters_option, call
+from tests.coverage.tiny_model import adapted_model, plain_model
 from tests.models import WrittenModel
 
 
@@ -73,15 +80,103 @@ def test_the_report_says_what_was_refused() -> None:
     shown = Console(record=True, file=io.StringIO())
     print_report(
         ConvertReport(
-            Path("m.lragent"), ("plan", "b"), {"capture": 72.0}, (), "layer 3: [why]", unit_refusal="it has [none]"
+            Path("m.lragent"),
+            ("plan", "b"),
+            {"capture": 72.0},
+            (),
+            "layer 3: [why]",
+            unit_refusal="it has [none]",
+            misses={"dense": (Miss("layer 0", "a", "[so]"), Miss("logits", "b", "not"), Miss("layer 1", "c", "[so]"))},
         ),
         shown,
     )
     lines = [line.rstrip() for line in shown.export_text().splitlines()]
     assert lines[0] == "wrote m.lragent for plan, b"
     assert lines[1].split() == ["capture", "1", "min", "12", "s"]
-    assert lines[2].endswith("only non_shared and full_shared work: layer 3: [why]")
-    assert lines[3] == "compiled whole, not by layer: it has [none]"
+    assert lines[2] == "not matched, dense: [so]: layer 0 (node a), layer 1 (node c)"
+    assert lines[3] == "not matched, dense: not: logits (node b)"
+    assert lines[4].endswith("only non_shared and full_shared work: layer 3: [why]")
+    assert lines[5] == "compiled whole, not by layer: it has [none]"
+
+
+@pytest.fixture
+def wide_norm(tmp_path: Path) -> WrittenModel:
+    """A model whose keys have one norm over all heads."""
+    plain_model("olmo2").save_pretrained(tmp_path / "model")
+    adapted_model("olmo2").save_pretrained(tmp_path / "adapters")
+    return WrittenModel(tmp_path / "model", {name: tmp_path / "adapters" / name for name in ("plan", "action")})
+
+
+def test_layers_that_run_another_attention_are_listed(wide_norm: WrittenModel, tmp_path: Path) -> None:
+    out = tmp_path / "m.lragent"
+    named = adapters_option(wide_norm)
+    arguments = ("convert", wide_norm.model_dir, "--adapters", named, "-o", out, "--layouts", "none")
+    converted = call(*arguments, "--attention", "inductor")
+    assert converted.code == 0, converted.err
+    for graph in ("inductor_decode", "inductor_prefill"):
+        (line,) = [line for line in converted.out.splitlines() if graph in line]
+        assert line.startswith(f"not matched, split: {graph} has no norm over all heads; runs torch: layer 0 (node ")
+        assert "layer 1 (node " in line
+    assert "cpp has no norm" not in converted.out
+    as_json = call(*arguments, "--attention", "inductor", "--overwrite", "--json").json()["misses"]
+    assert [miss["where"] for miss in as_json["split"]] == ["layer 0", "layer 1"] * 2
+    assert set(as_json) == {"split"} and set(as_json["split"][0]) == {"where", "node", "reason"}
+
+    dry = call("inspect", wide_norm.model_dir, "--adapters", named)
+    for shown in (dry, call("inspect", out)):
+        assert shown.code == 0, shown.err
+        for graph in ("cpp", "triton", "inductor_decode", "inductor_prefill"):
+            assert f"not matched, split: {graph} has no norm over all heads; runs torch: layer 0 (node " in shown.out
+    found = call("inspect", wide_norm.model_dir, "--adapters", named, "--json").json()
+    assert found["misses"] == call("inspect", out, "--json").json()["misses"]
+
+    updated = call("convert", wide_norm.model_dir, "--adapters", named, "-o", out, "--update", "--json")
+    assert updated.code == 0 and updated.json()["misses"] == {}
+    assert call("inspect", out, "--json").json()["misses"] == found["misses"]
+
+
+MISSES = tuple(Miss(f"layer {index} key", f"node_{index}", "no reason") for index in range(6))
+
+
+@pytest.fixture
+def refused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A required pass misses six places, in the layouts of the fixture's parameter."""
+    layouts: tuple[str, ...] = request.param
+
+    def run(graph: Any, context: Any) -> PassReport:
+        return PassReport(0, MISSES if context.layout in layouts else ())
+
+    monkeypatch.setattr(pipeline, "REWRITE", (Pass("invented", run, required=True, hint="Do this."), *REWRITE))
+
+
+@pytest.mark.parametrize("refused", [("split",)], indirect=True)
+def test_every_place_of_a_refused_layout_is_shown(refused: None, tiny_llama: WrittenModel, tmp_path: Path) -> None:
+    out, named = tmp_path / "m.lragent", adapters_option(tiny_llama)
+    lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, out, layouts=("dense",), compiled=False)
+    for arguments in ((tiny_llama.model_dir, "--adapters", named), (out,)):
+        shown = call("inspect", *arguments)
+        assert shown.code == 0, shown.err
+        assert "and 2 more; `lragent inspect MODEL --adapters ...` lists all" in shown.out
+        (line,) = [line for line in shown.out.splitlines() if line.startswith("not matched")]
+        assert line.startswith("not matched, split: no reason: ")
+        assert all(f"{miss.where} (node {miss.node})" in line for miss in MISSES)
+        found = call("inspect", *arguments, "--json").json()["misses"]
+        assert found == {"split": [dataclasses.asdict(miss) for miss in MISSES]}
+    with pytest.raises(SplitRefused) as error:
+        lragent.load(out)
+    assert error.value.misses == MISSES
+
+
+@pytest.mark.parametrize("refused", [("split", "dense")], indirect=True)
+def test_every_place_of_a_refused_model_is_shown(refused: None, tiny_llama: WrittenModel) -> None:
+    arguments = ("inspect", tiny_llama.model_dir, "--adapters", adapters_option(tiny_llama))
+    shown = call(*arguments)
+    assert shown.code == 1
+    assert [line.strip() for line in shown.out.splitlines()] == [str(miss) for miss in MISSES]
+    assert "hint: Do this." in shown.err and "and 2 more" in shown.err
+    as_json = call(*arguments, "--json")
+    assert as_json.code == 1
+    assert as_json.json()["refused"] == [dataclasses.asdict(miss) for miss in MISSES]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from lragent.capture import Captured, capture
 from lragent.kernels.cache_schema import CacheSchema, Layout
 from lragent.kernels.step import CacheTensors, StepInputs
 from lragent.loading import load_live
-from lragent.passes import PASSES
-from lragent.passes.base import PassContext, PassReport, PassState
-from lragent.passes.pipeline import pass_context
+from lragent.passes import LOWER, REWRITE
+from lragent.passes.base import LowerContext, PassReport, PassState, RewriteContext
+from lragent.passes.pipeline import rewrite_context
 
 PAGE = 16
 
@@ -24,18 +25,23 @@ def captured(model: Any) -> Captured:
 
 def run_until(
     source: Captured, last: str, layout: Layout = "split"
-) -> tuple[fx.GraphModule, PassReport, PassContext, PassState]:
-    """Runs the passes up to and including `last`; returns the graph and the report of `last`."""
+) -> tuple[fx.GraphModule, PassReport, RewriteContext, PassState]:
+    """Runs the passes up to and including `last`; returns the graph and the report of `last`.
+
+    Lowering passes lower to the implementation "reference".
+    """
     graph = source.graph
-    context, state = pass_context(source.loaded, layout), PassState()
+    context = rewrite_context(source.loaded, layout)
     report = PassReport(0)
-    for entry in PASSES:
-        report = entry.run(graph, context, state)
+    rewriting = [(entry.name, partial(entry.run, graph, context)) for entry in REWRITE]
+    lowering = [(entry.name, partial(entry.run, graph, LowerContext("reference"))) for entry in LOWER]
+    for name, run in (*rewriting, *lowering):
+        report = run()
         graph.graph.lint()
-        if entry.name == last:
+        if name == last:
             break
     graph.recompile()
-    return graph, report, context, state
+    return graph, report, context, context.state
 
 
 def call(graph: fx.GraphModule, **values: Tensor) -> Tensor:

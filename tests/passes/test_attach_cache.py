@@ -56,9 +56,9 @@ def test_graph_without_lora_gets_a_cache_without_lr_streams() -> None:
 
 
 def test_graph_without_attention_is_unchanged() -> None:
-    graph, _, context, state = run_until(captured(Tiny().build()), "attach_cache")
+    graph, _, context, _ = run_until(captured(Tiny().build()), "attach_cache")
     from lragent.passes.attach_cache import ATTACH_CACHE
 
     nodes = len(graph.graph.nodes)
-    assert ATTACH_CACHE.run(graph, context, state).changed == 0
+    assert ATTACH_CACHE.run(graph, context).changed == 0
     assert len(graph.graph.nodes) == nodes

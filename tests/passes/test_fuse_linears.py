@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lragent.kernels import cpp_library, ops
-from lragent.passes.base import PassState, calls
+from lragent.passes.base import LowerContext, calls
 from lragent.passes.fuse_linears import FUSE_LINEARS
-from lragent.passes.pipeline import lower, pass_context, transform
+from lragent.passes.pipeline import lower, transform
 from tests.passes.stages import captured, peft_logits, run_cached
 from tests.passes.tiny_lm import Tiny
 
@@ -26,7 +26,7 @@ def _kernels() -> None:
 def test_match_and_output(layout: str) -> None:
     model = Tiny().build()
     program = transform(captured(model), layout)  # type: ignore[arg-type]
-    graph = lower(program.graph, "cpp")
+    graph = lower(program.graph, "cpp").graph
     # Of each of two layers one call for q, k and v, and those for what follows; no linear and no routed delta is left.
     assert not list(calls(graph, aten.linear.default))
     assert len(list(calls(graph, ops.routed_linears))) < len(list(calls(program.graph, aten.linear.default))) / 2
@@ -38,7 +38,7 @@ def test_match_and_output(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["split", "dense"])
 def test_only_columns_that_go_into_the_cache_are_computed_for_all_agents(layout: str) -> None:
     program = transform(captured(Tiny().build()), layout)  # type: ignore[arg-type]
-    call = next(iter(calls(lower(program.graph, "cpp"), ops.routed_linears)))
+    call = next(iter(calls(lower(program.graph, "cpp").graph, ops.routed_linears)))
     _, _, _, bias_of, up_of, down_of, _ = call.args
     adapted = [down for up, down in zip(up_of, down_of, strict=True) if up >= 0]
     assert adapted and all(down >= len(bias_of) for down in adapted)
@@ -48,7 +48,7 @@ def test_only_columns_that_go_into_the_cache_are_computed_for_all_agents(layout:
 
 def test_adapters_are_part_of_the_call() -> None:
     program = transform(captured(Tiny().build()), "dense")
-    first = next(iter(calls(lower(program.graph, "cpp"), ops.routed_linears)))
+    first = next(iter(calls(lower(program.graph, "cpp").graph, ops.routed_linears)))
     _, _, tensors, bias_of, up_of, down_of, routes = first.args
     assert max(up_of) == len(tensors) - 1 and len(bias_of) < len(tensors)
     assert all((up >= 0) == (down >= 0) for up, down in zip(up_of, down_of, strict=True))
@@ -58,16 +58,16 @@ def test_adapters_are_part_of_the_call() -> None:
 def test_near_miss_another_implementation_has_no_such_kernel() -> None:
     program = transform(captured(Tiny().build()), "split")
     linears = len(list(calls(program.graph, aten.linear.default)))
-    assert len(list(calls(lower(program.graph, "torch"), aten.linear.default))) == linears
+    assert len(list(calls(lower(program.graph, "torch").graph, aten.linear.default))) == linears
 
 
 def test_near_miss_a_weight_that_is_computed_is_left() -> None:
     program = transform(captured(Tiny().build()), "split")
-    graph = lower(program.graph, "reference")
+    graph = lower(program.graph, "reference").graph
     first = next(iter(calls(graph, aten.linear.default)))
     with graph.graph.inserting_before(first):
         first.args = (first.args[0], graph.graph.call_function(aten.mul.Tensor, (first.args[1], 1.0)), *first.args[2:])
-    FUSE_LINEARS.run(graph, pass_context(captured(Tiny().build()).loaded, "split", "cpp"), PassState())
+    FUSE_LINEARS.run(graph, LowerContext("cpp"))
     assert list(calls(graph, aten.linear.default)) == [first]
 
 
@@ -76,12 +76,12 @@ def test_near_miss_a_delta_of_another_form_is_left_and_right() -> None:
     model = Tiny().build()
     source = captured(model)
     program = transform(source, "dense")
-    graph = lower(program.graph, "reference")
+    graph = lower(program.graph, "reference").graph
     added = next(n for n in calls(graph, aten.add.Tensor) if getattr(n.args[1], "target", None) is aten.linear.default)
     with graph.graph.inserting_before(added):
         half = graph.graph.call_function(aten.mul.Tensor, (added.args[1], 0.5))
         added.args = (added.args[0], graph.graph.call_function(aten.mul.Tensor, (half, 2.0)))
-    FUSE_LINEARS.run(graph, pass_context(source.loaded, "dense", "cpp"), PassState())
+    FUSE_LINEARS.run(graph, LowerContext("cpp"))
     graph.recompile()
     assert half in graph.graph.nodes
     found = run_cached(graph, program.schema, IDS, 1, cut=19)
@@ -91,7 +91,7 @@ def test_near_miss_a_delta_of_another_form_is_left_and_right() -> None:
 def test_graph_without_lora_is_fused_too() -> None:
     base = Tiny().build().unload()
     program = transform(captured(base), "split")
-    graph = lower(program.graph, "cpp")
+    graph = lower(program.graph, "cpp").graph
     assert not list(calls(graph, aten.linear.default))
     found = run_cached(graph, program.schema, IDS, 0, cut=19)
     with torch.no_grad():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lragent.passes.base import PassState, calls
+from lragent.passes.base import LowerContext, calls
 from lragent.passes.lower_attention import LOWER_ATTENTION, TARGETS
-from lragent.passes.pipeline import lower, pass_context, transform
+from lragent.passes.pipeline import lower, transform
 from tests.passes.stages import captured, peft_logits, run_cached
 from tests.passes.test_split_kv import norm_over_heads, norm_then_rotate
 from tests.passes.tiny_lm import Path, Tiny
@@ -20,7 +20,7 @@ OP = torch.ops.lragent.flash_lora_attention.default
 def test_match_and_output(attention: str) -> None:
     model = Tiny().build()
     program = transform(captured(model), "split")
-    graph = lower(program.graph, attention)
+    graph = lower(program.graph, attention).graph
     assert len(list(calls(graph, TARGETS[attention]))) == 2
     found = run_cached(graph, program.schema, IDS, 2, cut=19)
     torch.testing.assert_close(found, peft_logits(model, IDS, "action"), rtol=1e-5, atol=2e-5)
@@ -30,7 +30,7 @@ def test_match_and_output(attention: str) -> None:
 def test_a_norm_over_all_heads_runs_torch_and_says_so(key_path: Path, ops: str) -> None:
     source = captured(Tiny(key_path=key_path).build())
     graph = transform(source, "split").graph
-    report = LOWER_ATTENTION.run(graph, pass_context(source.loaded, "split", "inductor_decode"), PassState())
+    report = LOWER_ATTENTION.run(graph, LowerContext("inductor_decode"))
     assert len(list(calls(graph, TARGETS[ops]))) == report.changed == 2
     assert [miss.where for miss in report.misses] == (["layer 0", "layer 1"] if ops == "torch" else [])
     assert all("no norm over all heads" in miss.reason for miss in report.misses)
@@ -45,11 +45,11 @@ def test_the_rewritten_graph_is_not_changed() -> None:
 def test_near_miss_a_lowered_graph_has_nothing_to_lower() -> None:
     source = captured(Tiny().build())
     program = transform(source, "split")
-    graph = lower(program.graph, "torch")
-    assert LOWER_ATTENTION.run(graph, pass_context(source.loaded, "split", "torch"), PassState()).changed == 0
+    graph = lower(program.graph, "torch").graph
+    assert LOWER_ATTENTION.run(graph, LowerContext("torch")).changed == 0
 
 
 def test_graph_without_lora_is_lowered_too() -> None:
     base = Tiny().build().unload()
     program = transform(captured(base), "split")
-    assert len(list(calls(lower(program.graph, "torch"), TARGETS["torch"]))) == 2
+    assert len(list(calls(lower(program.graph, "torch").graph, TARGETS["torch"]))) == 2

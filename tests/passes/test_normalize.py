@@ -2,9 +2,9 @@
 
 import torch
 
-from lragent.passes.base import PassState, calls
+from lragent.passes.base import calls
 from lragent.passes.normalize import NORMALIZE
-from lragent.passes.pipeline import pass_context
+from lragent.passes.pipeline import rewrite_context
 from lragent.plain_graph import plain_graph
 from tests.passes.stages import call, captured
 from tests.passes.tiny_lm import Tiny
@@ -26,8 +26,8 @@ def _graph(dtype: torch.dtype) -> torch.fx.GraphModule:
 
 
 def _run(graph: torch.fx.GraphModule) -> int:
-    context = pass_context(captured(Tiny(ranks={"plan": 2}).build()).loaded, "split")
-    changed = NORMALIZE.run(graph, context, PassState()).changed
+    context = rewrite_context(captured(Tiny(ranks={"plan": 2}).build()).loaded, "split")
+    changed = NORMALIZE.run(graph, context).changed
     graph.recompile()
     return changed
 
@@ -59,6 +59,6 @@ def test_output_is_equal() -> None:
     source = captured(Tiny().build())
     ids, positions = torch.arange(9)[None], torch.arange(9)[None]
     before = source.graph(ids, positions)
-    NORMALIZE.run(source.graph, pass_context(source.loaded, "split"), PassState())
+    NORMALIZE.run(source.graph, rewrite_context(source.loaded, "split"))
     source.graph.recompile()
     assert torch.equal(before, call(source.graph, input_ids=ids, position_ids=positions))

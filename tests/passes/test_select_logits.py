@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lragent.passes.base import PassState, calls
-from lragent.passes.pipeline import pass_context
+from lragent.passes.base import calls
+from lragent.passes.pipeline import rewrite_context
 from lragent.passes.select_logits import SELECT_LOGITS
 from tests.passes.stages import allowed, call, captured, peft_logits, run_until
 from tests.passes.tiny_lm import Tiny, TinyLM
@@ -40,7 +40,7 @@ def test_match_selects_before_the_head(after: Callable[[Tensor], Tensor]) -> Non
     source = _source(after)
     ids, positions, rows = torch.arange(9)[None], torch.arange(9)[None], torch.tensor([2, 8])
     before = source.graph(ids, positions)
-    report = SELECT_LOGITS.run(source.graph, pass_context(source.loaded, "split"), PassState())
+    report = SELECT_LOGITS.run(source.graph, rewrite_context(source.loaded, "split"))
     source.graph.recompile()
     assert (report.changed, report.misses) == (1, ())
     (selected,) = calls(source.graph, aten.index_select.default)
@@ -54,7 +54,7 @@ def test_near_miss_softmax_over_logits_is_reported_and_still_right() -> None:
     source = _source(lambda x: x.softmax(-1))
     ids, positions, rows = torch.arange(9)[None], torch.arange(9)[None], torch.tensor([2, 8])
     before = source.graph(ids, positions)
-    report = SELECT_LOGITS.run(source.graph, pass_context(source.loaded, "split"), PassState())
+    report = SELECT_LOGITS.run(source.graph, rewrite_context(source.loaded, "split"))
     source.graph.recompile()
     assert "no linear op found behind the logits" in report.misses[0].reason
     found = call(source.graph, input_ids=ids, position_ids=positions, logits_rows=rows)
@@ -63,10 +63,10 @@ def test_near_miss_softmax_over_logits_is_reported_and_still_right() -> None:
 
 def test_second_run_changes_nothing() -> None:
     source = _source(lambda x: x)
-    context = pass_context(source.loaded, "split")
-    SELECT_LOGITS.run(source.graph, context, PassState())
+    context = rewrite_context(source.loaded, "split")
+    SELECT_LOGITS.run(source.graph, context)
     nodes = len(source.graph.graph.nodes)
-    assert SELECT_LOGITS.run(source.graph, context, PassState()).changed == 0
+    assert SELECT_LOGITS.run(source.graph, context).changed == 0
     assert len(source.graph.graph.nodes) == nodes
 
 

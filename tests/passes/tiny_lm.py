@@ -114,11 +114,12 @@ class Tiny:
     ranks: dict[str, int] = field(default_factory=lambda: {"plan": 2, "action": 4})
     shared_a: bool = False
     use_dora: bool = False
+    layers: int = 2
 
     def build(self) -> Any:
         """The model with adapters of strong random weights, seeded."""
         torch.manual_seed(0)
-        base = TinyLM(TinyConfig(), self.key_path, self.value_path).eval()
+        base = TinyLM(TinyConfig(self.layers), self.key_path, self.value_path).eval()
         model: Any = base
         for name, rank in self.ranks.items():
             config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(self.targets), use_dora=self.use_dora)

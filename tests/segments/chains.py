@@ -61,7 +61,7 @@ def written(kind: str, layers: int) -> Transformed:
 
 
 def chain(program: Transformed, graph_name: str, steps: StepKind = "any") -> Chain:
-    graph = lower(program.graph, graph_name)
+    graph = lower(program.graph, graph_name).graph
     return Chain(graph, program.schema, *segments_of(graph, program.schema, torch.float32, steps))
 
 
