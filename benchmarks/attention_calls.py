@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lragent.exported import CPU
-from lragent.kernels.cache_schema import LowRankStream
-from lragent.runtime import huge_pages
+from lragent.compile.export import CPU
+from lragent.program.cache_schema import LowRankStream
+from lragent.runtime.cache import huge_pages
 
 PAGE = 32
 AGENTS = 3

@@ -26,11 +26,11 @@ from torch._inductor.utils import fresh_cache
 import lragent
 from benchmarks.step import runner, step_inputs
 from benchmarks.timing import in_turn
-from lragent.build_artifact import rewrite, write
-from lragent.compile import UNITS
-from lragent.kernels.step import Program
-from lragent.loading import load_directories
-from lragent.stages import Stages
+from lragent.artifact.build import rewrite, write
+from lragent.compile.compile import UNITS
+from lragent.loading.model import load_directories
+from lragent.loading.stages import Stages
+from lragent.program.program import Program
 from tests.models import write_model
 
 SHARING, REPEATS = "base_lr_shared", 31

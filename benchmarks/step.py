@@ -23,11 +23,12 @@ import torch
 
 import lragent
 from benchmarks.timing import in_turn, seconds
-from lragent.artifact import open_artifact
-from lragent.exported import CPU, PAGE_SIZE
-from lragent.kernels.step import Program, StepInputs
-from lragent.layouts import dtype_named
-from lragent.runtime.memory import allocate
+from lragent.artifact.directory import open_artifact
+from lragent.compile.export import CPU
+from lragent.program.dtypes import dtype_named
+from lragent.program.program import Program
+from lragent.program.step import PAGE_SIZE, StepInputs
+from lragent.runtime.cache.memory import allocate
 from lragent.runtime.schemes import SCHEMES
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lragent.defaults import KV_MEMORY
 from lragent.errors import RequestError
+from lragent.program.defaults import KV_MEMORY
 
 from .engine_options import (
     ALL_SCHEMES,
@@ -136,7 +136,7 @@ def _estimate(
     source: Path, schemes: str, gpu_name: str, load: tuple[int, int, int], imagined: tuple[int, int], as_json: bool
 ) -> None:
     """`--roofline`; load: trajectories, agents of each that decode, context; imagined: agents and rank for a model."""
-    from lragent.roofline import Load, estimate, gpu_named
+    from lragent.reports.roofline import Load, estimate, gpu_named
 
     chosen, gpu, shape = Load(*load), gpu_named(gpu_name), shape_of(source, *imagined)
     estimates = [estimate(shape, gpu, chosen, sharing) for sharing in parse_schemes(schemes)]

@@ -18,7 +18,7 @@ from .output import print_json, results, stages
 from .quantities import show_seconds
 
 if TYPE_CHECKING:
-    from lragent.build_artifact import ConvertReport
+    from lragent.artifact.build import ConvertReport
 
 LAYOUTS: dict[str, tuple[Literal["split", "dense"], ...]] = {
     "split": ("split",),

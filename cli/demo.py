@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lragent.defaults import KV_MEMORY
 from lragent.errors import TaskFileError
+from lragent.program.defaults import KV_MEMORY
 
 from .demo_artifact import ensure_artifact, ensure_model
 from .engine_options import (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import typer
 
 import lragent
-from lragent.defaults import KV_MEMORY
+from lragent.program.defaults import KV_MEMORY
 
 if TYPE_CHECKING:
     from lragent.runtime import Engine

@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 import lragent
-from lragent.defaults import KV_MEMORY
 from lragent.errors import SplitRefused
+from lragent.program.defaults import KV_MEMORY
 
 from .adapter_arguments import parse_adapters
 from .engine_options import AsJson
@@ -20,7 +20,7 @@ from .output import print_json, results, stages
 from .quantities import show_bytes, show_count
 
 if TYPE_CHECKING:
-    from lragent.inspection import Inspection
+    from lragent.reports.inspection import Inspection
 
 
 def inspect(
@@ -32,7 +32,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show agents, streams, key transforms, bytes a token under each scheme, and refusals."""
-    from lragent.runtime.memory import parse_bytes
+    from lragent.runtime.cache.memory import parse_bytes
 
     size = parse_bytes(memory, "--memory")
     if adapters is None:

@@ -39,7 +39,7 @@ class PeftReference:
 
     def _acting(self, agent: str) -> Any:
         if self._loaded is None or self._loaded[0] != agent:
-            from lragent.checkpoint import read_base
+            from lragent.loading.checkpoint import read_base
 
             self._loaded = None  # frees the last one first
             model = read_base(self._path, self._dtype)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lragent.defaults import KV_MEMORY
+from lragent.program.defaults import KV_MEMORY
 
 from .engine_options import (
     Agents,

@@ -11,7 +11,7 @@ from rich.table import Table
 from .quantities import show_bytes
 
 if TYPE_CHECKING:
-    from lragent.roofline import Gpu, Load, ModelShape, StepEstimate
+    from lragent.reports.roofline import Gpu, Load, ModelShape, StepEstimate
 
 NOTE = (
     "An estimate, not a measurement: weights and cache pass through memory once, in 16 bits a number, at the speed of "
@@ -21,7 +21,7 @@ NOTE = (
 
 def shape_of(source: Path, agents: int, rank: int) -> ModelShape:
     """Of an artifact, or of a model directory with imagined adapters."""
-    from lragent.roofline import shape_of_artifact, shape_of_model
+    from lragent.reports.roofline import shape_of_artifact, shape_of_model
 
     return shape_of_model(source, agents, rank) if (source / "config.json").is_file() else shape_of_artifact(source)
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from lragent.errors import TaskFileError
-from lragent.locks import try_lock
+from lragent.files.locks import try_lock
 
 Task = dict[str, Any]
 TaskId = str | int

@@ -87,7 +87,7 @@ def verify(
 
     Files are hashed first. The exit code is 1 if a difference is above the tolerance.
     """
-    from lragent.artifact import open_artifact
+    from lragent.artifact.directory import open_artifact
 
     from .peft_reference import PeftReference
 

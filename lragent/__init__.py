@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lragent.api import convert, inspect, load, optimize, update
-    from lragent.build_artifact import ConvertReport
-    from lragent.inspection import Inspection
+    from lragent.artifact.build import ConvertReport
+    from lragent.reports.inspection import Inspection
     from lragent.runtime.engine import Engine
-    from lragent.runtime.rollout import RolloutResult
+    from lragent.runtime.task_loop import RolloutResult
     from lragent.runtime.trajectory import Trajectory
     from lragent.runtime.turn import Turn
 
@@ -35,10 +35,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ConvertReport": "lragent.build_artifact",
+    "ConvertReport": "lragent.artifact.build",
     "Engine": "lragent.runtime.engine",
-    "Inspection": "lragent.inspection",
-    "RolloutResult": "lragent.runtime.rollout",
+    "Inspection": "lragent.reports.inspection",
+    "RolloutResult": "lragent.runtime.task_loop",
     "Trajectory": "lragent.runtime.trajectory",
     "Turn": "lragent.runtime.turn",
 }

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lragent.defaults import KV_MEMORY
 from lragent.errors import RequestError, SplitRefused
-from lragent.layouts import LAYOUTS, dtype_named
-from lragent.stages import Progress, Stages
+from lragent.loading.stages import Progress, Stages
+from lragent.program.defaults import KV_MEMORY
+from lragent.program.dtypes import LAYOUTS, dtype_named
 
 if TYPE_CHECKING:
-    from lragent.build_artifact import ConvertReport
-    from lragent.inspection import Inspection
-    from lragent.kernels.cache_schema import Layout
+    from lragent.artifact.build import ConvertReport
+    from lragent.program.cache_schema import Layout
+    from lragent.reports.inspection import Inspection
     from lragent.runtime.engine import Engine
 
 
@@ -46,11 +46,11 @@ def convert(
     Raises:
         UserError: one of its kinds, which says what was found, where, and what to do; nothing is left behind.
     """
-    from lragent.build_artifact import build
-    from lragent.compile import require_unit
+    from lragent.artifact.build import build
+    from lragent.compile.compile import require_unit
     from lragent.kernels.dispatch import require_attention, resolve
-    from lragent.loading import load_directories
-    from lragent.slots import fit, slots_of
+    from lragent.loading.agent_slots import fit, slots_of
+    from lragent.loading.model import load_directories
 
     for layout in layouts:
         if layout not in LAYOUTS:
@@ -81,7 +81,7 @@ def update(
     Raises:
         UserError: one of its kinds; the artifact is then as it was.
     """
-    from lragent.update_artifact import update as update_artifact
+    from lragent.artifact.update import update as update_artifact
 
     return update_artifact(Path(path), model_dir, adapters, Stages(progress))
 
@@ -113,13 +113,14 @@ def load(
     Raises:
         ArtifactError, RequestError, CompilerMissing, SplitRefused: say what was found, where, and what to do.
     """
-    from lragent.artifact import open_artifact
+    from lragent.artifact.directory import open_artifact
+    from lragent.artifact.open import program_of_artifact, resolve_backend
+    from lragent.artifact.tokenizer import tokenizer_of
+    from lragent.compile.devices import device_named
     from lragent.kernels.dispatch import resolve
-    from lragent.open_engine import program_of_artifact, resolve_backend, tokenizer_of
-    from lragent.placing import device_named
     from lragent.runtime.engine import Engine
     from lragent.runtime.schemes import scheme_named
-    from lragent.threads import require_threads
+    from lragent.runtime.threads import require_threads
 
     layout = scheme_named(sharing).layout
     place = device_named(device)
@@ -171,15 +172,18 @@ def optimize(
     Raises:
         UserError: one of its kinds, which says what was found, where, and what to do.
     """
-    from lragent.build_artifact import rewrite, write
-    from lragent.compile import require_unit
-    from lragent.exported import CPU, PAGE_SIZE
+    from lragent.artifact.build import rewrite, write
+    from lragent.artifact.open import resolve_backend
+    from lragent.artifact.tokenizer import tokenizer_from
+    from lragent.compile.compile import require_unit
+    from lragent.compile.export import CPU
+    from lragent.compile.live_program import program_of_model
     from lragent.kernels.dispatch import resolve
-    from lragent.loading import load_live
-    from lragent.open_engine import program_of_model, resolve_backend, tokenizer_from
+    from lragent.loading.model import load_live
+    from lragent.program.step import PAGE_SIZE
     from lragent.runtime.engine import Engine
     from lragent.runtime.schemes import scheme_named
-    from lragent.threads import require_threads
+    from lragent.runtime.threads import require_threads
 
     layout = scheme_named(sharing).layout
     backend = resolve_backend(backend, CPU)
@@ -214,6 +218,6 @@ def inspect(path: str | Path, adapters: Mapping[str, str | Path] | None = None) 
     Raises:
         UserError: one of its kinds.
     """
-    from lragent.inspection import inspect_artifact, inspect_model
+    from lragent.reports.inspection import inspect_artifact, inspect_model
 
     return inspect_artifact(Path(path)) if adapters is None else inspect_model(Path(path), adapters)

@@ -19,7 +19,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 }
 # Runs the layers that the chosen implementation can't.
 FALLBACK = "torch"
-# Implementations that need several graphs; lragent.homogeneous splits steps between them.
+# Implementations that need several graphs; lragent.compile.split_step splits steps between them.
 GRAPHS: dict[str, tuple[str, ...]] = {"inductor": ("inductor_decode", "inductor_prefill")}
 
 

@@ -189,7 +189,7 @@ def flash_lora_attention(
         query_THqDk: after the query's own transform.
         k_cache, v_cache: `[pages, H, P, Dk]`, `[pages, H, P, Dv]`; new tokens are already written.
         agent_ids_T: agent id of every query token; tokens of one sequence may differ.
-        seq_starts: `[S + 1]`; context_lens_S, page_table_SM: see `lragent.kernels.step.StepInputs`.
+        seq_starts: `[S + 1]`; context_lens_S, page_table_SM: see `lragent.program.step.StepInputs`.
         lr_k, lr_k_table, b_k: LR columns of K (flat), their table `[N + 1, 4]`, and per-head up-projections
             `[N + 1, H, r, Dk]` with scaling folded in, rows past an agent's rank zero; None if K has no adapter.
         lr_v, lr_v_table, b_v: the same for V.

@@ -1,8 +1,8 @@
 """All passes, in the order in which they run."""
 
 from lragent.passes.attach_cache import ATTACH_CACHE
-from lragent.passes.base import LowerContext, Pass, RewriteContext
 from lragent.passes.cleanup import CLEANUP
+from lragent.passes.contract import LowerContext, Pass, RewriteContext
 from lragent.passes.fuse_linears import FUSE_LINEARS
 from lragent.passes.lower_attention import LOWER_ATTENTION
 from lragent.passes.normalize import NORMALIZE

@@ -18,20 +18,12 @@ import operator
 import torch
 from torch import fx
 
-from lragent.kernels.cache_schema import BaseStreams, CacheSchema, LowRankStream
-from lragent.kernels.markers import has_slopes, marker_nodes
+from lragent.graph.attention_marker import has_slopes, marker_nodes
+from lragent.graph.fx_tools import add_constant, add_shared_constant, placeholder
 from lragent.kernels.ops import SLOPE_CHANNELS, with_slopes
-from lragent.kernels.step import STEP_INPUTS, cache_input_names
-from lragent.passes.base import (
-    Pass,
-    PassReport,
-    RewriteContext,
-    RoutedLinear,
-    SplitStream,
-    add_constant,
-    add_shared_constant,
-    placeholder,
-)
+from lragent.passes.contract import Pass, PassReport, RewriteContext, RoutedLinear, SplitStream
+from lragent.program.cache_schema import BaseStreams, CacheSchema, LowRankStream
+from lragent.program.step import STEP_INPUTS, cache_input_names
 
 aten = torch.ops.aten
 lragent = torch.ops.lragent

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import fx
 
 from lragent.errors import InternalError
-from lragent.kernels.markers import marker_nodes
-from lragent.kernels.step import STEP_INPUTS
-from lragent.passes.base import LowerContext, Pass, PassReport
+from lragent.graph.attention_marker import marker_nodes
+from lragent.passes.contract import LowerContext, Pass, PassReport
+from lragent.program.step import STEP_INPUTS
 
 
 def _run(graph: fx.GraphModule, context: LowerContext) -> PassReport:

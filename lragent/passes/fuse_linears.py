@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from lragent.graph.fx_tools import calls, fetch, only_user, placeholder
 from lragent.kernels import ops
-from lragent.passes.base import LowerContext, Pass, PassReport, calls, fetch, only_user, placeholder
+from lragent.passes.contract import LowerContext, Pass, PassReport
 
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

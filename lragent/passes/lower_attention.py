@@ -16,10 +16,11 @@ import torch
 from torch import fx
 
 from lragent.errors import Miss
+from lragent.graph.fx_tools import calls, fetch
 from lragent.kernels import ops
 from lragent.kernels.dispatch import FALLBACK
 from lragent.kernels.flash_lora_attention import inductor
-from lragent.passes.base import LowerContext, Pass, PassReport, calls, fetch
+from lragent.passes.contract import LowerContext, Pass, PassReport
 
 # Implementation name -> what the node calls; a plain function is traced into the graph when it is exported.
 TARGETS: dict[str, Callable[..., Any]] = {

@@ -16,7 +16,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from lragent.passes.base import Pass, PassReport, RewriteContext
+from lragent.passes.contract import Pass, PassReport, RewriteContext
 
 aten = torch.ops.aten
 

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lragent.adapter_weights import LoraWeights
-from lragent.capture import Captured
+from lragent.capture.capture import Captured
 from lragent.errors import InternalError, Miss, SplitRefused
-from lragent.exporter_noise import without_exporter_noise
-from lragent.hooks import HOOK_SCALING
-from lragent.kernels.cache_schema import CacheSchema, Layout
-from lragent.loading import LoadedModel
+from lragent.graph.quiet_export import without_exporter_noise
+from lragent.loading.adapter_hook import HOOK_SCALING
+from lragent.loading.adapter_weights import LoraWeights
+from lragent.loading.model import LoadedModel
 from lragent.passes import LOWER, REWRITE
-from lragent.passes.base import (
+from lragent.passes.contract import (
     Adapter,
     Context,
     KeyTransform,
@@ -30,6 +29,7 @@ from lragent.passes.base import (
     RewriteContext,
 )
 from lragent.passes.lower_attention import LOWER_ATTENTION, TARGETS, fallback_layers
+from lragent.program.cache_schema import CacheSchema, Layout
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class Transformed:
-    """A rewritten graph, not yet lowered: takes the inputs of `lragent.kernels.step`, returns logits `[R, vocab]`.
+    """A rewritten graph, not yet lowered: takes the inputs of `lragent.program.step`, returns logits `[R, vocab]`.
 
     Args:
         reports: pass name -> report of each rewriting pass.

@@ -10,37 +10,25 @@ Before (one chain per adapted module):           After:
 R counts each distinct A once; `columns` gives every agent its own ranks again; `route` `[N + 1, sum of ranks]` is 1
 where a column belongs to the agent (row 0 = base: all zero). Scaling and gain are folded into B_cat. `ones` and `gain`
 appear where an adapter has a bias or is a DoRA. Of an embedding, `linear(x, A)` is `embedding(A, x)`. Outputs that an
-agent has rows of its own for are put in place last (`replaced_rows.py`). Chains are found by the tensors they use,
+agent has rows of its own for are put in place last (`agent_rows.py`). Chains are found by the tensors they use,
 never by names; a projection called twice is routed twice.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from lragent.errors import Miss
-from lragent.kernels.cache_schema import LowRankStream
-from lragent.passes.base import (
-    ROUTED,
-    Adapter,
-    Pass,
-    PassReport,
-    RewriteContext,
-    RoutedLinear,
-    add_constant,
-    add_shared_constant,
-    calls,
-    fetch,
-    only_user,
-    placeholder,
-)
-from lragent.passes.replaced_rows import replace_rows
+from lragent.graph.fx_tools import add_constant, add_shared_constant, calls, fetch, only_user, placeholder
+from lragent.passes.adapters.agent_rows import replace_rows
+from lragent.passes.adapters.stack import gains, low_rank_stream, stack
+from lragent.passes.contract import ROUTED, Pass, PassReport, RewriteContext, RoutedLinear
 from lragent.passes.select_logits import ROWS
+from lragent.program.cache_schema import LowRankStream
 
 aten = torch.ops.aten
 AGENT_IDS = "agent_ids"
@@ -218,75 +206,6 @@ def _ids_of_rows(graph: fx.GraphModule, x: fx.Node, agent_ids: fx.Node) -> fx.No
     if rows is not None and x.target is aten.index_select.default and x.args[2] is rows:
         return graph.graph.call_function(aten.index_select.default, (agent_ids, 0, rows))
     return agent_ids
-
-
-def gains(agents: tuple[str, ...], adapters: Mapping[str, Adapter]) -> Tensor | None:
-    """Factor of each output by agent id, `[N + 1, out]`; None if no adapter has one."""
-    some = next((adapter.gain for adapter in adapters.values() if adapter.gain is not None), None)
-    if some is None:
-        return None
-    table = some.new_ones(len(agents) + 1, some.shape[0])
-    for row, name in enumerate(agents, 1):
-        gain = adapters[name].gain if name in adapters else None
-        if gain is not None:
-            table[row] = gain
-    return table
-
-
-def low_rank_stream(
-    module: str, agents: tuple[str, ...], adapters: Mapping[str, Adapter], groups: tuple[int, ...] | None = None
-) -> LowRankStream:
-    """Ranks of a projection's adapters, and which agents share a bit-equal A (unless `groups` says it)."""
-    if groups is not None:
-        ranks_of = (adapters[name].a.shape[0] if name in adapters else 0 for name in agents)
-        return LowRankStream(module, tuple(ranks_of), groups)
-    ranks: list[int] = []
-    group: list[int] = []
-    for index, name in enumerate(agents):
-        adapter = adapters.get(name)
-        ranks.append(adapter.a.shape[0] if adapter else 0)
-        same = (
-            (
-                other
-                for other in range(index)
-                if agents[other] in adapters and _same_columns(adapters[agents[other]], adapter)
-            )
-            if adapter
-            else ()
-        )
-        group.append(next(iter(same), index))
-    return LowRankStream(module, tuple(ranks), tuple(group))
-
-
-def _same_columns(left: Adapter, right: Adapter) -> bool:
-    """Whether two adapters' columns `x A + ones` are the same numbers."""
-    if left.a.shape != right.a.shape or not torch.equal(left.a, right.a):
-        return False
-    if left.ones is None or right.ones is None:
-        return left.ones is right.ones
-    return torch.equal(left.ones, right.ones)
-
-
-def stack(
-    stream: LowRankStream, agents: tuple[str, ...], adapters: Mapping[str, Adapter]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The tensors of a routed projection.
-
-    Returns:
-        A_cat `[R, in]`, B_cat `[sum of ranks, out]` with scaling and gain (so that an agent's part is in one piece),
-        columns `[sum of ranks]` (int64), route `[N + 1, sum of ranks]`, and ones `[R]` (None if no adapter has any).
-    """
-    sources = stream.source_columns()
-    distinct = [adapters[n] for i, n in enumerate(agents) if stream.ranks[i] and stream.group[i] == i]
-    own = [adapters[n] for i, n in enumerate(agents) if stream.ranks[i]]
-    b_rows = [(adapter.b if adapter.gain is None else adapter.gain[:, None] * adapter.b).T for adapter in own]
-    columns = [c for i, rank in enumerate(stream.ranks) for c in range(sources[i], sources[i] + rank)]
-    owners = torch.tensor([i + 1 for i, rank in enumerate(stream.ranks) for _ in range(rank)])
-    route = (torch.arange(len(agents) + 1)[:, None] == owners[None, :]).to(b_rows[0].dtype)
-    ones = None
-    if any(adapter.ones is not None for adapter in distinct):
-        ones = torch.cat([d.a.new_zeros(d.a.shape[0]) if d.ones is None else d.ones for d in distinct])
-    return torch.cat([d.a for d in distinct], 0), torch.cat(b_rows, 0), torch.tensor(columns), route, ones
 
 
 ROUTE_ADAPTERS = Pass(

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from lragent.errors import Miss
-from lragent.passes.base import Pass, PassReport, RewriteContext, placeholder
+from lragent.graph.fx_tools import placeholder
+from lragent.passes.contract import Pass, PassReport, RewriteContext
 
 aten = torch.ops.aten
 

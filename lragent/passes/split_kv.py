@@ -18,19 +18,13 @@ import torch
 from torch import Tensor, fx
 
 from lragent.errors import Miss
-from lragent.kernels.markers import has_slopes, marker_nodes
-from lragent.passes.base import (
-    KeyTransform,
-    Pass,
-    PassReport,
-    RewriteContext,
-    SplitStream,
-    add_shared_constant,
-)
-from lragent.passes.joined_columns import joined_columns
-from lragent.passes.key_transform import Probe, Underivable, derive_key, derive_value
-from lragent.passes.magnitudes import per_head, scale_side
-from lragent.passes.projection_path import ProjectionPath, adapted_path
+from lragent.graph.attention_marker import has_slopes, marker_nodes
+from lragent.graph.fx_tools import add_shared_constant
+from lragent.passes.contract import KeyTransform, Pass, PassReport, RewriteContext, SplitStream
+from lragent.passes.key_value.dora_gains import per_head, scale_side
+from lragent.passes.key_value.join_streams import joined_columns
+from lragent.passes.key_value.key_transform import Probe, Underivable, derive_key, derive_value
+from lragent.passes.key_value.projection_path import ProjectionPath, adapted_path
 
 aten = torch.ops.aten
 

@@ -1,10 +1,10 @@
 """Runs agents' turns over shared pages: pages, prefix reuse, sharing schemes, scheduling, sampling, rollouts."""
 
 from lragent.runtime.engine import Engine
-from lragent.runtime.rollout import RolloutResult, TaskError, Workflow
+from lragent.runtime.sampling.tokenizer import Tokenizer, TokenizerFile
 from lragent.runtime.schemes import SCHEMES
 from lragent.runtime.stats import EngineStats
-from lragent.runtime.tokenizer import Tokenizer, TokenizerFile
+from lragent.runtime.task_loop import RolloutResult, TaskError, Workflow
 from lragent.runtime.trajectory import Trajectory
 from lragent.runtime.trajectory_state import Segment
 from lragent.runtime.turn import Turn

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from lragent.defaults import KV_MEMORY
 from lragent.errors import InternalError, RequestError
-from lragent.kernels.step import Program
-from lragent.runtime import memory
+from lragent.program.defaults import KV_MEMORY
+from lragent.program.program import Program
+from lragent.runtime.cache import memory
+from lragent.runtime.cache.page_pool import PagePool
+from lragent.runtime.cache.prefix_index import KeyRules
+from lragent.runtime.cache.write_log import extent
 from lragent.runtime.loop import EngineLoop
-from lragent.runtime.pages import PagePool
-from lragent.runtime.prefix_index import KeyRules
-from lragent.runtime.record import extent
-from lragent.runtime.rollout import RolloutResult, Workflow, arun_workflow, run_workflow
+from lragent.runtime.sampling.tokenizer import Tokenizer
 from lragent.runtime.schemes import Scheme, scheme_named
 from lragent.runtime.stats import EngineStats
-from lragent.runtime.tokenizer import Tokenizer
+from lragent.runtime.task_loop import RolloutResult, Workflow, arun_workflow, run_workflow
 from lragent.runtime.trajectory import Trajectory
 from lragent.runtime.trajectory_state import TrajectoryState
 from lragent.runtime.usage import Usage

@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 import torch
 
 from lragent.errors import InternalError, RequestError
-from lragent.kernels.step import Program
-from lragent.runtime.batch import build_step
-from lragent.runtime.memory import Cache
-from lragent.runtime.outcome import take_logits
-from lragent.runtime.pages import PagePool
-from lragent.runtime.prefix_index import KeyRules
-from lragent.runtime.progress import book
-from lragent.runtime.scheduler import Scheduler
+from lragent.program.program import Program
+from lragent.runtime.cache.memory import Cache
+from lragent.runtime.cache.page_pool import PagePool
+from lragent.runtime.cache.prefix_index import KeyRules
+from lragent.runtime.request import Request
+from lragent.runtime.sampling.take_logits import take_logits
+from lragent.runtime.sampling.tokenizer import Tokenizer
+from lragent.runtime.scheduling.batch import build_step
+from lragent.runtime.scheduling.bookkeeping import book
+from lragent.runtime.scheduling.scheduler import Scheduler
 from lragent.runtime.schemes import Scheme
-from lragent.runtime.tokenizer import Tokenizer
 from lragent.runtime.trajectory_state import Segment, TrajectoryState
-from lragent.runtime.turn import Request
 from lragent.runtime.usage import Usage
 
 
@@ -51,6 +51,7 @@ class EngineLoop:
     max_batch_tokens: int
     on_step: Callable[[], None] | None = None
     states: dict[TrajectoryState, None] = field(default_factory=dict)  # open ones, in order of creation
+    active: dict[TrajectoryState, Request] = field(default_factory=dict)  # requests in progress
     usage: Usage = field(default_factory=Usage)
     turns: int = 0
     steps: int = 0
@@ -69,7 +70,7 @@ class EngineLoop:
         return self.rules[self.owner(request.agent)]
 
     def submit(self, request: Request) -> None:
-        request.state.active = request
+        self.active[request.state] = request
         self.scheduler.submit(request)
 
     def step(self) -> None:
@@ -128,11 +129,11 @@ class EngineLoop:
 
     def end(self, request: Request, error: Exception | None = None) -> None:
         """Takes a request out; after an error its trajectory is as before the turn."""
-        if request.done and request.state.active is not request:
+        if request.done and self.active.get(request.state) is not request:
             return
         self.scheduler.leave(request)
         state = request.state
-        state.active = None
+        self.active.pop(state, None)
         if error is not None:
             state.cut(request.prompt, self.pool, self.cache.page_size)
             # The turn never was: whoever comes next is the writer of what it processed. Its pages may be half written.

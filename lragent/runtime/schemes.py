@@ -2,7 +2,7 @@
 
 A pass is a list of spans; a span is a range of tokens that one agent runs with the same write flags. Agent ids: 0 is
 `base`, i > 0 is agent i of the program. Spans of a plan run in order; `plan` derives them from a `View` of the page
-table, so that a replay after losing pages needs nothing but the record (record.py).
+table, so that a replay after losing pages needs nothing but the record (write_log.py).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import Literal
 
 from lragent.errors import RequestError
-from lragent.kernels.cache_schema import Columns, Layout
-from lragent.runtime.record import Run, extent
+from lragent.program.cache_schema import Columns, Layout
+from lragent.runtime.cache.write_log import Run, extent
 
 Kind = Literal["prefill", "decode", "catch_up", "adapter_free", "replay", "rerun"]
 
@@ -162,7 +162,7 @@ class Scheme:
     """One way to share a cache between agents.
 
     Args:
-        layout, columns: which cache tensors it needs (kernels/cache_schema.py).
+        layout, columns: which cache tensors it needs (program/cache_schema.py).
         agent_tables: every agent has its own page table; otherwise a trajectory has one.
         own_columns: a writer fills its own LR columns only, the others catch up.
         adapter_free: tokens become final in an adapter-free pass after their turn.

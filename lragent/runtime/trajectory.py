@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 
 from lragent.errors import CacheMemoryError, RequestError
+from lragent.runtime.cache.write_log import extent
 from lragent.runtime.loop import EngineLoop
-from lragent.runtime.record import extent
-from lragent.runtime.stops import StopWatch
+from lragent.runtime.request import Request
+from lragent.runtime.sampling.stop_watch import StopWatch
 from lragent.runtime.trajectory_state import Segment, TrajectoryState
-from lragent.runtime.turn import Request, Turn, TurnOptions, as_ids
+from lragent.runtime.turn import Turn, TurnOptions, as_ids
 from lragent.runtime.usage import Usage
 
 
@@ -165,7 +166,7 @@ class Trajectory:
 
     def close(self) -> None:
         """Gives all pages back; a turn in progress ends with RequestError."""
-        active = self._state.active
+        active = self._loop.active.get(self._state)
         if active is not None:
             self._loop.end(active, RequestError("the trajectory was closed during a turn"))
         self._loop.close(self._state)
@@ -173,7 +174,7 @@ class Trajectory:
     def _check_idle(self, action: str) -> None:
         if self._state.closed:
             raise RequestError(f"{action}: the trajectory is closed")
-        if self._state.active is not None:
+        if self._state in self._loop.active:
             raise RequestError(f"{action}: a turn is in progress", "A trajectory takes one turn at a time.")
 
     def _agent_id(self, agent: str) -> int:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from lragent.runtime.page_table import PageTable
-from lragent.runtime.pages import PagePool
+from lragent.runtime.cache.page_pool import PagePool
+from lragent.runtime.cache.page_table import PageTable
 from lragent.runtime.usage import Usage
-
-if TYPE_CHECKING:
-    from lragent.runtime.turn import Request
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,6 @@ class TrajectoryState:
     segments: list[Segment] = field(default_factory=list)
     tables: dict[int, PageTable] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)  # of all requests, those of forks included
-    active: Request | None = None
     closed: bool = False
 
     def table_for(self, owner: int, agents: int) -> PageTable:

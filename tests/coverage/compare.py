@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lragent.capture import capture
+from lragent.capture.capture import capture
+from lragent.compile.live_program import program_of_model
 from lragent.errors import SplitRefused, UserError
-from lragent.exported import PAGE_SIZE
-from lragent.kernels.cache_schema import Layout
-from lragent.loading import load_live
-from lragent.open_engine import program_of_model
+from lragent.loading.model import load_live
 from lragent.passes.pipeline import Transformed, transform
+from lragent.program.cache_schema import Layout
+from lragent.program.step import PAGE_SIZE
 from lragent.runtime.engine import Engine
 from tests.coverage.feeds import kv_channels, take_apart
 from tests.coverage.tiny_model import AGENTS, PADDING, adapted_model, is_causal, logits, plain_model

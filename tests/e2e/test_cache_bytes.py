@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lragent.kernels.cache_schema import BaseStreams, CacheSchema, LowRankStream
+from lragent.program.cache_schema import BaseStreams, CacheSchema, LowRankStream
 from lragent.runtime.engine import Engine
 from lragent.runtime.schemes import SCHEMES
 from tests.e2e.conftest import Artifacts

@@ -20,7 +20,7 @@ from tests.models import WrittenModel, quiet
 CHILD = """
 import json, sys
 import torch
-import lragent.api, lragent.open_engine, lragent.runtime.engine
+import lragent.api, lragent.artifact.open, lragent.runtime.engine
 torch.set_num_threads(1)
 
 def rss():

@@ -14,15 +14,16 @@ import torch._inductor.config
 from torch import fx
 
 import lragent
-from lragent.artifact import describe_file, open_artifact
-from lragent.compile import compile_graph, load_compiled, target_name
+from lragent.artifact.directory import open_artifact
+from lragent.artifact.manifest import read_manifest, write_manifest
+from lragent.compile.compile import compile_graph, load_compiled, target_name
+from lragent.compile.export import CPU, example_step
+from lragent.compile.segments.plan import read_plan
 from lragent.errors import ArtifactError, RequestError
-from lragent.exported import CPU, example_step
-from lragent.kernels.cache_schema import CacheSchema
-from lragent.kernels.step import STEP_INPUTS
-from lragent.manifest import read_manifest, write_manifest
+from lragent.files.checked_file import describe_file
+from lragent.program.cache_schema import CacheSchema
+from lragent.program.step import STEP_INPUTS
 from lragent.runtime.engine import Engine
-from lragent.segments.plan import read_plan
 from tests.e2e.scripts import SCRIPT, assert_equals_oracle, run_on_engine
 from tests.models import WrittenModel, write_model
 

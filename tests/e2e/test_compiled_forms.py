@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import lragent
-from lragent.build_artifact import build
-from lragent.kernels.cache_schema import Layout
-from lragent.loading import load_live
-from lragent.stages import Stages
+from lragent.artifact.build import build
+from lragent.loading.model import load_live
+from lragent.loading.stages import Stages
+from lragent.program.cache_schema import Layout
 from tests.coverage.compare import errors_of
 from tests.coverage.tiny_model import adapted_model
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import lragent
-from lragent.build_artifact import ConvertReport, build
+from lragent.artifact.build import ConvertReport, build
 from lragent.errors import Miss
 from lragent.kernels import cpp_library
-from lragent.loading import load_live
-from lragent.stages import Stages
+from lragent.loading.model import load_live
+from lragent.loading.stages import Stages
 from tests.coverage.tiny_model import adapted_model
 
 pytestmark = pytest.mark.skipif(not cpp_library.is_obtainable(), reason="no C++ compiler or no ninja")

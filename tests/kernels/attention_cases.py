@@ -9,8 +9,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lragent.kernels.cache_schema import LowRankStream
 from lragent.kernels.flash_lora_attention import reference
+from lragent.program.cache_schema import LowRankStream
 
 ARGUMENTS = (
     "query", "k_cache", "v_cache", "agent_ids", "seq_starts", "context_lens", "page_table",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lragent.kernels import cpp_library, ops
-from lragent.kernels.cache_schema import LowRankStream
 from lragent.kernels.write_cache import torch_scatter
+from lragent.program.cache_schema import LowRankStream
 
 PAGES, PAGE = 5, 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

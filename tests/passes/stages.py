@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lragent.capture import Captured, capture
-from lragent.kernels.cache_schema import CacheSchema, Layout
-from lragent.kernels.step import CacheTensors, StepInputs
-from lragent.loading import load_live
+from lragent.capture.capture import Captured, capture
+from lragent.loading.model import load_live
 from lragent.passes import LOWER, REWRITE
-from lragent.passes.base import LowerContext, PassReport, PassState, RewriteContext
+from lragent.passes.contract import LowerContext, PassReport, PassState, RewriteContext
 from lragent.passes.pipeline import rewrite_context
+from lragent.program.cache_schema import CacheSchema, Layout
+from lragent.program.step import CacheTensors, StepInputs
 
 PAGE = 16
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lragent.kernels.cache_schema import CacheSchema
-from lragent.kernels.step import STEP_INPUTS, cache_input_names
-from lragent.passes.base import calls
+from lragent.graph.fx_tools import calls
+from lragent.program.cache_schema import CacheSchema
+from lragent.program.step import STEP_INPUTS, cache_input_names
 from tests.passes.stages import allowed, captured, peft_logits, run_cached, run_until
 from tests.passes.test_split_kv import norm_over_heads_then_rotate, norm_then_rotate
 from tests.passes.tiny_lm import Path, Tiny, keep, rotate

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lragent.errors import InternalError
-from lragent.passes.base import LowerContext
 from lragent.passes.cleanup import CLEANUP
+from lragent.passes.contract import LowerContext
 from lragent.passes.pipeline import lower, transform
 from tests.passes.stages import captured, run_cached, run_until
 from tests.passes.tiny_lm import Tiny

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lragent.graph.fx_tools import calls
 from lragent.kernels import cpp_library, ops
-from lragent.passes.base import LowerContext, calls
+from lragent.passes.contract import LowerContext
 from lragent.passes.fuse_linears import FUSE_LINEARS
 from lragent.passes.pipeline import lower, transform
 from tests.passes.stages import captured, peft_logits, run_cached

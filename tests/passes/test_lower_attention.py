@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lragent.passes.base import LowerContext, calls
+from lragent.graph.fx_tools import calls
+from lragent.passes.contract import LowerContext
 from lragent.passes.lower_attention import LOWER_ATTENTION, TARGETS
 from lragent.passes.pipeline import lower, transform
 from tests.passes.stages import captured, peft_logits, run_cached

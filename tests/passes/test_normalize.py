@@ -2,10 +2,10 @@
 
 import torch
 
-from lragent.passes.base import calls
+from lragent.graph.fx_tools import calls
+from lragent.graph.plain_graph import plain_graph
 from lragent.passes.normalize import NORMALIZE
 from lragent.passes.pipeline import rewrite_context
-from lragent.plain_graph import plain_graph
 from tests.passes.stages import call, captured
 from tests.passes.tiny_lm import Tiny
 

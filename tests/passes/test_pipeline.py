@@ -10,11 +10,11 @@ import torch
 from torch import fx
 
 from lragent.errors import InternalError, Miss, SplitRefused
-from lragent.kernels.cache_schema import Layout
 from lragent.passes import LOWER, REWRITE, pipeline
-from lragent.passes.base import Pass, PassReport, RewriteContext
+from lragent.passes.contract import Pass, PassReport, RewriteContext
 from lragent.passes.lower_attention import TARGETS
 from lragent.passes.pipeline import lower, transform
+from lragent.program.cache_schema import Layout
 from tests.passes.stages import captured
 from tests.passes.test_split_kv import clipped, norm_over_heads, norm_then_rotate
 from tests.passes.tiny_lm import Path, Tiny

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lragent.passes.base import calls
+from lragent.graph.fx_tools import calls
 from tests.passes.stages import allowed, call, captured, peft_logits, run_until
 from tests.passes.tiny_lm import Tiny, TinyAttention
 

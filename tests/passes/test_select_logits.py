@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lragent.passes.base import calls
+from lragent.graph.fx_tools import calls
 from lragent.passes.pipeline import rewrite_context
 from lragent.passes.select_logits import SELECT_LOGITS
 from tests.passes.stages import allowed, call, captured, peft_logits, run_until

@@ -3,7 +3,7 @@
 import pytest
 
 from lragent.errors import RequestError
-from lragent.runtime.record import Run
+from lragent.runtime.cache.write_log import Run
 from lragent.runtime.schemes import SCHEMES, View, plan, scheme_named
 
 Row = tuple[str, int, int, int, bool, set[int]]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lragent.errors import InternalError, RequestError
-from lragent.kernels.step import CacheTensors, Program, StepInputs
+from lragent.program.program import Program
+from lragent.program.step import CacheTensors, StepInputs
 from lragent.runtime import Engine, Segment, Turn
 from tests.runtime.random_operations import toy_engine
 from tests.runtime.toy_program import AGENTS, toy_program

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lragent.kernels.cache_schema import BaseStreams, CacheSchema, Layout, LowRankStream
-from lragent.kernels.step import AgentFacts, CacheTensors, Program, StepInputs
+from lragent.program.cache_schema import BaseStreams, CacheSchema, Layout, LowRankStream
+from lragent.program.program import AgentFacts, Program
+from lragent.program.step import CacheTensors, StepInputs
 
 AGENTS = ("plan", "act", "reflect")
 LAYERS, HEADS, HEAD_DIM, DIM, VOCAB, POSITIONS = 2, 2, 4, 8, 40, 256
@@ -129,7 +130,7 @@ def toy_program(layout: Layout, model: ToyModel | None = None) -> Program:
 
 
 def check_step(step: StepInputs, cache: CacheTensors) -> None:
-    """The contract of kernels/step.py, and that no two tokens write one base slot that is kept.
+    """The contract of program/step.py, and that no two tokens write one base slot that is kept.
 
     LR slots may repeat: two forks that catch up on a shared, half-filled page write the same columns.
     """

@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lragent.kernels.cache_schema import LR_OFFSET, LR_RANK
 from lragent.kernels.flash_lora_attention.reference import compute_dtype
+from lragent.program.cache_schema import LR_OFFSET, LR_RANK
 
 
 def decode_aten(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lragent.kernels.cache_schema import LR_OFFSET, LR_RANK
+from lragent.program.cache_schema import LR_OFFSET, LR_RANK
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

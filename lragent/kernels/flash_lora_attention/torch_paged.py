@@ -18,8 +18,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lragent.kernels.cache_schema import LR_OFFSET, LR_RANK
 from lragent.kernels.flash_lora_attention.reference import compute_dtype
+from lragent.program.cache_schema import LR_OFFSET, LR_RANK
 
 # Bytes of scores of a block of prefill rows: what stays in a core's cache; 64 MiB is two to three times slower.
 SCORE_BYTES = 1 << 20

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lragent.kernels.cache_schema import LR_OFFSET, LR_RANK, LR_SOURCE, LR_WRITES
+from lragent.program.cache_schema import LR_OFFSET, LR_RANK, LR_SOURCE, LR_WRITES
 
 
 def write_kv(key_THDk: Tensor, value_THDv: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:

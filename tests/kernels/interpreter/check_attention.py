@@ -109,7 +109,7 @@ def test_every_case_with_every_shape_of_step(case: Case, plan: Plan) -> None:
 @pytest.mark.parametrize("plan", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("decodes", [True, False], ids=["decodes", "chunks"])
 def test_padding_changes_no_row(plan: Plan, decodes: bool) -> None:
-    """Steps of padded sizes (`lragent/packed_step.py`): tokens of no sequence, sequences without tokens."""
+    """Steps of padded sizes (`lragent/compile/gpu/packed_step.py`): tokens of no sequence, sequences without tokens."""
     sequences = tuple(MIXED[i] for i in ((0, 2) if decodes else (0, 1, 2)))
     values = replace(WIDE, sequences=sequences).build()
     expected = call(watched(plan), values)

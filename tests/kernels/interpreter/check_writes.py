@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lragent.kernels.cache_schema import LowRankStream
 from lragent.kernels.write_cache import torch_scatter, triton_scatter
+from lragent.program.cache_schema import LowRankStream
 from tests.kernels.interpreter import shim
 
 PAGES, PAGE = 5, 8

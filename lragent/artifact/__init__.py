@@ -1,0 +1,1 @@
+"""The artifact directory: written, updated, opened."""

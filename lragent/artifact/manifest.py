@@ -1,0 +1,196 @@
+"""`manifest.json` of an artifact: what is in the directory, for which versions, and how to read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lragent.errors import ArtifactError, Miss
+from lragent.files.checked_file import FileEntry
+from lragent.program.cache_schema import BaseStreams, CacheSchema, Layout, LowRankStream
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SEAL = "seal"  # sha256 of the other entries
+
+
+@dataclass(frozen=True)
+class AgentEntry:
+    """One agent: sha256 of its adapter weights, largest rank, scalings in use, adapted modules."""
+
+    name: str
+    digest: str
+    rank: int
+    scalings: tuple[float, ...]
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One attention op: the projections whose LR columns it reads (None: no adapter) and its key transform."""
+
+    index: int
+    k_module: str | None
+    v_module: str | None
+    key_transform: str
+
+
+@dataclass(frozen=True)
+class LayoutEntry:
+    """One rewritten program and its cache schema.
+
+    `misses`, `fallbacks`: see `lragent.passes.pipeline.Transformed`. `fingerprint`: what packages compiled from it
+    depend on (`lragent.compile.fingerprint`).
+    """
+
+    program: FileEntry
+    schema: CacheSchema
+    layers: tuple[LayerEntry, ...]
+    misses: tuple[Miss, ...]
+    fallbacks: dict[str, tuple[Miss, ...]]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """See the field names.
+
+    `refused`: every place for which split layout was refused; `refusal` names the first few.
+    `compiled`: target -> "layout-attention-kvdtype" -> package, or plan where it is compiled by layer. `unit`: how it
+    is compiled for another machine ("model" or "layer"). `slot_ranks`, `slot_groups`: see `loading/agent_slots.py`.
+    """
+
+    versions: dict[str, str]
+    architecture: str
+    max_positions: int
+    vocab_size: int
+    stop_token_ids: tuple[int, ...]
+    dtype: str
+    page_size: int
+    agents: tuple[AgentEntry, ...]
+    layouts: dict[str, LayoutEntry]
+    refusal: str
+    refused: tuple[Miss, ...]
+    weights: tuple[FileEntry, ...]
+    aliases: dict[str, str]
+    tokenizer: bool
+    slot_ranks: dict[str, tuple[int, ...]]
+    slot_groups: dict[str, tuple[int, ...]]
+    compiled: dict[str, dict[str, FileEntry]] = field(default_factory=dict)
+    unit: str = "model"
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """With a seal over everything else, so that a manifest that was changed by hand or by accident is found."""
+        raw = dataclasses.asdict(self)
+        return json.dumps({**raw, SEAL: seal_of(raw)}, indent=1)
+
+
+def seal_of(raw: Mapping[str, Any]) -> str:
+    """sha256 of a manifest's entries without its seal, as hexadecimal digits."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(manifest: Manifest, directory: Path) -> None:
+    """Replaces the manifest in one step. Nobody else may write it meanwhile: see `lragent.files.locks`."""
+    temporary = directory / f".{MANIFEST}.new"
+    temporary.write_text(manifest.to_json(), encoding="utf-8")
+    temporary.replace(directory / MANIFEST)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads and checks `manifest.json`.
+
+    Raises:
+        ArtifactError: no artifact there, another format version (names both), or a manifest that is damaged, changed,
+            or without its seal or another entry.
+    """
+    file = directory / MANIFEST
+    if not directory.is_dir():
+        raise ArtifactError(f"no artifact directory at {directory}", "Make one with `lragent convert`.")
+    if not file.is_file():
+        raise ArtifactError(f"{directory} has no {MANIFEST}", "It is not an artifact; make one with `lragent convert`.")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{file} is not JSON: {error}", "The artifact is damaged; convert again.") from error
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != FORMAT:
+        raise ArtifactError(
+            f"{file} has format version {found!r}, this lragent reads version {FORMAT}",
+            "Convert the model again with this version.",
+        )
+    seal = raw.pop(SEAL, None)
+    if seal is None:
+        raise ArtifactError(f"{file} has no {SEAL}", "Put it back as it was, or convert the model again.")
+    if seal != seal_of(raw):
+        raise ArtifactError(f"{file} is not as it was written", "Put it back as it was, or convert the model again.")
+    try:
+        return _from_json(raw)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{file} is damaged: {type(error).__name__}: {error}", "Convert the model again."
+        ) from error
+
+
+def _from_json(raw: dict[str, Any]) -> Manifest:
+    _require_entries(raw, Manifest)
+    return Manifest(
+        **{
+            **raw,
+            "stop_token_ids": tuple(raw["stop_token_ids"]),
+            "agents": tuple(_agent(entry) for entry in raw["agents"]),
+            "layouts": {name: _layout(entry) for name, entry in raw["layouts"].items()},
+            "refused": _misses(raw["refused"]),
+            "weights": tuple(FileEntry(**entry) for entry in raw["weights"]),
+            "slot_ranks": {module: tuple(ranks) for module, ranks in raw["slot_ranks"].items()},
+            "slot_groups": {module: tuple(group) for module, group in raw["slot_groups"].items()},
+            "compiled": {
+                target: {key: FileEntry(**entry) for key, entry in packages.items()}
+                for target, packages in raw["compiled"].items()
+            },
+        }
+    )
+
+
+def _require_entries(raw: Mapping[str, Any], kind: type[Manifest] | type[LayoutEntry]) -> None:
+    """Raises ValueError unless a JSON object has exactly the entries of a dataclass, those with a default too."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    for found, names in (("unknown", set(raw) - known), ("missing", known - set(raw))):
+        if names:
+            raise ValueError(f"{found} entries {sorted(names)}")
+
+
+def _agent(raw: dict[str, Any]) -> AgentEntry:
+    return AgentEntry(**{**raw, "scalings": tuple(raw["scalings"]), "targets": tuple(raw["targets"])})
+
+
+def _misses(raw: list[dict[str, str]]) -> tuple[Miss, ...]:
+    return tuple(Miss(**entry) for entry in raw)
+
+
+def _layout(raw: dict[str, Any]) -> LayoutEntry:
+    _require_entries(raw, LayoutEntry)
+    schema = raw["schema"]
+    layout: Layout = schema["layout"]
+    return LayoutEntry(
+        program=FileEntry(**raw["program"]),
+        schema=CacheSchema(
+            layout=layout,
+            agents=tuple(schema["agents"]),
+            base=tuple(BaseStreams(**entry) for entry in schema["base"]),
+            low_rank=tuple(
+                LowRankStream(entry["module"], tuple(entry["ranks"]), tuple(entry["group"]))
+                for entry in schema["low_rank"]
+            ),
+        ),
+        layers=tuple(LayerEntry(**entry) for entry in raw["layers"]),
+        misses=_misses(raw["misses"]),
+        fallbacks={name: _misses(entries) for name, entries in raw["fallbacks"].items()},
+        fingerprint=raw["fingerprint"],
+    )

@@ -1,0 +1,121 @@
+"""`convert --update`: other adapters in an artifact whose compiled programs stay.
+
+The model is loaded, captured and rewritten again with the new adapters in the artifact's slots; where that gives the
+same programs, only their adapter weights differ. These are written beside the old ones, then the manifest is replaced
+in one step: whenever the update is cut off, the artifact is the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lragent.artifact.build import ConvertReport, adapter_constants, agent_entries, rewrite
+from lragent.artifact.directory import cannot_write, open_artifact, place
+from lragent.artifact.manifest import read_manifest, write_manifest
+from lragent.artifact.misses import misses_by_layout
+from lragent.artifact.weights import ADAPTER_FILES, save_tensors, stored_once
+from lragent.compile.export import tensors_of
+from lragent.compile.fingerprint import fingerprint
+from lragent.errors import ArtifactError
+from lragent.files.checked_file import FileEntry
+from lragent.files.locks import directory_lock
+from lragent.loading.agent_slots import Slots, assign, fit
+from lragent.loading.model import load_directories
+from lragent.loading.stages import Stages
+from lragent.program.dtypes import LAYOUTS
+from lragent.runtime.cache_cost import advice, bytes_per_token
+
+_ANEW = "Convert anew."
+_SCRATCH = ".update-"
+
+
+def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path], stages: Stages) -> ConvertReport:
+    """Gives an artifact other adapters.
+
+    Args:
+        adapters: all agents that there are afterwards; one that is not named gives its slot back.
+
+    Raises:
+        AdapterError: an adapter that does not fit the artifact's slots; names agent, module and sizes.
+        ArtifactError: another base model or version, or programs that differ; says in what.
+    """
+    artifact = open_artifact(path)
+    manifest = artifact.manifest
+    loaded = stages.run("load", lambda: load_directories(model_dir, adapters, manifest.dtype))
+    slots = Slots(tuple(agent.name for agent in manifest.agents), manifest.slot_ranks, manifest.slot_groups)
+    loaded = fit(loaded, assign(slots, tuple(adapters)))
+    programs = rewrite(loaded, tuple(layout for layout in LAYOUTS if layout in manifest.layouts), stages).programs
+    tensors: dict[str, Tensor] = {}
+    for program in programs.values():
+        tensors.update(tensors_of(program.graph))
+    held = artifact.weights()
+    layouts = dict(manifest.layouts)
+    for layout, program in programs.items():
+        before = layouts.get(layout)
+        if before is None or fingerprint(program.graph, program.schema) != before.fingerprint:
+            raise ArtifactError(f"the {layout} program of {path} would change: {_difference(tensors, held)}", _ANEW)
+        layouts[layout] = dataclasses.replace(before, schema=program.schema)
+    stored, aliases = stored_once(tensors)
+    names = adapter_constants(loaded, tensors)
+    for name, tensor in stored.items():
+        if name not in names and not (name in held and torch.equal(held[name], tensor)):
+            raise ArtifactError(f"{path} was made from another base model: {name} differs", _ANEW)
+    base = tuple(entry for entry in manifest.weights if not entry.path.startswith(ADAPTER_FILES))
+    agents = agent_entries(loaded)
+    acting = tuple(agent.name for agent in agents if agent.digest)
+
+    def write(weights: dict[str, Tensor]) -> None:
+        with directory_lock(path):
+            written = _write_adapters(path, weights)
+            updated = dataclasses.replace(
+                manifest,
+                agents=agents,
+                weights=(*base, written),
+                aliases=aliases,
+                layouts=layouts,
+                compiled=read_manifest(path).compiled,  # a package may have come meanwhile
+            )
+            write_manifest(updated, path)
+            _remove_others(path, written)
+
+    try:
+        stages.run("write weights", lambda: write({n: stored[n] for n in stored if n in names}))
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    sizes = bytes_per_token({name: entry.schema for name, entry in layouts.items()}, acting, manifest.dtype)
+    misses = misses_by_layout(layouts.items(), manifest.refused, graph_names=())
+    return ConvertReport(path, acting, dict(stages.seconds), (), manifest.refusal, advice(sizes), misses=misses)
+
+
+def _write_adapters(path: Path, tensors: dict[str, Tensor]) -> FileEntry:
+    """Writes the adapters' file under a name of its own."""
+    for left in path.glob(f"{_SCRATCH}*"):  # of an update that was killed
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=path) as scratch:
+        built = save_tensors(Path(scratch), "adapters.safetensors", tensors)
+        return place(Path(scratch) / built.path, path, f"{ADAPTER_FILES}-{built.sha256[:12]}.safetensors")
+
+
+def _remove_others(path: Path, written: FileEntry) -> None:
+    """Removes adapters' files but the one that the manifest names."""
+    for file in path.glob(f"{ADAPTER_FILES}*"):
+        if file != path / written.path:
+            file.unlink()
+
+
+def _difference(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> str:
+    """The first constant that has another form, in words."""
+    for name, tensor in tensors.items():
+        if name not in held:
+            return f"it needs {name} {list(tensor.shape)}, which the artifact lacks"
+        before = held[name]
+        if before.shape != tensor.shape or before.dtype != tensor.dtype:
+            return f"{name} is {before.dtype} {list(before.shape)}, it would be {tensor.dtype} {list(tensor.shape)}"
+    return "its code differs (another kind of adapter, or another version of lragent, torch or transformers)"

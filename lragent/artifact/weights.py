@@ -1,0 +1,69 @@
+"""Weight files of an artifact: every tensor written once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lragent.files.checked_file import FileEntry, describe_file
+
+BASE_WEIGHTS = "weights/base.safetensors"
+
+
+ADAPTER_FILES = "weights/adapters"  # how names of adapter weight files begin
+
+
+ADAPTER_WEIGHTS = f"{ADAPTER_FILES}.safetensors"
+
+
+def write_weights(
+    directory: Path, tensors: Mapping[str, Tensor], adapter_names: frozenset[str]
+) -> tuple[tuple[FileEntry, ...], dict[str, str]]:
+    """Writes every tensor once: base weights and what the adapters became in separate files.
+
+    Returns:
+        The files, and aliases: name of a tied tensor -> the name under which it is stored.
+    """
+    stored, aliases = stored_once(tensors)
+    files = {
+        BASE_WEIGHTS: {name: tensor for name, tensor in stored.items() if name not in adapter_names},
+        ADAPTER_WEIGHTS: {name: tensor for name, tensor in stored.items() if name in adapter_names},
+    }
+    (directory / "weights").mkdir()
+    entries = [save_tensors(directory, relative, contents) for relative, contents in files.items() if contents]
+    return tuple(entries), aliases
+
+
+def stored_once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor under one of its names, and its other names -> that one."""
+    names: dict[tuple[int, torch.dtype, torch.Size, tuple[int, ...]], str] = {}
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        identity = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if identity in names and tensor.numel() > 0:
+            aliases[name] = names[identity]
+            continue
+        names[identity] = name
+        stored[name] = tensor.detach().contiguous()
+    return stored, aliases
+
+
+def save_tensors(directory: Path, relative: str, tensors: dict[str, Tensor]) -> FileEntry:
+    """Writes a safetensors file into an artifact.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, directory / relative)
+    except SafetensorError as error:
+        raise OSError(f"{relative}: {error}") from error
+    (directory / relative).chmod(0o644)
+    return describe_file(directory, relative)

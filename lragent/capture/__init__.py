@@ -1,0 +1,1 @@
+"""`LoadedModel` -> `Captured`: one exported graph with attention as a marker op, checked."""

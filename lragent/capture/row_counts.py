@@ -1,0 +1,112 @@
+"""Positions that a captured graph counts by itself are read from the input instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lragent.probing.position_offset import POSITIONS
+
+# Ops that read the shape of a tensor only.
+_OF_SHAPE = {
+    torch.ops.aten.sym_size.int,
+    torch.ops.aten.sym_numel.default,
+    torch.ops.aten.ones_like.default,
+    torch.ops.aten.zeros_like.default,
+    torch.ops.aten.full_like.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_ones.default,
+    torch.ops.aten.new_zeros.default,
+    torch.ops.aten.new_full.default,
+}
+
+
+_INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.gather.default, torch.ops.aten.index_select.default}
+
+
+def ask_for_positions(graph: fx.GraphModule) -> int:
+    """Reads positions from the input wherever the graph counts rows itself; returns how many places changed.
+
+    Before:                              After:
+        n   = sym_size(input_ids, 1)         row = select(position_ids, 0, 0)      [T]
+        row = arange(0, n)     [T]           at  = add(row, 2)                     [T]
+        at  = add(row, 2)      [T]           e   = embedding(table, at)
+        e   = embedding(table, at)
+
+    A value counts rows if it depends on nothing but the number of tokens and is `0, 1, 2, ...` plus a constant at
+    several lengths. Whether the graph then treats every token alike is for the caller to check.
+    """
+    for check in graph.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.graph.erase_node(check)
+    graph.graph.eliminate_dead_code()
+    counting = _counting_nodes(graph)
+    positions = next(n for n in graph.graph.nodes if n.op == "placeholder" and n.target == POSITIONS)
+    for node, first in counting.items():
+        with graph.graph.inserting_after(node):
+            shape = node.meta["val"].shape
+            given = positions if len(shape) == 2 else graph.graph.call_function(torch.select, (positions, 0, 0))
+        with graph.graph.inserting_after(node if given is positions else given):
+            moved = graph.graph.call_function(torch.add, (given, first))
+        node.replace_all_uses_with(moved)
+        moved.meta["val"] = node.meta["val"]
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return len(counting)
+
+
+def _counting_nodes(graph: fx.GraphModule) -> dict[fx.Node, int]:
+    """Nodes whose value is a row count, and the count of the first row."""
+    fixed = _independent_of_values(graph.graph)
+    starts: dict[fx.Node, list[int | None]] = {}
+    for tokens in (5, 8):
+        for node, value in _run(graph, tokens).items():
+            if node in fixed:
+                starts.setdefault(node, []).append(_count_start(value, tokens))
+    return {
+        node: found[0]
+        for node, found in starts.items()
+        if found[0] is not None and all(s == found[0] for s in found) and not _picks_rows(node)
+    }
+
+
+def _picks_rows(node: fx.Node) -> bool:
+    """Whether a count is used to index a tensor by row, where only the row itself is right."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return False
+    return any(user.target in _INDEXING or _picks_rows(user) for user in node.users)
+
+
+def _count_start(value: Any, tokens: int) -> int | None:
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        return None
+    if value.shape not in ((tokens,), (1, tokens)):
+        return None
+    flat = value.reshape(-1)
+    return int(flat[0]) if torch.equal(flat - flat[0], torch.arange(tokens).to(flat.dtype)) else None
+
+
+def _independent_of_values(graph: fx.Graph) -> set[fx.Node]:
+    """Call nodes that depend on sizes of inputs at most."""
+    dependent: set[fx.Node] = set()
+    for node in graph.nodes:
+        reads = node.target not in _OF_SHAPE and any(n in dependent for n in node.all_input_nodes)
+        if reads or node.op in ("placeholder", "get_attr"):
+            dependent.add(node)
+    return {node for node in graph.nodes if node.op == "call_function" and node not in dependent}
+
+
+def _run(graph: fx.GraphModule, tokens: int) -> dict[fx.Node, Any]:
+    """Values of all nodes for some tokens."""
+    values: dict[fx.Node, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            values[n] = super().run_node(n)
+            return values[n]
+
+    with torch.no_grad():
+        Recorder(graph).run(torch.zeros(1, tokens, dtype=torch.int64), torch.arange(tokens)[None])
+    return values

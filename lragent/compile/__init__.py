@@ -1,0 +1,1 @@
+"""Rewritten graph -> exported program -> compiled package or eager call -> `Program`."""

@@ -1,0 +1,208 @@
+"""Stage 4b: an exported program becomes something that runs: a `Program` for the runtime.
+
+`backend="compiled"` is AOTInductor: one package (unit "model") or one for each kind of layer (unit "layer") for
+prefill, decode and mixed steps, without weights, which are given to it as they lie in mapped files. `backend="eager"`
+runs the same lowered graph op by op.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from lragent.compile.aoti_package import Run, open_package, write_package
+from lragent.compile.export import CPU, export_graph
+from lragent.compile.gpu.cuda_graphs import DeviceSteps
+from lragent.compile.segments.compile_segments import compile_segments
+from lragent.compile.segments.plan import PLAN
+from lragent.compile.segments.run import load_segments
+from lragent.compile.segments.shapes import CannotCut
+from lragent.compile.split_step import homogeneous_call
+from lragent.errors import CompilerMissing, Miss, RequestError
+from lragent.kernels.dispatch import FALLBACK
+from lragent.program.cache_schema import CacheSchema
+from lragent.program.program import AgentFacts, Program, run_flat
+from lragent.program.step import STEP_INPUTS, StepKind, cache_input_names
+
+log = logging.getLogger(__name__)
+
+UNITS = ("model", "layer")
+PACKAGE = "program.pt2"
+# Version of the custom ops' signatures and meaning: a package compiled against another one is not loaded.
+OP_ABI = 2
+# Graphs that serve one kind of step only.
+STEPS: dict[str, StepKind] = {"inductor_decode": "decode", "inductor_prefill": "prefill"}
+
+
+@dataclass(frozen=True)
+class ProgramFacts:
+    """What a `Program` says of itself beside the callable.
+
+    `attention`: the chosen implementation. `fallback`: the layers that run `dispatch.FALLBACK` instead.
+    """
+
+    schema: CacheSchema
+    agents: tuple[AgentFacts, ...]
+    max_positions: int
+    vocab_size: int
+    dtype: torch.dtype
+    attention: str
+    fallback: tuple[Miss, ...]
+
+    @property
+    def attention_text(self) -> str:
+        """The chosen implementation and, if there are any, the number of layers that run another one."""
+        if not self.fallback:
+            return self.attention
+        return f"{self.attention}, {FALLBACK} on {len(self.fallback)} of {len(self.schema.base)} layers"
+
+
+def target_name(device: torch.device = CPU) -> str:
+    """Names what a compiled package depends on: kind of device, instruction set, torch version, op signatures."""
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+    elif torch.version.hip is not None:
+        capability = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    else:
+        capability = "sm{}{}".format(*torch.cuda.get_device_capability(device))
+    version = torch.__version__.split("+")[0]
+    return f"{device.type}-{capability.lower().replace(' ', '')}-torch{version}-abi{OP_ABI}"
+
+
+def require_compiler() -> None:
+    """Raises CompilerMissing if Inductor would find no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise CompilerMissing("no C++ compiler was found", _COMPILER_HINT) from error
+    if shutil.which(compiler) is None:
+        raise CompilerMissing(f"the C++ compiler {compiler!r} can't be run", _COMPILER_HINT)
+
+
+_COMPILER_HINT = 'Install g++ (or set CXX), or use backend="eager", which needs none but is slower.'
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a graph was compiled into: a package, or a plan beside several, and why not in segments ("": it was)."""
+
+    file: Path
+    refusal: str = ""
+
+
+def require_unit(unit: str) -> None:
+    """Raises RequestError for a unit that does not exist."""
+    if unit not in UNITS:
+        raise RequestError(f"unknown unit {unit!r}", f"Use {' or '.join(UNITS)}.")
+
+
+def compile_graph(
+    graph: fx.GraphModule,
+    schema: CacheSchema,
+    kv_dtype: torch.dtype,
+    graph_name: str,
+    unit: str,
+    directory: Path,
+    device: torch.device = CPU,
+) -> Compiled:
+    """Compiles a lowered graph, whose weights are on `device`, into `directory`; what is written holds no weights.
+
+    Args:
+        graph_name: which of an attention implementation's graphs it is (`lragent.kernels.dispatch.graphs`).
+        unit: "model", all in one package; or "layer", a package for each kind of segment (`compile/segments`), which a
+            graph that can't be cut is not, nor one on a GPU.
+
+    Raises:
+        CompilerMissing: there is no C++ compiler.
+    """
+    require_compiler()
+    steps = STEPS.get(graph_name, "any")
+    refusal = ""
+    if unit == "layer" and device.type == "cpu":
+        try:
+            return Compiled(compile_segments(graph, schema, kv_dtype, steps, directory))
+        except CannotCut as error:
+            refusal = str(error)
+            log.warning("compiled whole: the model can't be compiled by layer: %s", refusal)
+    package = directory / PACKAGE
+    write_package(export_graph(graph, schema, kv_dtype, steps, device), package)
+    return Compiled(package, refusal)
+
+
+def load_compiled(
+    file: Path, schema: CacheSchema, weights: Mapping[str, Tensor], device: torch.device
+) -> Callable[..., Tensor]:
+    """Loads what `compile_graph` wrote for a device and lets it read `weights` where they are; nothing is copied.
+
+    The returned callable takes all graph inputs, and keeps the weights alive.
+
+    Raises:
+        ArtifactError: the plan of a graph that was compiled in segments is damaged.
+    """
+    if file.name == PLAN:
+        return load_segments(file, weights, (*STEP_INPUTS, *cache_input_names(schema)))
+    return _PackageCall(open_package(file, weights, device), weights)
+
+
+class _PackageCall:
+    """A loaded package together with the weights that it reads."""
+
+    def __init__(self, run: Run, weights: Mapping[str, Tensor]) -> None:
+        self._run = run
+        self._weights = weights
+        self.calls = 0
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        self.calls += 1
+        with torch.no_grad():
+            (logits,) = self._run([*inputs])
+        return logits
+
+
+def eager_call(graph: fx.GraphModule) -> Callable[..., Tensor]:
+    """Runs a lowered graph op by op."""
+
+    def call(*inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = graph(*inputs)
+        return logits
+
+    return call
+
+
+def join(calls: Mapping[str, Callable[..., Tensor]]) -> Callable[..., Tensor]:
+    """One callable out of an implementation's graphs, by graph name."""
+    if len(calls) == 1:
+        return next(iter(calls.values()))
+    return homogeneous_call(calls["inductor_decode"], calls["inductor_prefill"])
+
+
+def program(call: Callable[..., Tensor], facts: ProgramFacts, backend: str, device: torch.device) -> Program:
+    """Wraps a callable over all graph inputs, which lie on `device`, as the runtime's `Program`.
+
+    One warning is logged if some layers run another attention implementation than the chosen one.
+    """
+    if facts.fallback:
+        log.warning("attention %s: %s", facts.attention_text, facts.fallback[0].reason)
+    return Program(
+        schema=facts.schema,
+        agents=facts.agents,
+        max_positions=facts.max_positions,
+        vocab_size=facts.vocab_size,
+        run=run_flat(call) if device.type == "cpu" else DeviceSteps(call, device, facts.attention == "triton").run,
+        facts={
+            "backend": backend,
+            "attention": facts.attention_text,
+            "device": str(device),
+            "dtype": str(facts.dtype).removeprefix("torch."),
+        },
+    )

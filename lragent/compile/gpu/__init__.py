@@ -1,0 +1,1 @@
+"""Steps on a GPU: one copy of the inputs, CUDA graphs of padded sizes."""

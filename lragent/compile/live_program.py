@@ -1,0 +1,60 @@
+"""The runnable program of a model in memory."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lragent.compile.compile import ProgramFacts, compile_graph, eager_call, join, load_compiled, program
+from lragent.compile.export import CPU, tensors_of
+from lragent.errors import Miss
+from lragent.kernels.dispatch import graphs
+from lragent.program.program import AgentFacts, Program
+
+if TYPE_CHECKING:
+    from lragent.loading.model import LoadedModel
+    from lragent.passes.pipeline import Transformed
+
+log = logging.getLogger(__name__)
+
+
+def program_of_model(
+    loaded: LoadedModel,
+    transformed: Transformed,
+    backend: str,
+    attention: str,
+    kv_dtype: torch.dtype,
+    unit: str = "model",
+) -> Program:
+    """The runnable program of a model in memory; places where a rewriting pass did not match are logged."""
+    from lragent.passes.pipeline import lower
+
+    for miss in transformed.misses:
+        log.warning("%s", miss)
+    calls: dict[str, Callable[..., Tensor]] = {}
+    fallback: dict[str, Miss] = {}  # by layer
+    for name in graphs(attention):
+        lowered = lower(transformed.graph, name)
+        fallback.update({miss.where: miss for miss in lowered.fallback})
+        if backend == "eager":
+            calls[name] = eager_call(lowered.graph)
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            built = compile_graph(lowered.graph, transformed.schema, kv_dtype, name, unit, Path(scratch))
+            calls[name] = load_compiled(built.file, transformed.schema, tensors_of(transformed.graph), CPU)
+    facts = ProgramFacts(
+        schema=transformed.schema,
+        agents=tuple(AgentFacts(agent.name, agent.digest) for agent in loaded.agents),
+        max_positions=loaded.max_positions,
+        vocab_size=loaded.vocab_size,
+        dtype=loaded.dtype,
+        attention=attention,
+        fallback=tuple(fallback.values()),
+    )
+    return program(join(calls), facts, backend, CPU)

@@ -1,0 +1,102 @@
+"""The shape of every value of a lowered graph, with names for the sizes that only a step decides.
+
+The graph is run without numbers (fake tensors) twice, at sizes that are all different: a size that stays is fixed, and
+one that is a step's in both runs is that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+
+from lragent.compile.export import value_of
+from lragent.program.step import Size
+
+# Values of the named sizes in the two runs; primes, so that products and sums are not taken for another size.
+_RUNS: tuple[Mapping[str, int], ...] = (
+    {"tokens": 101, "seqs": 37, "columns": 17, "rows": 53, "pages": 1009, "elements": 100_003},
+    {"tokens": 211, "seqs": 41, "columns": 19, "rows": 59, "pages": 1013, "elements": 100_019},
+)
+
+
+class CannotCut(Exception):
+    """A graph that can't be compiled in segments; the message says why."""
+
+
+@dataclass(frozen=True)
+class TensorForm:
+    """dtype and shape of a value; None in place of a size that is neither fixed nor a step's."""
+
+    dtype: torch.dtype
+    shape: tuple[Size | None, ...]
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number that is no tensor: its value, the name of the size that it is, or None if it follows from one."""
+
+    size: float | str | None
+
+
+Form = TensorForm | Scalar | None  # None: no value, or several
+
+
+def forms(graph: fx.GraphModule, inputs: Mapping[str, tuple[tuple[Size, ...], torch.dtype]]) -> dict[fx.Node, Form]:
+    """What each node of a lowered graph gives.
+
+    Args:
+        inputs: shape and dtype of every graph input.
+
+    Raises:
+        CannotCut: the graph holds graphs, or a step's numbers decide a shape.
+    """
+    first, second = (_run(graph, inputs, sizes) for sizes in _RUNS)
+    names = {name for shape, _ in inputs.values() for name in shape if isinstance(name, str)}
+    named = {tuple(value_of(name, sizes) for sizes in _RUNS): name for name in names}
+    return {node: _form(first[node], second[node], named) for node in first}
+
+
+def _run(
+    graph: fx.GraphModule, inputs: Mapping[str, tuple[tuple[Size, ...], torch.dtype]], sizes: Mapping[str, int]
+) -> dict[fx.Node, Any]:
+    mode = FakeTensorMode()
+    found: dict[fx.Node, Any] = {}
+    with mode, torch.no_grad():
+        for node in graph.graph.nodes:
+            if node.op == "placeholder":
+                shape, dtype = inputs[str(node.target)]
+                found[node] = torch.empty([value_of(size, sizes) for size in shape], dtype=dtype)
+            elif node.op == "get_attr":
+                held = attrgetter(str(node.target))(graph)
+                if not isinstance(held, Tensor):
+                    raise CannotCut(f"it holds a graph of its own ({node.target})")
+                found[node] = mode.from_tensor(held, static_shapes=True)
+            elif node.op == "call_function":
+                args = fx.map_arg(node.args, found.__getitem__)
+                kwargs = fx.map_arg(node.kwargs, found.__getitem__)
+                try:
+                    found[node] = node.target(*args, **kwargs)
+                except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                    raise CannotCut(f"a step's numbers decide a shape ({node.name})") from error
+            elif node.op != "output":
+                raise CannotCut(f"it holds a graph of its own ({node.target})")
+    return found
+
+
+def _form(first: Any, second: Any, named: Mapping[tuple[int, ...], str]) -> Form:
+    if isinstance(first, Tensor):
+        shape = tuple(a if a == b else named.get((a, b)) for a, b in zip(first.shape, second.shape, strict=True))
+        return TensorForm(first.dtype, shape)
+    if isinstance(first, (bool, int, float)):
+        return Scalar(first if first == second else named.get((first, second)))  # type: ignore[arg-type]
+    return None

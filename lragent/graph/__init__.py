@@ -1,0 +1,1 @@
+"""Tools for FX graphs: export without noise, plain graphs, the attention marker."""

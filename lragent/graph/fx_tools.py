@@ -1,0 +1,86 @@
+"""Finding, reading and adding nodes of FX graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lragent.probing.position_offset import POSITIONS
+
+
+def calls(graph: fx.GraphModule, *targets: object) -> Iterable[fx.Node]:
+    """Call nodes with one of the targets, in graph order."""
+    return [n for n in graph.graph.nodes if n.op == "call_function" and n.target in targets]
+
+
+def placeholder(graph: fx.GraphModule, name: str) -> fx.Node | None:
+    return next((n for n in graph.graph.nodes if n.op == "placeholder" and n.target == name), None)
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The node's user if it has exactly one."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def fetch(graph: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The tensor behind a `get_attr` node."""
+    value: object = attrgetter(str(node.target))(graph)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def add_constant(graph: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    """Adds (or reuses, if name and content are there) a buffer and returns a `get_attr` node at the insertion point."""
+    held = getattr(graph, name, None)
+    if held is None:
+        graph.register_buffer(name, tensor.detach().contiguous())
+    elif held.dtype != tensor.dtype or not torch.equal(held, tensor):
+        raise ValueError(f"constant {name} exists with another content")
+    return graph.graph.get_attr(name)
+
+
+def add_shared_constant(graph: fx.GraphModule, stem: str, tensor: Tensor) -> fx.Node:
+    """As `add_constant`, under the first of `stem_0, stem_1, ...` that is free or holds the same content."""
+    index = 0
+    while True:
+        name = f"{stem}_{index}"
+        held = getattr(graph, name, None)
+        if held is None or (held.dtype == tensor.dtype and torch.equal(held, tensor)):
+            return add_constant(graph, name, tensor)
+        index += 1
+
+
+def depends_on_ids(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose values (not only shapes) depend on token ids."""
+    dependent: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if node.target != POSITIONS:
+                dependent.add(node)
+        elif node.target is not torch.ops.aten.sym_size.int and any(n in dependent for n in node.all_input_nodes):
+            dependent.add(node)
+    return dependent
+
+
+def evaluate(graph: fx.GraphModule, node: fx.Node, tokens: int, known: dict[fx.Node, Any]) -> Any:
+    """Value of a node that needs no token ids, for `tokens` positions 0, 1, 2, ...; `known` values are given."""
+    if node in known:
+        return known[node]
+    if node.op == "placeholder":
+        return torch.arange(tokens)[None] if node.target == POSITIONS else torch.zeros(1, tokens, dtype=torch.int64)
+    if node.op == "get_attr":
+        value: Any = attrgetter(str(node.target))(graph)
+    elif node.target is torch.ops.aten.sym_size.int:
+        size = node.meta["val"]
+        value = int(size) if isinstance(size, int) else tokens
+    else:
+        assert callable(node.target)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: evaluate(graph, n, tokens, known))
+        with torch.no_grad():
+            value = node.target(*args, **kwargs)
+    known[node] = value
+    return value

@@ -1,0 +1,1 @@
+"""Model directory or live model, with adapters -> `LoadedModel`."""

@@ -1,0 +1,154 @@
+"""Adapter weight files as PEFT and tools around it write them: reading, names of keys, checks against the base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lragent.errors import AdapterError, shortened
+from lragent.loading.adapter_config import CONFIG
+from lragent.loading.peft_layers import in_out
+
+WEIGHTS = "adapter_model.safetensors"
+OLD_WEIGHTS = "adapter_model.bin"
+PEFT_PREFIX = "base_model.model."
+
+# Tools wrap the model before they save: torch.compile, FSDP, data parallel.
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)(?=\.)")
+_PART = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.|$)")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """One adapter's tensors under PEFT's keys, and trained biases by module FQN."""
+
+    tensors: dict[str, Tensor]
+    biases: dict[str, Tensor]
+
+
+def read_weights(name: str, path: Path) -> dict[str, Tensor]:
+    """Reads `adapter_model.safetensors`, or the `adapter_model.bin` of older versions (tensors only, nothing is run).
+
+    Raises:
+        AdapterError: missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file, old = path / WEIGHTS, path / OLD_WEIGHTS
+    if not file.is_file() and not old.is_file():
+        raise AdapterError(f"adapter {name}: {path} has no {WEIGHTS}", "Save the adapter as safetensors.")
+    try:
+        if file.is_file():
+            return load_file(file)
+        loaded = torch.load(old, map_location="cpu", weights_only=True)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise AdapterError(
+            f"adapter {name}: {file} is damaged ({error}); size {file.stat().st_size} bytes", "Copy the file again."
+        ) from error
+    except Exception as error:  # what unpickling raises is not one kind
+        raise AdapterError(
+            f"adapter {name}: {old} can't be read as tensors only ({type(error).__name__})",
+            "Save the adapter as safetensors.",
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise AdapterError(f"adapter {name}: {old} holds no tensors by name", "Save the adapter as safetensors.")
+    return loaded
+
+
+def in_peft_names(
+    name: str, path: Path, weights: Mapping[str, Tensor], saved_modules: Sequence[str], base: torch.nn.Module
+) -> AdapterFile:
+    """Brings keys into the names that PEFT reads, and sets biases apart.
+
+    Accepted: with or without `base_model.model.`, with the adapter's name inside (`lora_A.default.weight`), with
+    `_orig_mod.` or `_fsdp_wrapped_module.` anywhere. A copy of a base weight (saved when embeddings are adapted) is
+    dropped if it is equal to the base's.
+
+    Args:
+        saved_modules: `modules_to_save` of the adapter's config: ends of module names.
+
+    Raises:
+        AdapterError: a key that belongs to no module of the base or is there twice, a shape or dtype that does not fit,
+            a copy of a base weight that differs.
+    """
+    modules = dict(base.named_modules())
+    found = AdapterFile({}, {})
+    for key, tensor in weights.items():
+        plain = _WRAPPERS.sub("", key).lstrip(".")
+        while plain.startswith(PEFT_PREFIX):
+            plain = plain.removeprefix(PEFT_PREFIX)
+        part = _PART.search(plain)
+        owner = plain[: part.start()] if part else plain.replace(".base_layer.", ".").rpartition(".")[0]
+        if part is not None:
+            if owner not in modules:
+                raise AdapterError(
+                    f"adapter {name} ({path}) adapts module {owner}, which {type(base).__name__} does not have",
+                    "The adapter was trained on another architecture; use the base model that it was trained on.",
+                )
+            _require_shape(name, path, key, tensor, part[1], owner, modules[owner])
+            leaf = ".bias" if plain.endswith(".bias") else ".weight" if part[1] in ("lora_A", "lora_B") else ""
+            peft_key = f"{PEFT_PREFIX}{owner}.{part[1]}{leaf}"
+            if peft_key in found.tensors:
+                raise AdapterError(
+                    f"adapter {name} ({path}) has {owner}.{part[1]} twice, once as {key}", "Save the adapter again."
+                )
+            if not tensor.is_floating_point():
+                raise AdapterError(f"adapter {name} ({path}): {key} holds {tensor.dtype}", "Save the adapter again.")
+            found.tensors[peft_key] = tensor
+        elif any(owner.endswith(end) for end in saved_modules) or owner not in modules:
+            found.tensors[PEFT_PREFIX + plain] = tensor
+        elif plain.endswith(".bias"):
+            found.biases[owner] = tensor
+        else:
+            _require_base_copy(name, path, key, tensor, modules[owner])
+    return found
+
+
+def _require_shape(
+    name: str, path: Path, key: str, tensor: Tensor, part: str, owner: str, module: torch.nn.Module
+) -> None:
+    sizes = in_out(module)
+    if sizes is None or tensor.dim() != 2:
+        return
+    expected = sizes[0] if part.endswith("_A") else sizes[1]
+    found = tensor.shape[1] if part.endswith("_A") else tensor.shape[0]
+    if found != expected:
+        raise AdapterError(
+            f"adapter {name} ({path}): {key} has shape {list(tensor.shape)}, but {owner} of the base needs"
+            f" {expected} there",
+            "The adapter was trained on another base model; use that one.",
+        )
+
+
+def _require_base_copy(name: str, path: Path, key: str, tensor: Tensor, module: torch.nn.Module) -> None:
+    """A weight of the base inside an adapter must be the base's: agents share it."""
+    own = getattr(module, key.rpartition(".")[2], None)
+    if isinstance(own, Tensor) and own.shape == tensor.shape and torch.equal(own, tensor.to(own.dtype)):
+        return
+    raise AdapterError(
+        f"adapter {name} ({path}): {key} holds another weight than the base, which agents share",
+        "Use the base that it was trained on; weights that were trained whole belong into modules_to_save.",
+    )
+
+
+@contextmanager
+def peft_errors(name: str, path: Path) -> Iterator[None]:
+    """Turns what PEFT raises while it injects an adapter into an AdapterError."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except KeyError as error:
+        raise AdapterError(f"adapter {name}: {path} has no weights for {error.args[0]}", "Save it again.") from error
+    except Exception as error:  # a broken setting can raise anything: re.error, ModuleNotFoundError
+        raise AdapterError(
+            f"adapter {name}: PEFT can't load {path}: {shortened(error)}",
+            f"Check {CONFIG}, and that the adapter was trained on this base model.",
+        ) from error

@@ -1,0 +1,141 @@
+"""A base model as it lies on disk: a directory with safetensors in one file or many, or a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lragent.errors import ModelError, shortened
+from lragent.loading.adapter_weights import is_finite
+from lragent.program.dtypes import dtype_name
+
+GGUF = ".gguf"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model is read from: its directory, and the GGUF file in it (None: config.json and safetensors)."""
+
+    directory: Path
+    gguf: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What transformers' `from_pretrained` takes besides the directory."""
+        return {} if self.gguf is None else {"gguf_file": self.gguf}
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """What `path` names: a GGUF file, a directory with config.json, or a directory with exactly one GGUF file.
+
+    Raises:
+        ModelError: nothing there, no config.json, or several GGUF files.
+    """
+    if path.is_file() and path.suffix == GGUF:
+        return Checkpoint(path.parent, path.name)
+    if not path.is_dir():
+        raise ModelError(
+            f"no model directory at {path}", "Give a folder with config.json and safetensors files, or a GGUF file."
+        )
+    if (path / "config.json").is_file():
+        return Checkpoint(path)
+    found = sorted(file.name for file in path.glob(f"*{GGUF}"))
+    if len(found) > 1:
+        raise ModelError(f"{path} holds {len(found)} GGUF files ({', '.join(found)})", "Give one of them as the model.")
+    if not found:
+        raise ModelError(f"{path} has no config.json", "Give a folder saved with save_pretrained, or a GGUF file.")
+    return Checkpoint(path, found[0])
+
+
+def read_base(path: Path, dtype: torch.dtype) -> Any:
+    """The causal LM at `path` in one dtype; GGUF weights are dequantised.
+
+    Raises:
+        ModelError: it can't be read, lacks weights, or is quantised in a way that has no plain linear layers.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    checkpoint = find_checkpoint(path)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.directory, **checkpoint.arguments)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ModelError(
+                f"{path} is quantised", "Convert from the unquantised checkpoint, which its adapters fit as well."
+            )
+        with _without_reports():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                checkpoint.directory,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told of below
+                **checkpoint.arguments,
+            )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"transformers can't load a causal LM from {path}: {type(error).__name__}: {shortened(error)}",
+            "Check its config.json, and that all weight files are there and whole.",
+        ) from error
+    if info["missing_keys"]:
+        some = sorted(info["missing_keys"])
+        raise ModelError(f"{path} lacks {len(some)} weights, {some[0]} for one", "The checkpoint is not complete.")
+    if info["mismatched_keys"]:
+        key, found, wanted = min(info["mismatched_keys"])
+        raise ModelError(
+            f"{path}: weight {key} has shape {list(found)}, config.json wants {list(wanted)}", "Check the checkpoint."
+        )
+    for name, weight in model.named_parameters():
+        if not is_finite(weight):
+            raise ModelError(
+                f"{path}: weight {name} holds infinite values or NaN as {dtype_name(dtype)}",
+                "Copy the checkpoint again, or choose another dtype if this one is float16.",
+            )
+    return model
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """transformers' tables of missing and superfluous weights stay away: those that matter are errors here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+# Positions of a model whose config sets no limit.
+UNLIMITED_POSITIONS = 1 << 15
+
+
+def max_positions(config: Any) -> int:
+    for attribute in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        value = getattr(config, attribute, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return UNLIMITED_POSITIONS
+
+
+def stop_tokens(model: Any) -> tuple[int, ...]:
+    """Default stops: generation_config first, then the config.
+
+    Raises:
+        ModelError: an eos_token_id that is no token id.
+    """
+    for holder in (getattr(model, "generation_config", None), model.config):
+        value = getattr(holder, "eos_token_id", None)
+        if value is not None:
+            stops = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+            if not all(isinstance(stop, int) for stop in stops):
+                raise ModelError(f"the model's eos_token_id is {value!r}", "Correct its generation_config.json.")
+            return stops
+    return ()

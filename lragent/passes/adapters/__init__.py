@@ -1,0 +1,1 @@
+"""Tensors that the agents' adapters become in a graph."""

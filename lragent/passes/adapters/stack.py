@@ -1,0 +1,80 @@
+"""Tensors of a routed projection: every agent's A, B and gain side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lragent.passes.contract import Adapter
+from lragent.program.cache_schema import LowRankStream
+
+
+def gains(agents: tuple[str, ...], adapters: Mapping[str, Adapter]) -> Tensor | None:
+    """Factor of each output by agent id, `[N + 1, out]`; None if no adapter has one."""
+    some = next((adapter.gain for adapter in adapters.values() if adapter.gain is not None), None)
+    if some is None:
+        return None
+    table = some.new_ones(len(agents) + 1, some.shape[0])
+    for row, name in enumerate(agents, 1):
+        gain = adapters[name].gain if name in adapters else None
+        if gain is not None:
+            table[row] = gain
+    return table
+
+
+def low_rank_stream(
+    module: str, agents: tuple[str, ...], adapters: Mapping[str, Adapter], groups: tuple[int, ...] | None = None
+) -> LowRankStream:
+    """Ranks of a projection's adapters, and which agents share a bit-equal A (unless `groups` says it)."""
+    if groups is not None:
+        ranks_of = (adapters[name].a.shape[0] if name in adapters else 0 for name in agents)
+        return LowRankStream(module, tuple(ranks_of), groups)
+    ranks: list[int] = []
+    group: list[int] = []
+    for index, name in enumerate(agents):
+        adapter = adapters.get(name)
+        ranks.append(adapter.a.shape[0] if adapter else 0)
+        same = (
+            (
+                other
+                for other in range(index)
+                if agents[other] in adapters and _same_columns(adapters[agents[other]], adapter)
+            )
+            if adapter
+            else ()
+        )
+        group.append(next(iter(same), index))
+    return LowRankStream(module, tuple(ranks), tuple(group))
+
+
+def _same_columns(left: Adapter, right: Adapter) -> bool:
+    """Whether two adapters' columns `x A + ones` are the same numbers."""
+    if left.a.shape != right.a.shape or not torch.equal(left.a, right.a):
+        return False
+    if left.ones is None or right.ones is None:
+        return left.ones is right.ones
+    return torch.equal(left.ones, right.ones)
+
+
+def stack(
+    stream: LowRankStream, agents: tuple[str, ...], adapters: Mapping[str, Adapter]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The tensors of a routed projection.
+
+    Returns:
+        A_cat `[R, in]`, B_cat `[sum of ranks, out]` with scaling and gain (so that an agent's part is in one piece),
+        columns `[sum of ranks]` (int64), route `[N + 1, sum of ranks]`, and ones `[R]` (None if no adapter has any).
+    """
+    sources = stream.source_columns()
+    distinct = [adapters[n] for i, n in enumerate(agents) if stream.ranks[i] and stream.group[i] == i]
+    own = [adapters[n] for i, n in enumerate(agents) if stream.ranks[i]]
+    b_rows = [(adapter.b if adapter.gain is None else adapter.gain[:, None] * adapter.b).T for adapter in own]
+    columns = [c for i, rank in enumerate(stream.ranks) for c in range(sources[i], sources[i] + rank)]
+    owners = torch.tensor([i + 1 for i, rank in enumerate(stream.ranks) for _ in range(rank)])
+    route = (torch.arange(len(agents) + 1)[:, None] == owners[None, :]).to(b_rows[0].dtype)
+    ones = None
+    if any(adapter.ones is not None for adapter in distinct):
+        ones = torch.cat([d.a.new_zeros(d.a.shape[0]) if d.ones is None else d.ones for d in distinct])
+    return torch.cat([d.a for d in distinct], 0), torch.cat(b_rows, 0), torch.tensor(columns), route, ones

@@ -1,0 +1,1 @@
+"""How K and V are computed from their projections, derived from the graph."""

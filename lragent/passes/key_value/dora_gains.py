@@ -1,0 +1,76 @@
+"""DoRA's magnitudes on K and V in split layout: kept out of the cache, applied around attention.
+
+A DoRA agent's key is `f(g * (base + a B))` with a factor g of each channel. Where `f(g * x) = g' * f(x)`, the cached
+streams are those of plain LoRA, and
+
+    q . (g' * k) = (q * g') . k                     the query is scaled by the acting agent's factors
+    sum_j p_j (g' * v_j) = g' * sum_j p_j v_j       so is the output
+
+That holds for a value, for a key that is not rotated, and for a rotation of channels with equal factors; it is checked
+on f itself, and a norm between or a rotation of unequal factors is refused.
+
+Before:                              After:
+    attention(q, k, v)                   attention(q * g_k[agent_ids], k, v) * g_v[agent_ids]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from lragent.graph.fx_tools import add_shared_constant, placeholder
+from lragent.passes.key_value.key_transform import Probe, Underivable
+
+aten = torch.ops.aten
+
+
+def per_head(probe: Probe, gain_NC: Tensor | None) -> Tensor | None:
+    """g' of every agent, `[N + 1, H, D]`; None if there is no gain.
+
+    Raises:
+        Underivable: f does not pass the factors on.
+    """
+    if gain_NC is None:
+        return None
+    lit_1HD = probe(gain_NC.new_ones(1, gain_NC.shape[1]), 0)
+    if bool((lit_1HD == 0).any()):
+        raise Underivable("it is a DoRA, and some channels are zero for an input of ones")
+    gain_NHD = probe(gain_NC, 0) / lit_1HD
+    x, positions = probe.random(16, seed=8)
+    plain = probe(x, positions)
+    for gain_C, gain_HD in zip(gain_NC, gain_NHD, strict=True):
+        if not probe.same(gain_HD * plain, probe(gain_C * x, positions)):
+            raise Underivable(
+                "it is a DoRA, whose magnitudes differ between channels that are rotated or normed together"
+            )
+    return gain_NHD.to(gain_NC.dtype)
+
+
+def scale_side(graph: fx.GraphModule, marker: fx.Node, position: int, gain_NHD: Tensor) -> None:
+    """Multiplies the query (position 1: the gain is K's) or the output (V's) of an attention op by the gain."""
+    query = marker.args[0]
+    assert isinstance(query, fx.Node)
+    heads = int(query.meta["val"].shape[1])
+    table = gain_NHD.repeat_interleave(heads // gain_NHD.shape[1], dim=1)
+    ids = placeholder(graph, "agent_ids")
+
+    def call(target: object, *args: object) -> fx.Node:
+        return graph.graph.call_function(target, args)  # type: ignore[arg-type]
+
+    def gain_of_tokens() -> fx.Node:
+        return call(aten.index_select.default, add_shared_constant(graph, "lora_magnitude", table), 0, ids)
+
+    if position == 1:
+        with graph.graph.inserting_before(marker):
+            gain = call(aten.unsqueeze.default, call(aten.transpose.int, gain_of_tokens(), 0, 1), 0)
+            scaled = call(aten.mul.Tensor, query, gain)
+        scaled.meta["val"] = query.meta["val"]
+        marker.args = (scaled, *marker.args[1:])
+        return
+    with graph.graph.inserting_after(marker):
+        end = graph.graph.call_function(aten.mul.Tensor, (marker, marker))
+    with graph.graph.inserting_before(end):
+        gain = call(aten.unsqueeze.default, gain_of_tokens(), 0)
+    marker.replace_all_uses_with(end)
+    end.args = (marker, gain)
+    end.meta["val"] = marker.meta["val"]

@@ -1,0 +1,69 @@
+"""LR columns of several projections that feed one stream become one LR stream.
+
+Before:                                          After:
+    lr1 = linear(x1, A1_cat)    [1, T, R1]           both = cat([lr1, lr2], -1)            [1, T, R1 + R2]
+    lr2 = linear(x2, A2_cat)    [1, T, R2]           lr   = index_select(both, 2, order)   [1, T, R]
+
+An agent's columns are those of all its projections, one after the other. Agents share a block only if they share A in
+every projection.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from lragent.graph.fx_tools import add_shared_constant
+from lragent.passes.contract import RoutedLinear
+from lragent.passes.key_value.projection_path import ProjectionPath
+from lragent.passes.route_adapters import COLUMNS
+from lragent.program.cache_schema import LowRankStream
+
+aten = torch.ops.aten
+
+
+def joined_columns(graph: fx.GraphModule, path: ProjectionPath) -> RoutedLinear:
+    """The stream of all adapted projections of a path, with its columns `[1, T, R]` as a node."""
+    parts = [(r, source) for r, source in zip(path.routed, path.sources, strict=True) if r is not None]
+    if len(parts) == 1 and parts[0][1].meta["val"].dim() == 3:
+        return parts[0][0]
+    streams = [routed.stream for routed, _ in parts]
+    stream = join(streams)
+    with graph.graph.inserting_before(path.end):
+        columns = [_flat(graph, routed, source) for routed, source in parts]
+        both = columns[0]
+        if len(columns) > 1:
+            both = graph.graph.call_function(aten.cat.default, (columns, -1))
+            order = add_shared_constant(graph, COLUMNS, torch.tensor(source_order(streams, stream)))
+            both = graph.graph.call_function(aten.index_select.default, (both, 2, order))
+    return RoutedLinear(stream.module, parts[0][0].base, both, stream)
+
+
+def _flat(graph: fx.GraphModule, routed: RoutedLinear, source: fx.Node) -> fx.Node:
+    assert routed.low_rank is not None
+    if source.meta["val"].dim() == 3:
+        return routed.low_rank
+    return graph.graph.call_function(aten.reshape.default, (routed.low_rank, [1, -1, routed.stream.width]))
+
+
+def join(streams: list[LowRankStream]) -> LowRankStream:
+    """Ranks add up; agents are grouped if they are in every stream where they have columns."""
+    agents = range(len(streams[0].ranks))
+    ranks = tuple(sum(s.ranks[a] for s in streams) for a in agents)
+    same = [tuple((s.ranks[a], s.group[a] if s.ranks[a] else -1) for s in streams) for a in agents]
+    group = tuple(next(b for b in agents if same[b] == same[a]) if ranks[a] else a for a in agents)
+    return LowRankStream(" + ".join(s.module for s in streams), ranks, group)
+
+
+def source_order(streams: list[LowRankStream], joined: LowRankStream) -> list[int]:
+    """For each column of the joined stream, its place in the streams' columns side by side."""
+    order: list[int] = []
+    for agent, rank in enumerate(joined.ranks):
+        if rank == 0 or joined.group[agent] != agent:
+            continue
+        start = 0
+        for stream in streams:
+            first = start + stream.source_columns()[agent] if stream.ranks[agent] else start
+            order += range(first, first + stream.ranks[agent])
+            start += stream.width
+    return order

@@ -1,0 +1,165 @@
+"""The path between projections and what attention receives: found by walking back, cut out as a function f.
+
+f takes the projections' outputs side by side, `x [1, T, sum of outs]`, and `positions [1, T]`; everything else on the
+path must be a constant. Nodes that depend on positions alone (rotary angles) belong to f. Usually there is one
+projection; a latent key has two (its expanded part, and the part that is rotated).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from lragent.errors import Miss
+from lragent.passes.contract import RoutedLinear, routed_linear
+
+aten = torch.ops.aten
+
+_PROJECTIONS = (
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.matmul.default,
+    aten.embedding.default,
+)
+_SIZES = (aten.sym_size.int,)
+POSITIONS = "position_ids"
+
+
+@dataclass(frozen=True)
+class ProjectionPath:
+    """From the outputs of projections (`sources`) to `end`, over `nodes` in graph order; at least one is adapted."""
+
+    sources: tuple[fx.Node, ...]
+    end: fx.Node
+    nodes: tuple[fx.Node, ...]
+
+    @property
+    def routed(self) -> tuple[RoutedLinear | None, ...]:
+        """Adapters of each source; None where it has none."""
+        return tuple(routed_linear(source) for source in self.sources)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(int(source.meta["val"].shape[-1]) for source in self.sources)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Adapted projections, by name."""
+        return tuple(routed.module for routed in self.routed if routed is not None)
+
+    @property
+    def gains(self) -> Tensor | None:
+        """Factor of each output by agent id, `[N + 1, sum of outs]`; None if all are 1."""
+        parts = [routed.gain_NC if routed is not None else None for routed in self.routed]
+        some = next((part for part in parts if part is not None), None)
+        if some is None:
+            return None
+        ones = [some.new_ones(some.shape[0], width) for width in self.widths]
+        return torch.cat([o if p is None else p for p, o in zip(parts, ones, strict=True)], 1)
+
+    def base(self, graph: fx.GraphModule) -> fx.Node:
+        """The sources' base outputs side by side, `[1, T, sum of outs]`, before `end`."""
+        with graph.graph.inserting_before(self.end):
+            flat = [
+                flat_tokens(graph, routed.base if routed else source, source)
+                for source, routed in zip(self.sources, self.routed, strict=True)
+            ]
+            return flat[0] if len(flat) == 1 else graph.graph.call_function(aten.cat.default, (flat, -1))
+
+    def function(self, graph: fx.GraphModule) -> Callable[[Tensor, Tensor], Tensor]:
+        """f as something that runs: `(x [1, n, sum of outs], positions [1, n]) -> [1, H, n, D]`."""
+        cut = fx.Graph()
+        x, positions = cut.placeholder("x"), cut.placeholder("positions")
+        length = cut.call_function(aten.sym_size.int, (x, 1))
+        copied: dict[fx.Node, fx.Node] = {}
+        start = 0
+        for source, width in zip(self.sources, self.widths, strict=True):
+            part = cut.call_function(aten.slice.Tensor, (x, 2, start, start + width))
+            shape = [1] * (source.meta["val"].dim() - 2)
+            copied[source] = cut.call_function(aten.reshape.default, (part, [*shape, length, width]))
+            start += width
+        for node in self.nodes:
+            if node.op == "placeholder":
+                copied[node] = positions
+            elif node.target in _SIZES and node.args[0] not in copied:
+                copied[node] = length
+            else:
+                copied[node] = cut.node_copy(node, lambda n: copied[n])
+        cut.output(copied[self.end])
+        return fx.GraphModule(graph, cut)
+
+    def rebuild_on_base(self, graph: fx.GraphModule) -> fx.Node:
+        """Repeats the path in the graph on the base outputs; returns its end."""
+        copied: dict[fx.Node, fx.Node] = {
+            source: routed.base if routed is not None else source
+            for source, routed in zip(self.sources, self.routed, strict=True)
+        }
+        dependent = set(self.sources)
+        for node in self.nodes:
+            if not any(n in dependent for n in node.all_input_nodes):
+                continue
+            dependent.add(node)
+            with graph.graph.inserting_before(self.end):
+                copied[node] = graph.graph.node_copy(node, lambda n: copied.get(n, n))
+        return copied[self.end]
+
+
+def flat_tokens(graph: fx.GraphModule, node: fx.Node, like: fx.Node) -> fx.Node:
+    """`node`, shaped as `like`, as `[1, T, C]` at the insertion point."""
+    shape = like.meta["val"].shape
+    if len(shape) == 3:
+        return node
+    return graph.graph.call_function(aten.reshape.default, (node, [1, -1, int(shape[-1])]))
+
+
+def adapted_path(end: fx.Node, where: str) -> ProjectionPath | Miss | None:
+    """The path to `end` from its projections; None if no projection on it has an adapter; a Miss if unclear."""
+    on_ids = _depends_on_token_ids(end.graph)
+    seen: set[fx.Node] = set()
+    sources: set[fx.Node] = set()
+    stack = [end]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in on_ids and (routed_linear(node) is not None or node.target in _PROJECTIONS):
+            sources.add(node)
+            continue
+        if node.target in _SIZES and node not in on_ids:
+            continue
+        stack.extend(node.all_input_nodes)
+    if not any(routed_linear(node) is not None for node in sources):
+        return None
+    path = [n for n in end.graph.nodes if n in seen and n not in sources]
+    foreign = [n for n in path if n.op == "placeholder" and n.target != POSITIONS]
+    if foreign:
+        return Miss(where, end.name, f"it depends on the graph input {foreign[0].target} past its projection")
+    ordered = tuple(n for n in end.graph.nodes if n in sources)
+    for node in ordered:
+        if node.target is aten.embedding.default or not _is_by_token(node, end):
+            return Miss(where, end.name, f"it is computed from {node.name}, which is not a projection of each token")
+    return ProjectionPath(ordered, end, tuple(path))
+
+
+def _is_by_token(source: fx.Node, end: fx.Node) -> bool:
+    """Whether a value is `[1, ..., 1, T, C]`."""
+    shape = source.meta["val"].shape
+    return len(shape) >= 2 and shape[-2] == end.meta["val"].shape[-2] and all(size == 1 for size in shape[:-2])
+
+
+def _depends_on_token_ids(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose values (not only shapes) depend on token ids."""
+    dependent: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if node.target not in (POSITIONS, "agent_ids", "logits_rows"):
+                dependent.add(node)
+        elif node.target not in _SIZES and any(n in dependent for n in node.all_input_nodes):
+            dependent.add(node)
+    return dependent

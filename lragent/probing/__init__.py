@@ -1,0 +1,1 @@
+"""Facts about a model that are found by running it: masks, rotary frequencies, position offset."""

@@ -1,0 +1,127 @@
+"""Rotary frequencies that depend on how long a text is: up to where they stay the same, and a model that keeps them.
+
+Some kinds (`longrope`, `dynamic`) choose the frequencies of all tokens of a call by its largest position. A key that is
+cached was rotated once and for all, so only positions below the first such change can be served exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from lragent.probing.bisection import largest
+
+# No size of a head, so that the axis of tokens is told apart.
+_TOKENS = 11
+
+
+def position_reach(model: Any, positions: int, offset: int) -> int:
+    """How many of `positions` may be used before a later one changes what the model computes of positions below it.
+
+    Every module that takes positions and holds no weights is run by itself, so that answers are compared to the bit.
+
+    Args:
+        offset: what the model adds to positions 0, 1, 2, ...
+    """
+    calls = _calls_with_positions(model, offset)
+    try:
+        return min((_reach(call, positions, offset) for call in calls), default=positions)
+    finally:
+        for call in calls:
+            call.run(call.positions)  # modules remember the frequencies of their last call
+
+
+@contextmanager
+def steady_frequencies(model: nn.Module) -> Iterator[None]:
+    """While it lasts, modules don't choose frequencies by the largest position, but keep those of their last call."""
+    changed = [(module, plain) for module in model.modules() if (plain := _undecorated(type(module).forward))]
+    for module, plain in changed:
+        module.forward = MethodType(plain, module)
+    try:
+        yield
+    finally:
+        for module, _ in changed:
+            del module.forward
+
+
+class _Call:
+    """One call of a module, to be run again at other positions."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor) -> None:
+        self.module, self.args, self.kwargs, self.positions = module, args, kwargs, positions
+
+    def run(self, positions_1T: Tensor) -> list[Tensor]:
+        """What it gives for all tokens but the last, as tensors whose first axis is tokens; others as they are."""
+
+        def moved(value: Any) -> Any:
+            return positions_1T.expand_as(value) if _holds(value, self.positions) else value
+
+        with torch.no_grad():
+            out = self.module(*tree_map(moved, self.args), **tree_map(moved, self.kwargs))
+        tensors = [value for value in tree_flatten(out)[0] if isinstance(value, Tensor)]
+        return [t.movedim(t.shape.index(_TOKENS), 0)[:-1].clone() if _TOKENS in t.shape else t.clone() for t in tensors]
+
+
+def _reach(call: _Call, positions: int, offset: int) -> int:
+    """The largest count at which the last position leaves the earlier ones' values alone."""
+
+    def with_last(last: int) -> Tensor:
+        return torch.tensor([[*range(_TOKENS - 1), last]]) + offset
+
+    fewest = min(_TOKENS, positions)
+    expected = call.run(with_last(fewest - 1))
+
+    def same(count: int) -> bool:
+        return all(map(torch.equal, expected, call.run(with_last(count - 1))))
+
+    if same(positions):
+        return positions
+    return largest(same, fewest, positions)
+
+
+def _calls_with_positions(model: Any, offset: int) -> list[_Call]:
+    """Calls of modules without weights that are given the positions, in one pass over a few tokens."""
+    positions = torch.arange(_TOKENS)[None] + offset
+    calls: list[_Call] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = any(_holds(value, positions) for value in tree_flatten((args, kwargs))[0])
+        if given and next(module.parameters(), None) is None:
+            calls.append(_Call(module, args, kwargs, positions))
+
+    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in model.modules()]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
+    except TypeError:  # it has no such input
+        return []
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _holds(value: Any, positions_1T: Tensor) -> bool:
+    """Whether a value is the positions, perhaps repeated."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+        return False
+    return value.dim() > 0 and value.shape[-1] == _TOKENS and bool((value == positions_1T).all())
+
+
+def _undecorated(forward: Any) -> Any:
+    """A forward pass beneath transformers' decorator that chooses frequencies by the largest position; else None."""
+    from transformers.modeling_rope_utils import dynamic_rope_update
+
+    decorator = dynamic_rope_update(lambda module, x, position_ids: None).__code__
+    while forward is not None:
+        inner = getattr(forward, "__wrapped__", None)
+        if getattr(forward, "__code__", None) is decorator:
+            return inner
+        forward = inner
+    return None

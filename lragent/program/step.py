@@ -1,0 +1,109 @@
+"""One step of a lowered program: its inputs, in the order in which every program takes them.
+
+Legend: T = packed tokens of the step, S = sequences, M = most pages of a sequence, R = rows whose logits are wanted,
+N = agents. Agent id 0 is `base`; agent i of the manifest has id i + 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lragent.program.cache_schema import CacheSchema
+
+# Graph inputs of a lowered program: the step first, then the cache.
+STEP_INPUTS = (
+    "token_ids",
+    "positions",
+    "agent_ids",
+    "logits_rows",
+    "base_slots",
+    "lr_slots",
+    "seq_starts",
+    "context_lens",
+    "page_table",
+)
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Packed tokens of all sequences of one step; all tensors int64, on the CPU (see `cuda_graphs.py`).
+
+    Tokens of one sequence are consecutive, in order, and are the last ones of its context: token i of a sequence with
+    q tokens and context length L sits at position L - q + i. K and V are written before attention reads them.
+    """
+
+    token_ids: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T] index in the trajectory
+    agent_ids: torch.Tensor  # [T] who runs the token
+    logits_rows: torch.Tensor  # [R] rows of T
+    base_slots: torch.Tensor  # [T] page * P + offset; a slot of the scratch page: not kept
+    lr_slots: torch.Tensor  # [N, T] the same for each agent's column block
+    seq_starts: torch.Tensor  # [S + 1] first token of each sequence, then T
+    context_lens: torch.Tensor  # [S] tokens of context, those of this step included
+    page_table: torch.Tensor  # [S, M] page ids, padded with the scratch page
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(getattr(self, name) for name in STEP_INPUTS)
+
+
+@dataclass(frozen=True)
+class CacheTensors:
+    """Cache tensors in the order of `cache_input_names`; the program mutates all but the tables."""
+
+    k_base: tuple[torch.Tensor, ...]  # per layer [pages, H, P, Dk]
+    v_base: tuple[torch.Tensor, ...]  # per layer [pages, H, P, Dv]
+    low_rank: tuple[torch.Tensor, ...]  # per LR stream, flat
+    tables: tuple[torch.Tensor, ...]  # per LR stream [N + 1, 4]
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (*self.k_base, *self.v_base, *self.low_rank, *self.tables)
+
+
+def cache_input_names(schema: CacheSchema) -> tuple[str, ...]:
+    layers, streams = range(len(schema.base)), range(len(schema.low_rank))
+    return (
+        *(f"k_base_{i}" for i in layers),
+        *(f"v_base_{i}" for i in layers),
+        *(f"lr_{j}" for j in streams),
+        *(f"lr_table_{j}" for j in streams),
+    )
+
+
+PAGE_SIZE = 32
+
+
+StepKind = Literal["any", "decode", "prefill"]
+
+
+Size = int | str  # a number, or the name of a size that is known when a step runs ("seqs", "seqs + 1")
+
+
+def input_sizes(schema: CacheSchema, steps: StepKind = "any") -> dict[str, tuple[Size, ...]]:
+    """Shape of every graph input, in their order; a size that a step or the cache memory decides has a name.
+
+    Args:
+        steps: "decode": every sequence has one token; "prefill": there is one sequence.
+    """
+    seqs: dict[StepKind, tuple[Size, Size]] = {
+        "any": ("seqs", "seqs + 1"),
+        "decode": ("tokens", "tokens + 1"),
+        "prefill": (1, 2),
+    }
+    sequences, bounds = seqs[steps]
+    agents = len(schema.agents)
+    step: dict[str, tuple[Size, ...]] = {name: ("tokens",) for name in STEP_INPUTS}
+    step |= {
+        "logits_rows": ("rows",),
+        "lr_slots": (agents, "tokens"),
+        "seq_starts": (bounds,),
+        "context_lens": (sequences,),
+        "page_table": (sequences, "columns"),
+    }
+    base: list[tuple[Size, ...]] = [("pages", b.kv_heads, PAGE_SIZE, b.k_dim) for b in schema.base]
+    base += [("pages", b.kv_heads, PAGE_SIZE, b.v_dim) for b in schema.base]
+    low_rank: list[tuple[Size, ...]] = [(f"elements_{j}",) for j in range(len(schema.low_rank))]
+    low_rank += [(agents + 1, 4) for _ in schema.low_rank]
+    return {**step, **dict(zip(cache_input_names(schema), (*base, *low_rank), strict=True))}

@@ -1,0 +1,158 @@
+"""What an artifact holds, or what a model with adapters would become: agents, streams, bytes, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lragent.artifact.directory import open_artifact
+from lragent.artifact.misses import misses_by_layout
+from lragent.errors import Miss
+from lragent.program.cache_schema import CacheSchema
+from lragent.program.dtypes import dtype_name
+from lragent.runtime.cache_cost import break_even, bytes_per_token
+
+
+@dataclass(frozen=True)
+class AgentLine:
+    """An agent, its largest rank, and how many modules it adapts."""
+
+    name: str
+    rank: int
+    modules: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Consecutive attention ops that are alike: shapes, LR columns of K and V, key transform."""
+
+    first: int
+    last: int
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    k_columns: int
+    v_columns: int
+    shares_columns: bool
+    key_transform: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """See the field names.
+
+    `bytes_per_token`: scheme -> bytes of cache that one token takes once 1, 2, ... all agents have seen it, over all
+    layers, in the dtype of the cache. A scheme that is refused is missing. `spare`: slots without agent. `misses`:
+    layout -> every place where a pass did not match, or for which the layout was refused; layers that an attention
+    implementation can't run are listed for each implementation.
+    """
+
+    source: str
+    architecture: str
+    dtype: str
+    max_positions: int
+    agents: tuple[AgentLine, ...]
+    layers: tuple[LayerGroup, ...]
+    bytes_per_token: Mapping[str, tuple[int, ...]]
+    refusal: str
+    compiled: Mapping[str, tuple[str, ...]]
+    spare: int = 0
+    misses: Mapping[str, tuple[Miss, ...]] = field(default_factory=dict)
+
+    @property
+    def break_even(self) -> dict[str, int | None]:
+        """Split scheme -> how many agents must see a token so that it takes less than in `non_shared`; None: never."""
+        return break_even(self.bytes_per_token)
+
+    def tokens_that_fit(self, memory: int) -> dict[str, tuple[int, ...]]:
+        """Scheme -> tokens that `memory` bytes of cache hold, by number of agents that have seen them."""
+        return {name: tuple(memory // b for b in by_agents) for name, by_agents in self.bytes_per_token.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def inspect_artifact(path: Path) -> Inspection:
+    """Reads the manifest only."""
+    manifest = open_artifact(path).manifest
+    entry = manifest.layouts.get("split") or manifest.layouts["dense"]
+    return Inspection(
+        source=str(path),
+        architecture=manifest.architecture,
+        dtype=manifest.dtype,
+        max_positions=manifest.max_positions,
+        agents=tuple(AgentLine(a.name, a.rank, len(a.targets), a.digest) for a in manifest.agents if a.digest),
+        layers=_groups(entry.schema, entry.layers),
+        bytes_per_token=bytes_per_token(
+            {name: e.schema for name, e in manifest.layouts.items()},
+            tuple(a.name for a in manifest.agents if a.digest),
+            manifest.dtype,
+        ),
+        refusal=manifest.refusal,
+        compiled={target: tuple(packages) for target, packages in manifest.compiled.items()},
+        spare=sum(not a.digest for a in manifest.agents),
+        misses=misses_by_layout(manifest.layouts.items(), manifest.refused),
+    )
+
+
+def inspect_model(model_dir: Path, adapters: Mapping[str, str | Path]) -> Inspection:
+    """Loads, captures and rewrites, but writes and compiles nothing.
+
+    Raises:
+        SplitRefused: no layout is possible; `misses` holds every refused place.
+    """
+    from lragent.artifact.build import rewrite
+    from lragent.loading.model import load_directories
+    from lragent.loading.stages import Stages
+
+    loaded = load_directories(model_dir, adapters)
+    rewritten = rewrite(loaded, (), Stages())
+    programs = rewritten.programs
+    shown = programs.get("split") or programs["dense"]
+    return Inspection(
+        source=str(model_dir),
+        architecture=loaded.architecture,
+        dtype=dtype_name(loaded.dtype),
+        max_positions=loaded.max_positions,
+        agents=tuple(AgentLine(a.name, a.rank, len(a.targets), a.digest) for a in loaded.agents),
+        layers=_groups(shown.schema, shown.layers),
+        bytes_per_token=bytes_per_token(
+            {name: p.schema for name, p in programs.items()},
+            tuple(a.name for a in loaded.agents),
+            dtype_name(loaded.dtype),
+        ),
+        refusal=rewritten.refusal,
+        compiled={},
+        misses=misses_by_layout(programs.items(), rewritten.refused),
+    )
+
+
+def _groups(schema: CacheSchema, layers: tuple[Any, ...]) -> tuple[LayerGroup, ...]:
+    widths = {stream.module: stream.width for stream in schema.low_rank}
+    groups: list[LayerGroup] = []
+    for base in schema.base:
+        facts = layers[base.index] if layers else None
+        k_module, v_module = (facts.k_module, facts.v_module) if facts else (None, None)
+        group = LayerGroup(
+            first=base.index,
+            last=base.index,
+            kv_heads=base.kv_heads,
+            k_dim=base.k_dim,
+            v_dim=base.v_dim,
+            k_columns=widths.get(k_module, 0) if k_module else 0,
+            v_columns=widths.get(v_module, 0) if v_module else 0,
+            shares_columns=k_module is not None and k_module == v_module,
+            key_transform=facts.key_transform if facts else "not split",
+        )
+        previous = groups[-1] if groups else None
+        if previous is not None and dataclasses.replace(previous, last=base.index) == dataclasses.replace(
+            group, first=previous.first
+        ):
+            groups[-1] = dataclasses.replace(previous, last=base.index)
+        else:
+            groups.append(group)
+    return tuple(groups)

@@ -1,0 +1,1 @@
+"""Pages of the cache: pool, page tables, prefix index, memory."""

@@ -1,0 +1,1 @@
+"""Requests of a step: queues, prefix lookup, batches, bookkeeping."""

@@ -1,0 +1,133 @@
+"""One step's work, and the step inputs built from it with few tensor operations.
+
+Legend as in program/step.py: T = packed tokens, S = sequences, M = most pages of a sequence, N = agents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+
+from lragent.program.cache_schema import SCRATCH_PAGE
+from lragent.program.step import StepInputs
+from lragent.runtime.request import Request
+from lragent.runtime.schemes import Span
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part `[start, end)` of a span that one step runs."""
+
+    span: Span
+    start: int
+    end: int
+
+    @property
+    def rows(self) -> range:
+        """Positions whose logits are wanted."""
+        return range(max(self.start, self.span.logits_from), self.end)
+
+
+@dataclass(eq=False)
+class Entry:
+    """What one request does in a step; pieces are contiguous in position.
+
+    Args:
+        copies: (source, target) pages to copy before the step.
+    """
+
+    request: Request
+    pieces: list[Piece]
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+def take(spans: Sequence[Span], budget: int, most_rows: int) -> list[Piece]:
+    """The next pieces of a plan, at most `budget` tokens and `most_rows` logits rows.
+
+    Spans that follow each other in position may share a step, whatever their agents: in each layer all cache writes
+    come before the attention. A span that goes back (a replayed pass over tokens that the one before wrote) waits.
+    """
+    taken: list[Piece] = []
+    for span in spans:
+        if budget <= 0 or (taken and span.start != taken[-1].end):
+            break
+        end = min(span.end, span.start + budget, max(span.logits_from, span.start) + most_rows)
+        if end <= span.start:
+            break
+        piece = Piece(span, span.start, end)
+        taken.append(piece)
+        budget -= end - span.start
+        most_rows -= len(piece.rows)
+        if end < span.end:
+            break
+    return taken
+
+
+def _sequences(entry: Entry) -> list[tuple[int, int]]:
+    """(tokens, context length) of each sequence of an entry: neighbouring pieces of one agent make one sequence."""
+    sequences: list[tuple[int, int]] = []
+    agent: int | None = None
+    for piece in entry.pieces:
+        tokens = piece.end - piece.start
+        if piece.span.agent == agent:
+            sequences[-1] = (sequences[-1][0] + tokens, piece.end)
+        else:
+            sequences.append((tokens, piece.end))
+        agent = piece.span.agent
+    return sequences
+
+
+def build_step(entries: Sequence[Entry], agents: int, page_size: int) -> StepInputs:
+    """Step inputs of all entries, packed in order; logits rows are those of `Piece.rows`, in order.
+
+    Without any wanted row the last token's is asked for: a program need not serve zero rows.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    lengths: list[int] = []
+    agent_ids: list[int] = []
+    flags: list[tuple[bool, ...]] = []
+    rows: list[int] = []
+    contexts: list[int] = []
+    starts = [0]
+    tables: list[list[int]] = []
+    for entry in entries:
+        pages = entry.request.table.pages
+        for piece in entry.pieces:
+            first = len(tokens) - piece.start
+            rows += [first + position for position in piece.rows]
+            tokens += entry.request.state.tokens[piece.start : piece.end]
+            positions += range(piece.start, piece.end)
+            slots += [pages[at // page_size] * page_size + at % page_size for at in range(piece.start, piece.end)]
+            lengths.append(piece.end - piece.start)
+            agent_ids.append(piece.span.agent)
+            flags.append((piece.span.writes_base, *piece.span.columns[1:]))
+        for length, context in _sequences(entry):
+            starts.append(starts[-1] + length)
+            contexts.append(context)
+            tables.append(pages[: -(-context // page_size)])
+
+    def tensor(values: Sequence[object]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64)
+
+    repeats = tensor(lengths)
+    writes_NT = torch.tensor(flags, dtype=torch.bool).repeat_interleave(repeats, dim=0).T
+    # Slot 0 lies in the scratch page: what lands there is not kept.
+    kept_NT = torch.where(writes_NT, tensor(slots), SCRATCH_PAGE * page_size)
+    width = max(map(len, tables))
+    padded = chain.from_iterable((*table, *[SCRATCH_PAGE] * (width - len(table))) for table in tables)
+    return StepInputs(
+        token_ids=tensor(tokens),
+        positions=tensor(positions),
+        agent_ids=tensor(agent_ids).repeat_interleave(repeats),
+        logits_rows=tensor(rows or [len(tokens) - 1]),
+        base_slots=kept_NT[0].contiguous(),
+        lr_slots=kept_NT[1:].reshape(agents, len(tokens)).contiguous(),
+        seq_starts=tensor(starts),
+        context_lens=tensor(contexts),
+        page_table=tensor(list(padded)).view(len(tables), width),
+    )
