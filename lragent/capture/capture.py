@@ -28,7 +28,8 @@ from lragent.graph.quiet_export import without_exporter_noise
 from lragent.kernels import ops
 from lragent.loading.model import LoadedModel
 from lragent.probing.attention_interface import attention_as
-from lragent.probing.mask_limits import tokens_alone
+from lragent.probing.mask_limits import TokensAlone, run_tokens_alone
+from lragent.probing.position_offset import logits_at
 from lragent.probing.rotary_limits import steady_frequencies
 
 # Packed tokens a step may hold; only an upper bound for the exported dimension.
@@ -56,9 +57,7 @@ class _LogitsOnly(nn.Module):
         self.offset = offset
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        positions = position_ids + self.offset if self.offset else position_ids
-        logits: Tensor = self.model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
-        return logits
+        return logits_at(self.model, input_ids, position_ids + self.offset if self.offset else position_ids)
 
 
 def capture(loaded: LoadedModel) -> Captured:
@@ -84,46 +83,51 @@ def capture(loaded: LoadedModel) -> Captured:
 
 def _capture_interface(loaded: LoadedModel) -> tuple[Captured | None, str]:
     """The graph with attention as it passes transformers' interface; None and the reason if the model doesn't go
-    through it, or not without a mask.
+    through it, or does not run with another attention, or not without a mask.
 
     Raises:
-        ModelError: what the model gives to the interface can't be shared.
+        ModelError: what the model gives to the interface can't be shared, or it can't be exported.
     """
+    outside = "computes attention outside transformers' attention interface"
     if not loaded.model._can_set_attn_implementation():
-        return None, ""
-    attention_calls, moved = _mixing_without_attention(loaded)
-    if attention_calls and moved > 0:
+        return None, outside
+    alone, moved = checks.mixing_of_model(loaded, EXAMPLE_TOKENS)
+    if alone.failure:
+        return None, f"does not run with another attention ({alone.failure})"
+    if alone.calls and moved > 0:
         raise checks.mixes_tokens(loaded, moved)
+    if moved == 0:
+        _require_masks_as_told(alone, loaded)
+        # The same forward with masks ran, so that the missing mask is what it fails by.
+        if run_tokens_alone(loaded.model, *checks.example(loaded, EXAMPLE_TOKENS), masks=False).failure:
+            return None, "works on its mask itself in its attention"
     try:
         captured = _export(loaded, partial(attention_as, loaded.model, _attention))
     except NotExported as error:
         if moved > 0:  # the reason behind the export's own
             raise checks.mixes_tokens(loaded, moved) from error
-        if isinstance(error.__cause__, (TypeError, AttributeError)):
-            return None, "works on its mask itself"
         raise
-    return (captured if marker_nodes(captured.graph) else None), ""
+    return (captured if marker_nodes(captured.graph) else None), outside
 
 
 def _capture_written_out(loaded: LoadedModel, unfit: str) -> Captured:
     """The graph of the model as it is, masks included, with attention found in it.
 
     Args:
-        unfit: why its attention could not be taken from the interface ("": it is not there).
+        unfit: why its attention could not be taken from the interface.
 
     Raises:
         ModelError: no attention is found, or it is more than scale, causal mask and slopes.
     """
     # Models with tables of masks branch where the tokens fill the table.
-    where = f"{unfit} in its attention" if unfit else "computes attention outside transformers' attention interface"
     try:
         captured = _export(loaded, nullcontext, most_tokens=max(loaded.max_positions - 1, EXAMPLE_TOKENS))
     except NotExported as error:
-        raise NotExported(f"{loaded.architecture} {where}, and {error.message}", error.hint) from error
+        raise NotExported(f"{loaded.architecture} {unfit}, and {error.message}", error.hint) from error
     found, reason = mark_plain_attention(captured.graph, loaded.max_positions)
     if not found or reason:
         raise ModelError(
-            f"{loaded.architecture} {where}: {reason or 'none was found in its graph'}",
+            f"{loaded.architecture} {unfit}: {reason or 'none was found in its graph'}",
             "Such a model can't be converted yet.",
         )
     return captured
@@ -210,25 +214,21 @@ def _exportable_experts(model: Any) -> Iterator[None]:
         config._experts_implementation = before
 
 
-def _mixing_without_attention(loaded: LoadedModel) -> tuple[int, float]:
-    """`checks.mixing_of_model`, with every token seeing itself only.
-
-    Returns:
-        How often attention was called, and by how much others' logits move; 0 if that is rounding.
+def _require_masks_as_told(alone: TokensAlone, loaded: LoadedModel) -> None:
+    """Each attention call must be under a mask of transformers that is causal with the window that it passes.
 
     Raises:
-        ModelError: attention is under a mask that it isn't told of.
+        ModelError: one is not.
     """
-    with tokens_alone(loaded.model) as calls:
-        moved = checks.mixing_of_model(loaded, EXAMPLE_TOKENS)
-    for call in calls if moved == 0 else ():
+    for call in alone.calls:
+        if call.own_mask:
+            raise _own_mask(f"attention of {call.caller}")
         if not call.is_as_told(loaded.max_positions):
             told = f"a sliding window of {call.window}" if call.window else "no sliding window"
             raise ModelError(
                 f"attention of {call.caller} is under a mask that is not causal with {told}, as it says",
                 "Only causal and sliding-window masks are shared.",
             )
-    return len(calls), moved
 
 
 # Keyword arguments of the attention interface that don't change what causal attention over packed tokens computes.
@@ -252,7 +252,7 @@ def _attention(
     """What transformers calls in place of attention: records the call as one node."""
     where = f"attention of {type(module).__name__}"
     if attention_mask is not None:
-        raise ModelError(f"{where} adds a mask or bias of its own", "Only causal and sliding-window masks are shared.")
+        raise _own_mask(where)
     unknown = sorted(name for name, given in others.items() if given is not None and name not in _IGNORED)
     if any(isinstance(others[name], Tensor) for name in unknown):
         raise ModelError(f"{where} passes {', '.join(unknown)}", "This attention input is not supported.")
@@ -262,6 +262,10 @@ def _attention(
         query, key, value, s_aux, layer, float(scale), int(sliding_window or 0), float(softcap or 0.0)
     )
     return out, None
+
+
+def _own_mask(where: str) -> ModelError:
+    return ModelError(f"{where} adds a mask or bias of its own", "Only causal and sliding-window masks are shared.")
 
 
 def _export_failure(error: Exception) -> str:

@@ -6,7 +6,6 @@ A cache can only stand for attention; a recurrence or convolution over tokens ha
 from __future__ import annotations
 
 import copy
-import logging
 import math
 
 import torch
@@ -16,8 +15,7 @@ from lragent.errors import ModelError
 from lragent.graph.attention_marker import marker_nodes
 from lragent.loading.model import LoadedModel
 from lragent.probing.attention_interface import own_value
-
-log = logging.getLogger(__name__)
+from lragent.probing.mask_limits import TokensAlone, run_tokens_alone
 
 CHECK_TOKENS = 24
 
@@ -94,13 +92,15 @@ def mixing(graph: fx.GraphModule, loaded: LoadedModel) -> float:
     ids, positions = example(loaded, min(CHECK_TOKENS, loaded.max_positions), seed=2)
     order = torch.arange(ids.shape[1]).flip(0)
     some = order[1::2]
-    try:
-        with torch.no_grad():
-            straight = cut(ids, positions).float()
-            flipped = cut(ids[:, order], positions[:, order]).float()
+    with torch.no_grad():
+        straight = cut(ids, positions).float()
+        flipped = cut(ids[:, order], positions[:, order]).float()
+        try:
             fewer = cut(ids[:, some], positions[:, some]).float()
-    except (IndexError, RuntimeError):  # it takes positions for rows
-        return math.inf
+        # Here only, positions exceed the number of rows: a graph that counts rows indexes past their end. The answer is
+        # the worst one, so that capture has positions read from the input, or refuses the model.
+        except (IndexError, RuntimeError):
+            return math.inf
     return _beyond_rounding(torch.cat([straight[:, order] - flipped, straight[:, some] - fewer], 1), straight, loaded)
 
 
@@ -116,23 +116,26 @@ def _without_attention(graph: fx.GraphModule) -> fx.GraphModule:
     return cut
 
 
-def mixing_of_model(loaded: LoadedModel, tokens: int) -> float:
-    """The same of a model whose attention lets every token see itself only: another token must change no other token's
-    logits. Exporting a recurrence takes minutes, and may fail for reasons that hide this one.
+def mixing_of_model(loaded: LoadedModel, tokens: int) -> tuple[TokensAlone, float]:
+    """Compares two forwards in which every token attends to itself only: another token must change no other's logits.
+
+    Exporting a recurrence takes minutes, and may fail for reasons that hide this one.
+
+    Returns:
+        The forward, or the one of the two that failed, and by how much others' logits move; 0 if that is rounding, or
+        if one failed.
+
+    Raises:
+        ModelError: an attention call does not have one key per token.
     """
     ids, positions = example(loaded, tokens)
     others = torch.arange(tokens) != 1
     changed = torch.where(others, ids, (ids + 1) % loaded.vocab_size)
-    try:
-        with torch.no_grad():
-            before, after = (
-                loaded.model(input_ids=i, position_ids=positions, use_cache=False).logits[0, others].float()
-                for i in (ids, changed)
-            )
-    except Exception as error:  # it wants more of attention: the export will say what
-        log.debug("no check for a recurrence: %s", error)
-        return 0.0
-    return _beyond_rounding(before - after, before, loaded)
+    before, after = (run_tokens_alone(loaded.model, i, positions) for i in (ids, changed))
+    if before.logits_1TV is None or after.logits_1TV is None:
+        return (before if before.failure else after), 0.0
+    logits, moved = (t[0, others].float() for t in (before.logits_1TV, after.logits_1TV))
+    return before, _beyond_rounding(logits - moved, logits, loaded)
 
 
 def _beyond_rounding(difference: Tensor, logits: Tensor, loaded: LoadedModel) -> float:

@@ -6,19 +6,19 @@ apart from that, by functions of two positions, so each function is compared wit
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lragent.errors import InternalError, LRAgentError, ModelError, shortened
 from lragent.probing.attention_interface import ATTENTION_NAME, attention_as, own_value
 from lragent.probing.bisection import largest
-
-log = logging.getLogger(__name__)
+from lragent.probing.position_offset import logits_at
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -29,11 +29,19 @@ _TOKENS = 7
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """A call of attention: who called, the window that it passes (0: none), and its mask if transformers made it."""
+    """A call of attention.
+
+    Args:
+        caller: the class of the module that called.
+        window: the sliding window that the call passes, in tokens; 0: none.
+        mask: the function behind the mask of the call; None if it has no mask, or one of its own.
+        own_mask: the call has a mask that is not one of those that transformers made.
+    """
 
     caller: str
     window: int
     mask: MaskFunction | None
+    own_mask: bool = False
 
     def is_as_told(self, positions: int) -> bool:
         """Whether the mask is causal with that window, over some positions."""
@@ -52,17 +60,79 @@ class AttentionCall:
         return bool((seen == expected).all())
 
 
+@dataclass(frozen=True)
+class TokensAlone:
+    """One forward in which every token attends to itself only.
+
+    Args:
+        calls: the calls of attention.
+        logits_1TV: the model's answer; None if it failed.
+        failure: the error of a model that fails with this attention; "" if it ran.
+    """
+
+    calls: list[AttentionCall]
+    logits_1TV: Tensor | None
+    failure: str
+
+
+def run_tokens_alone(model: Any, ids_1T: Tensor, positions_1T: Tensor, masks: bool = True) -> TokensAlone:
+    """Runs the model with every token attending to itself only.
+
+    Any error of the model's own code is an answer: this attention does not fit the model, though its own does.
+
+    Args:
+        masks: masks are made, so that calls and masks can be compared; else the interface has none.
+
+    Raises:
+        ModelError: an attention call does not have one key per token.
+        InternalError: transformers makes masks by other keywords than `make_mask` knows.
+    """
+    with tokens_alone(model, masks) as calls:
+        try:
+            with torch.no_grad():
+                return TokensAlone(calls, logits_at(model, ids_1T, positions_1T), "")
+        except LRAgentError:
+            raise
+        except Exception as error:
+            return TokensAlone(calls, None, f"{type(error).__name__}: {shortened(error)}")
+
+
+def make_mask(made: list[MaskFunction], **given: Any) -> Tensor:
+    """Stands for transformers' functions that make masks, and keeps the function of positions behind each mask.
+
+    Args:
+        made: the mask functions up to now; the new one is appended.
+        given: the keywords that transformers passes. The queries are counted by `q_length`, in 5.0 by the length of
+            `cache_position`.
+
+    Returns:
+        A mask `[1, 1, Tq, Tk]`, float32, full of its function's index in `made`.
+
+    Raises:
+        InternalError: the keywords are others.
+    """
+    known = {"kv_length", "mask_function"} <= given.keys()
+    if known and "q_length" in given:
+        queries = int(given["q_length"])
+    elif known and "cache_position" in given:
+        queries = int(given["cache_position"].shape[0])
+    else:
+        raise InternalError(f"transformers makes masks by keywords that are not known: {', '.join(sorted(given))}")
+    made.append(given["mask_function"])
+    return torch.full((1, 1, queries, int(given["kv_length"])), float(len(made) - 1))
+
+
 @contextmanager
-def tokens_alone(model: Any) -> Iterator[list[AttentionCall]]:
-    """While it lasts, every token sees itself only; calls of attention are collected."""
+def tokens_alone(model: Any, masks: bool = True) -> Iterator[list[AttentionCall]]:
+    """While it lasts, every token attends to itself only; calls of attention are collected.
+
+    Args:
+        masks: masks are made, and each call's is recognized; else the interface has none, as during the export.
+    """
     from transformers.masking_utils import AttentionMaskInterface
 
     calls: list[AttentionCall] = []
     made: list[MaskFunction] = []
-
-    def make_mask(*_: Any, q_length: int, kv_length: int, mask_function: MaskFunction, **__: Any) -> Tensor:
-        made.append(mask_function)
-        return torch.full((1, 1, q_length, kv_length), float(len(made) - 1))  # full of its number, to be known again
 
     def attend(
         module: nn.Module,
@@ -74,11 +144,19 @@ def tokens_alone(model: Any) -> Iterator[list[AttentionCall]]:
         sliding_window: int | None = None,
         **__: Any,
     ) -> tuple[Tensor, None]:
-        calls.append(AttentionCall(type(module).__name__, int(sliding_window or 0), _known(attention_mask, made)))
+        caller = type(module).__name__
+        if key.shape[2] != query.shape[2]:
+            raise ModelError(
+                f"attention of {caller} has {key.shape[2]} keys for {query.shape[2]} queries",
+                "A KV cache holds one key per token, so it can't be converted.",
+            )
+        mask = _known(attention_mask, made)
+        calls.append(AttentionCall(caller, int(sliding_window or 0), mask, attention_mask is not None and mask is None))
         return own_value(query, key, value), None
 
     with attention_as(model, attend):
-        AttentionMaskInterface.register(ATTENTION_NAME, make_mask)
+        if masks:
+            AttentionMaskInterface.register(ATTENTION_NAME, partial(make_mask, made))
         try:
             yield calls
         finally:
@@ -88,21 +166,21 @@ def tokens_alone(model: Any) -> Iterator[list[AttentionCall]]:
 def mask_reach(model: Any, positions: int, offset: int) -> int:
     """How many of `positions` may be used before a mask is another one than its attention call says.
 
-    All of them where it is another one from the start: then the model is refused, not cut short.
+    All of them where it is another one from the start: then the model is refused, not cut short. All of them, too, for
+    a model that fails with another attention: it is captured with its masks in its graph, where they are checked.
+
+    Raises:
+        ModelError: an attention call does not have one key per token.
     """
     if not model._can_set_attn_implementation():
         return positions
     ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
-    with tokens_alone(model) as calls:
-        try:
-            with torch.no_grad():
-                model(input_ids=ids, position_ids=torch.arange(_TOKENS)[None] + offset, use_cache=False)
-        except Exception as error:  # it wants more of attention: capture will say what
-            log.debug("no masks seen: %s", error)
-            return positions
+    alone = run_tokens_alone(model, ids, torch.arange(_TOKENS)[None] + offset)
+    if alone.failure:
+        return positions
 
     def as_told(count: int) -> bool:
-        return all(call.is_as_told(count) for call in calls)
+        return all(call.is_as_told(count) for call in alone.calls)
 
     if as_told(positions) or not as_told(min(_TOKENS, positions)):
         return positions

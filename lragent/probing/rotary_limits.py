@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lragent.probing.bisection import largest
+from lragent.probing.position_offset import require_logits_at, takes_positions
 
 # No size of a head, so that the axis of tokens is told apart.
 _TOKENS = 11
@@ -28,6 +29,9 @@ def position_reach(model: Any, positions: int, offset: int) -> int:
 
     Args:
         offset: what the model adds to positions 0, 1, 2, ...
+
+    Raises:
+        ModelError: the model doesn't run.
     """
     calls = _calls_with_positions(model, offset)
     try:
@@ -95,12 +99,11 @@ def _calls_with_positions(model: Any, offset: int) -> list[_Call]:
         if given and next(module.parameters(), None) is None:
             calls.append(_Call(module, args, kwargs, positions))
 
+    if not takes_positions(model):
+        return []
     handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in model.modules()]
     try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
-    except TypeError:  # it has no such input
-        return []
+        require_logits_at(model, torch.zeros_like(positions), positions)
     finally:
         for handle in handles:
             handle.remove()

@@ -101,3 +101,42 @@ def test_live_model_is_not_changed() -> None:
         assert parameter.data_ptr() == pointer and torch.equal(parameter, value) and parameter.requires_grad == grad
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids, position_ids=positions).logits, logits)
+
+
+class NotExportable(TinyAttention):
+    """Fails while it is exported, with an error that attention without a mask could give too."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            raise TypeError("'NoneType' object is not subscriptable")
+        return super().forward(x, positions)
+
+
+def test_an_error_while_exporting_is_not_taken_for_work_on_a_mask() -> None:
+    with pytest.raises(ModelError, match="can't capture TinyLM: TypeError: 'NoneType'") as raised:
+        capture(load_live(_with_attention(NotExportable)))
+    assert "works on its mask" not in raised.value.message
+
+
+class UsesWeights(TinyAttention):
+    """Mixes tokens by attention's weights, which the interface need not give, and has a convolution beside it."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        heads = (tiny_lm.KV_HEADS, tiny_lm.DIM)
+        q, k, v = (f(x).unflatten(-1, (-1, heads[1])).transpose(1, 2) for f in (self.alpha, self.beta, self.gamma))
+        attend = tiny_lm.ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _with_weights)
+        out, weights = attend(self, q, k, v, None, scaling=tiny_lm.DIM**-0.5)
+        return self.delta(out.flatten(2)) * weights.sum(-1).mean(1)[..., None]
+
+
+def _with_weights(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
+    out, _ = tiny_lm.eager(module, q, k, v, mask, scaling)
+    return out, torch.ones(q.shape[:-1] + k.shape[2:3])
+
+
+def test_a_model_that_fails_with_another_attention_is_refused_with_the_reason() -> None:
+    model = _with_attention(UsesWeights)
+    model.get_base_model().config._attn_implementation = "eager"
+    reason = "does not run with another attention .AttributeError: 'NoneType' object has no attribute 'sum'"
+    with pytest.raises(ModelError, match=reason):
+        capture(load_live(model))
