@@ -8,8 +8,8 @@ no mask nodes appear. What the graph computes is then checked (`checks.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from lragent.graph.quiet_export import without_exporter_noise
 from lragent.kernels import ops
 from lragent.loading.model import LoadedModel
 from lragent.probing.attention_interface import attention_as
+from lragent.probing.experts import row_wise_experts
 from lragent.probing.mask_limits import TokensAlone, run_tokens_alone
 from lragent.probing.position_offset import logits_at
 from lragent.probing.rotary_limits import steady_frequencies
@@ -149,7 +150,7 @@ def _export(
         with (
             without_exporter_noise(),
             attention(),
-            _exportable_experts(model),
+            row_wise_experts(model),
             steady_frequencies(model),
             torch.no_grad(),
         ):
@@ -197,21 +198,6 @@ def _require_assertions(graph: fx.GraphModule, loaded: LoadedModel, most_tokens:
                     f" ({_short(text.removeprefix('Runtime assertion failed for expression ').split(' on node')[0])})",
                     "This architecture needs support in capture; please report it with the model's config.json.",
                 )
-
-
-@contextmanager
-def _exportable_experts(model: Any) -> Iterator[None]:
-    """Mixture-of-experts layers loop over the experts that were hit, which can't be exported; gather them instead."""
-    config = model.config.get_text_config()
-    before = getattr(config, "_experts_implementation", None)
-    if before is None:
-        yield
-        return
-    config._experts_implementation = "batched_mm"
-    try:
-        yield
-    finally:
-        config._experts_implementation = before
 
 
 def _require_masks_as_told(alone: TokensAlone, loaded: LoadedModel) -> None:

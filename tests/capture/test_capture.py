@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from lragent.capture.capture import capture
 from lragent.errors import ModelError
 from lragent.graph.attention_marker import marker_nodes
 from lragent.loading.model import load_live
+from tests.coverage.tiny_model import adapted_model
 from tests.passes import tiny_lm
 from tests.passes.tiny_lm import Tiny, TinyAttention
 
@@ -58,6 +60,24 @@ def test_tokens_that_meet_outside_attention_are_refused() -> None:
     with pytest.raises(ModelError, match="mixes tokens outside attention"):
         capture(load_live(_with_attention(Shifted)))
     capture(load_live(_with_attention(Doubled)))
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "qwen3_next"])
+def test_tokens_that_meet_are_seen_in_half_precision(kind: str) -> None:
+    with pytest.raises(ModelError, match="mixes tokens outside attention"):
+        capture(load_live(adapted_model(kind).to(torch.bfloat16)))
+
+
+class FarScaled(TinyAttention):
+    """Scales every token a little by the largest position of the call, as frequencies that depend on the length do."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return super().forward(x, positions) * (1 + positions.max() / 1024)
+
+
+def test_a_token_that_depends_on_other_positions_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"mixes tokens outside attention|by what other positions"):
+        capture(load_live(_with_attention(FarScaled)))
 
 
 class NotCausal(TinyAttention):
@@ -119,24 +139,48 @@ def test_an_error_while_exporting_is_not_taken_for_work_on_a_mask() -> None:
 
 
 class UsesWeights(TinyAttention):
-    """Mixes tokens by attention's weights, which the interface need not give, and has a convolution beside it."""
+    """Scales its output by the sum of attention's weights, which the interface need not give."""
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        heads = (tiny_lm.KV_HEADS, tiny_lm.DIM)
-        q, k, v = (f(x).unflatten(-1, (-1, heads[1])).transpose(1, 2) for f in (self.alpha, self.beta, self.gamma))
-        attend = tiny_lm.ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _with_weights)
+        q, k, v = (f(x).unflatten(-1, (-1, tiny_lm.DIM)).transpose(1, 2) for f in (self.alpha, self.beta, self.gamma))
+        attend = tiny_lm.ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.with_weights)
         out, weights = attend(self, q, k, v, None, scaling=tiny_lm.DIM**-0.5)
         return self.delta(out.flatten(2)) * weights.sum(-1).mean(1)[..., None]
 
+    @staticmethod
+    def with_weights(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
+        out, _ = tiny_lm.eager(module, q, k, v, mask, scaling)
+        return out, torch.ones(*q.shape[:-1], 2)
 
-def _with_weights(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
-    out, _ = tiny_lm.eager(module, q, k, v, mask, scaling)
-    return out, torch.ones(q.shape[:-1] + k.shape[2:3])
+
+class CountsWeights(UsesWeights):
+    """The near miss: the sum is the number of tokens, so that a token depends on how many there are."""
+
+    @staticmethod
+    def with_weights(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
+        out, _ = tiny_lm.eager(module, q, k, v, mask, scaling)
+        return out, torch.ones(*q.shape[:-1], k.shape[2])
 
 
-def test_a_model_that_fails_with_another_attention_is_refused_with_the_reason() -> None:
-    model = _with_attention(UsesWeights)
-    model.get_base_model().config._attn_implementation = "eager"
-    reason = "does not run with another attention .AttributeError: 'NoneType' object has no attribute 'sum'"
-    with pytest.raises(ModelError, match=reason):
-        capture(load_live(model))
+class ScalesByWeights(UsesWeights):
+    """Attention that is not found in the graph either."""
+
+    @staticmethod
+    def with_weights(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
+        k, v = (t.repeat_interleave(tiny_lm.HEADS // tiny_lm.KV_HEADS, 1) for t in (k, v))
+        scores = (q @ k.transpose(-1, -2)).tril()
+        return (scores @ v).transpose(1, 2), scores
+
+
+def test_a_model_that_fails_with_another_attention_is_checked_in_its_graph() -> None:
+    def model(kind: type[TinyAttention]) -> Any:
+        built = _with_attention(kind)
+        built.get_base_model().config._attn_implementation = "eager"
+        return built
+
+    assert len(marker_nodes(capture(load_live(model(UsesWeights))).graph)) == 2
+    with pytest.raises(ModelError, match="mixes tokens outside attention"):
+        capture(load_live(model(CountsWeights)))
+    reason = "does not run with another attention (AttributeError: 'NoneType' object has no attribute 'sum'): none was"
+    with pytest.raises(ModelError, match=re.escape(reason)):
+        capture(load_live(model(ScalesByWeights)))
