@@ -54,9 +54,12 @@ test-slow: $(INSTALLED)  ## Run the sweeps that `make test` leaves out: every mo
 test-gpu: $(INSTALLED)  ## Run the tests that need a GPU (they skip elsewhere); wants pip install -e ".[gpu]"
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
+CPP_FILES := $(shell find lragent -name '*.h' -o -name '*.cpp')
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
@@ -72,6 +75,7 @@ check: lint types test  ## What CI runs: lint, format, types, tests
 fmt: $(INSTALLED)  ## Format, and mend what the linter can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:  ## Remove the demo's model, artifact and results
 	rm -rf .demo

@@ -1,294 +1,312 @@
-// One work item: queries of a few rows against a range of pages, with a running softmax over tiles of keys.
+// Runs one work item: an online softmax of its queries over key tiles.
 //
-// Per tile: scores of all its pages, softmax, then values of all its pages. The value LR columns are reduced with the
-// weights first and multiplied by B_v once at the end: `out = sum p v + (sum p a_v) B_v`.
+// A key tile is a range of keys of several pages. Per tile: scores of all its pages, softmax, then weighted values of
+// all its pages. LR rows of the values are summed with the weights first, and lora_b is applied once at the end:
+// out = sum p v + (sum p lr_v) lora_b_v. Legend: see call.h. A query row is one query token with one head of a GQA
+// group; its index in an item is token * G + g.
 #pragma once
 
-#include "key_tile.h"
-#include "page_walk.h"
+#include "flash_lora_attention/cpp/page_keys.h"
+#include "flash_lora_attention/cpp/page_walk.h"
 
 namespace lragent {
 
-// Numbers of scores held at once (they should stay in a core's cache).
-constexpr int64_t kScoreNumbers = 48 * 1024;
-// Up to so many rows, dot products over the keys in place beat transposing them.
+// Scores of a key tile over all query rows. They should stay in the L2 cache of a core.
+constexpr int64_t kTileScores = 48 * 1024;
+// Up to so many query rows, dot products with the keys in place are faster than transposing the keys.
 constexpr int64_t kRowsForDotProducts = 12;
 
-// Running state and scratch of one thread. Arrays are indexed [head of the item][row * G + g].
+// State and scratch memory of one thread. Arrays start with [heads of the item][query rows].
 struct Workspace {
-  Aligned<float> query, scores, out, reduced, maximum, total, packed;
-  Aligned<at::BFloat16> rounded_weights;  // as `scores`, where weights are multiplied in pairs
-  Aligned<Pair> value_columns;            // LR columns of a page's values, two keys at a time
-  TileScratch tile;
+  Aligned<float> query, scores, out;   // [..][k_pad], [..][scores_ld], [..][v_pad]
+  Aligned<float> lr_sums;              // [..][largest padded rank of V]: sum p lr_v
+  Aligned<float> maximum, total;       // running maximum of scores, running sum of exp(score - maximum)
+  Aligned<float> transposed_keys;      // [k_pad][padded(P)]
+  Aligned<at::BFloat16> bf16_weights;  // [..][scores_ld], for the bf16 dot product
+  Aligned<Bf16Pair> lr_v_pairs;        // [(P + 1) / 2][padded(rank)]: LR rows of a page's values, two tokens per pair
+  PageScratch page;
 };
 
 class ItemRun {
  public:
-  // For `next` see `PageWalk`.
-  ItemRun(const Call& call, const Item& item, const Item* next, Workspace& space)
-      : call_(call), item_(item), space_(space),
-        heads_(item.last_head - item.first_head), rows_(static_cast<int64_t>(item.rows.size()) * call.group),
-        reduced_ld_(call.v_low.widest), walk_(call, item, next) {
+  // For `next_item` see `PageWalk`.
+  ItemRun(const AttentionCall& call, const WorkItem& item, const WorkItem* next_item, Workspace& space)
+      : call_(call),
+        item_(item),
+        space_(space),
+        heads_(item.last_head - item.first_head),
+        rows_(static_cast<int64_t>(item.tokens.size()) * call.gqa_group),
+        lr_sums_ld_(call.v_lr.max_padded_rank),
+        walk_(call, item, next_item) {
     const int64_t all = heads_ * rows_;
-    tile_keys_ = std::clamp<int64_t>(kScoreNumbers / all, 1, 512) / call.page_size * call.page_size;
+    tile_keys_ = std::clamp<int64_t>(kTileScores / all, 1, 512) / call.page_size * call.page_size;
     tile_keys_ = std::max(tile_keys_, call.page_size);
-    scores_ld_ = tile_keys_ + 2 * W;  // rows of bfloat16 numbers begin a cache line, too
+    scores_ld_ = tile_keys_ + 2 * W;  // a row of bf16 weights then also starts at a cache line
     space.query.resize(all * call.k_pad);
     space.scores.resize(all * scores_ld_);
-    space.rounded_weights.resize(call.in_pairs ? all * scores_ld_ : 0);
-    space.value_columns.resize(call.in_pairs ? (call.page_size + 1) / 2 * reduced_ld_ : 0);
+    space.bf16_weights.resize(call.uses_bf16_dot ? all * scores_ld_ : 0);
+    space.lr_v_pairs.resize(call.uses_bf16_dot ? (call.page_size + 1) / 2 * lr_sums_ld_ : 0);
     space.out.assign(all * call.v_pad, 0.f);
-    space.reduced.assign(all * reduced_ld_, 0.f);
+    space.lr_sums.assign(all * lr_sums_ld_, 0.f);
     space.maximum.assign(all, kMinusInfinity);
     space.total.assign(all, 0.f);
-    space.packed.resize(call.k_pad * padded(call.page_size));
-    space.tile.reserve(call);
+    space.transposed_keys.resize(call.k_pad * padded(call.page_size));
+    space.page.reserve(call);
   }
 
   void run() {
     load_queries();
     for (int64_t key = item_.first_key; key < item_.last_key; key += tile_keys_) {
       const int64_t end = std::min(key + tile_keys_, item_.last_key);
-      walk_.keys(key, end, [&](const Page& page) { score_page(page); });
-      weigh(key, end - key);
-      walk_.values(key, end, [&](const Page& page) { add_values(page); });
+      walk_.for_keys(key, end, [&](const Page& page) { score_page(page); });
+      softmax_tile(key, end - key);
+      walk_.for_values(key, end, [&](const Page& page) { add_values(page); });
     }
-    expand_reduced();
+    apply_lora_b();
   }
 
  private:
   void load_queries() {
     for (int64_t h = 0; h < heads_; ++h) {
-      for (size_t row = 0; row < item_.rows.size(); ++row) {
-        const int64_t head = (item_.first_head + h) * call_.group;
-        const int64_t element = (item_.rows[row].token * call_.query_heads + head) * call_.k_dim;
-        const int64_t at = (h * rows_ + static_cast<int64_t>(row) * call_.group) * call_.k_pad;
-        if (call_.in_pairs) {
-          std::copy_n(call_.queries.from(element).bfloats(), call_.group * call_.k_dim, rounded_query() + at);
+      for (size_t token = 0; token < item_.tokens.size(); ++token) {
+        const int64_t head = (item_.first_head + h) * call_.gqa_group;
+        const int64_t offset = (item_.tokens[token].token * call_.query_heads + head) * call_.k_dim;
+        const int64_t at = (h * rows_ + static_cast<int64_t>(token) * call_.gqa_group) * call_.k_pad;
+        if (call_.uses_bf16_dot) {
+          std::copy_n(call_.queries.shifted(offset).bf16(), call_.gqa_group * call_.k_dim, bf16_query() + at);
         } else {
           float* to = space_.query.data() + at;
-          to_floats(call_.queries, element, call_.group, call_.k_dim, call_.k_dim, to, call_.k_pad);
+          upcast_rows(call_.queries, offset, call_.gqa_group, call_.k_dim, call_.k_dim, to, call_.k_pad);
         }
       }
     }
   }
 
-  // Queries in pairs take the same place, half of it.
-  at::BFloat16* rounded_query() const { return reinterpret_cast<at::BFloat16*>(space_.query.data()); }
+  // Queries for the bf16 dot product use the first half of the same memory.
+  at::BFloat16* bf16_query() const { return reinterpret_cast<at::BFloat16*>(space_.query.data()); }
 
-  // Calls f(first row, row count, agent) for each run of rows that see key `first` and have one agent.
+  // Calls f(first query row, query rows, agent) for each run of consecutive tokens of one agent, from the first token
+  // that sees `key` on.
   template <typename F>
-  void for_agents(int64_t first, const F& f) const {
-    const int64_t count = static_cast<int64_t>(item_.rows.size());
-    int64_t begin = first_seeing(first);
+  void for_agents(int64_t key, const F& f) const {
+    const int64_t count = static_cast<int64_t>(item_.tokens.size());
+    int64_t begin = first_token_seeing(key);
     while (begin < count) {
       int64_t end = begin + 1;
-      while (end < count && item_.rows[end].agent == item_.rows[begin].agent) ++end;
-      f(begin * call_.group, (end - begin) * call_.group, item_.rows[begin].agent);
+      while (end < count && item_.tokens[end].agent == item_.tokens[begin].agent) ++end;
+      f(begin * call_.gqa_group, (end - begin) * call_.gqa_group, item_.tokens[begin].agent);
       begin = end;
     }
   }
 
-  // Leading rows whose token comes before key `first` have nothing to do with its page.
-  int64_t first_seeing(int64_t first) const {
-    int64_t row = 0;
-    while (row < static_cast<int64_t>(item_.rows.size()) && item_.rows[row].position < first) ++row;
-    return row;
+  // Leading tokens before position `key` don't see it, nor any later key of its page.
+  int64_t first_token_seeing(int64_t key) const {
+    int64_t token = 0;
+    while (token < static_cast<int64_t>(item_.tokens.size()) && item_.tokens[token].position < key) ++token;
+    return token;
   }
 
   void score_page(const Page& page) {
-    Rotation rotation;
-    if (call_.builds_keys()) rotation = rotation_of(call_, page.first, page.count, space_.tile);
-    if (!call_.key_by_agent()) {
-      const int64_t row = first_seeing(page.first) * call_.group;
-      score_rows(page, row, rows_ - row, 0, {}, rotation);
+    RopeRows rope;
+    if (call_.rebuilds_keys()) rope = rope_rows(call_, page.first_key, page.keys, space_.page);
+    if (!call_.key_depends_on_agent()) {
+      const int64_t row = first_token_seeing(page.first_key) * call_.gqa_group;
+      score_rows(page, row, rows_ - row, 0, {}, rope);
       return;
     }
-    for_agents(page.first, [&](int64_t row, int64_t rows, int64_t agent) {
-      if (few_rows()) call_.k_low.ask_for(agent, page.next, call_.page_size);
-      const KeyColumns columns = key_columns(call_, page.id, agent, page.count, space_.tile);
-      score_rows(page, row, rows, agent, columns, rotation);
+    for_agents(page.first_key, [&](int64_t row, int64_t rows, int64_t agent) {
+      if (has_few_rows()) call_.k_lr.prefetch_rows(agent, page.next_id, call_.page_size);
+      const LrKeyRows lr = lr_key_rows(call_, page.id, agent, page.keys, space_.page);
+      score_rows(page, row, rows, agent, lr, rope);
     });
   }
 
-  void score_rows(
-      const Page& page, int64_t row, int64_t rows, int64_t agent, const KeyColumns& columns, Rotation rotation) {
-    const int64_t dim = call_.k_pad, count = page.count;
-    for (int64_t h = 0; h < heads_; ++h, rotation.further = 0) {
-      const char* ahead = page.ahead.of(call_, item_.first_head + h);
-      const Numbers keys =
-          key_tile(call_, page.id, item_.first_head + h, agent, count, columns, rotation, space_.tile, ahead);
+  // Scores of query rows [row, row + rows) of one agent with the keys of a page, for all heads.
+  void score_rows(const Page& page, int64_t row, int64_t rows, int64_t agent, const LrKeyRows& lr, RopeRows rope) {
+    const int64_t dim = call_.k_pad, count = page.keys;
+    // One prefetch of the next rope rows serves all heads.
+    for (int64_t h = 0; h < heads_; ++h, rope.prefetch_offset = 0) {
+      const char* prefetch_at = page.prefetch.of_head(call_, item_.first_head + h);
+      const TypedPointer keys =
+          page_keys(call_, page.id, item_.first_head + h, agent, count, lr, rope, space_.page, prefetch_at);
       const int64_t at = h * rows_ + row;
-      float* scores = space_.scores.data() + at * scores_ld_ + page.place;
-      if constexpr (kMultipliesPairs) {
-        if (call_.in_pairs) {
-          const at::BFloat16 *query = rounded_query() + at * dim, *key = keys.bfloats();
-          if (few_rows()) {
-            score_keys(query, rows, key, count, scores, ahead);
+      float* scores = space_.scores.data() + at * scores_ld_ + page.tile_offset;
+      if constexpr (kHasBf16Dot) {
+        if (call_.uses_bf16_dot) {
+          const at::BFloat16 *query = bf16_query() + at * dim, *key = keys.bf16();
+          if (has_few_rows()) {
+            score_in_place(query, rows, key, count, scores, prefetch_at);
           } else {
-            multiply_transposed(pairs(query), rows, pairs(key), dim / 2, count, scores);
+            score_transposed(as_pairs(query), rows, as_pairs(key), dim / 2, count, scores);
           }
           continue;
         }
       }
       const float* query = space_.query.data() + at * dim;
-      if (few_rows()) {
-        keys.typed(0, [&](const auto* key) { score_keys(query, rows, key, count, scores, ahead); });
+      if (has_few_rows()) {
+        keys.visit(0, [&](const auto* key) { score_in_place(query, rows, key, count, scores, prefetch_at); });
       } else {
-        multiply_transposed(query, rows, floats(keys, count, dim, space_.tile.key), dim, count, scores);
+        score_transposed(query, rows, as_floats(keys, count, dim, space_.page.key), dim, count, scores);
       }
     }
   }
 
+  // query [rows][k_pad], keys [count][k_pad], scores [rows][scores_ld].
   template <typename Q, typename T>
-  void score_keys(const Q* query, int64_t rows, const T* keys, int64_t count, float* scores, const char* ahead) const {
-    const int64_t dim = call_.k_pad, as_many = 4 * kChunk<kInPairs<Q, T>> * sizeof(T);  // bytes as each step reads
-    dot_products(query, dim, rows, keys, dim, count, dim, scores, scores_ld_, ahead, as_many);
+  void score_in_place(
+      const Q* query, int64_t rows, const T* keys, int64_t count, float* scores, const char* prefetch_at) const {
+    const int64_t dim = call_.k_pad;
+    const int64_t step_bytes = 4 * kChunk<kUsesBf16Dot<Q, T>> * sizeof(T);  // prefetches as many bytes as are read
+    dot_products(query, dim, rows, keys, dim, count, dim, scores, scores_ld_, prefetch_at, step_bytes);
   }
 
-  // Rows are of `dim` floats, or of `dim` pairs, which are as wide.
+  // query [rows][dim], keys [padded(count)][dim], scores [rows][scores_ld]; elements are floats or pairs, which have
+  // the same size.
   template <typename N>
-  void multiply_transposed(
-      const N* query, int64_t rows, const N* keys, int64_t dim, int64_t count, float* scores) {
+  void score_transposed(const N* query, int64_t rows, const N* keys, int64_t dim, int64_t count, float* scores) {
     static_assert(sizeof(N) == sizeof(float));
-    const int64_t columns = padded(count);
-    transpose(reinterpret_cast<const float*>(keys), columns, dim, space_.packed.data(), columns);
-    const Rows packed{reinterpret_cast<const N*>(space_.packed.data()), columns};
-    product<false>(query, dim, packed, scores, scores_ld_, rows, columns, dim);
+    const int64_t width = padded(count);
+    transpose(reinterpret_cast<const float*>(keys), width, dim, space_.transposed_keys.data(), width);
+    const Rows transposed{reinterpret_cast<const N*>(space_.transposed_keys.data()), width};
+    product<false>(query, dim, transposed, scores, scores_ld_, rows, width, dim);
   }
 
-  bool few_rows() const { return rows_ <= kRowsForDotProducts; }
+  bool has_few_rows() const { return rows_ <= kRowsForDotProducts; }
 
-  // The same rows as floats, in `scratch` if they have another dtype.
-  const float* floats(const Numbers& rows, int64_t count, int64_t columns, Aligned<float>& scratch) const {
+  // Rows [count][width] as floats: the rows themselves, or upcast in `scratch`.
+  const float* as_floats(const TypedPointer& rows, int64_t count, int64_t width, Aligned<float>& scratch) const {
     if (rows.type == at::kFloat) return reinterpret_cast<const float*>(rows.data);
-    to_floats(rows, 0, count, columns, columns, scratch.data(), columns);
+    upcast_rows(rows, 0, count, width, width, scratch.data(), width);
     return scratch.data();
   }
 
-  // Scores of a tile become weights; what was summed so far is brought to the new maxima.
-  void weigh(int64_t tile_first, int64_t count) {
+  // Turns the scores of a tile into weights and rescales all earlier sums to the new maxima.
+  void softmax_tile(int64_t first_key, int64_t count) {
     for (int64_t h = 0; h < heads_; ++h) {
       for (int64_t row = 0; row < rows_; ++row) {
-        const int64_t position = item_.rows[row / call_.group].position;
+        const int64_t position = item_.tokens[row / call_.gqa_group].position;
         const int64_t oldest = call_.window > 0 ? position - call_.window + 1 : 0;
-        const int64_t low = std::max<int64_t>(oldest - tile_first, 0);
-        const int64_t high = std::min(position + 1 - tile_first, count);
+        const int64_t low = std::max<int64_t>(oldest - first_key, 0);
+        const int64_t high = std::min(position + 1 - first_key, count);
         const int64_t at = h * rows_ + row;
         const float correction = softmax_row(
             space_.scores.data() + at * scores_ld_, low, high, count, call_.score_scale, space_.maximum[at],
             space_.total[at]);
-        if constexpr (kMultipliesPairs) {
-          if (call_.in_pairs) round_weights(at, count);
+        if constexpr (kHasBf16Dot) {
+          if (call_.uses_bf16_dot) round_weights(at, count);
         }
         if (correction != 1.f) {
           scale_row(space_.out.data() + at * call_.v_pad, call_.v_pad, correction);
-          scale_row(space_.reduced.data() + at * reduced_ld_, reduced_ld_, correction);
+          scale_row(space_.lr_sums.data() + at * lr_sums_ld_, lr_sums_ld_, correction);
         }
       }
     }
   }
 
-  // Weights of a row as bfloat16 numbers, and a zero that makes a pair of the last one.
+  // Rounds the weights of a row to bf16. A zero after the last weight completes the last pair of an odd count.
   void round_weights(int64_t at, int64_t count) {
     const float* weights = space_.scores.data() + at * scores_ld_;
-    at::BFloat16* rounded = space_.rounded_weights.data() + at * scores_ld_;
-    for (int64_t j = 0; j < count; j += W) store_numbers(Vec::loadu(weights + j), rounded + j);
+    at::BFloat16* rounded = space_.bf16_weights.data() + at * scores_ld_;
+    for (int64_t j = 0; j < count; j += W) store_vec(Vec::loadu(weights + j), rounded + j);
     rounded[count] = 0.f;
   }
 
+  // Adds the weighted values of a page, and their weighted LR rows, to the sums of all query rows that see the page.
   void add_values(const Page& page) {
-    const int64_t row = first_seeing(page.first) * call_.group, count = page.count;
+    const int64_t row = first_token_seeing(page.first_key) * call_.gqa_group, count = page.keys;
     for (int64_t h = 0; h < heads_; ++h) {
-      const Numbers values = value_tile(call_, page.id, item_.first_head + h, count, space_.tile);
-      const int64_t at = h * rows_ + row, ld = call_.v_pad, place = at * scores_ld_ + page.place;
-      const float* weights = space_.scores.data() + place;
-      const char* ahead = page.ahead.of(call_, item_.first_head + h);
-      if constexpr (kMultipliesPairs) {
-        if (call_.in_pairs) {
-          const at::BFloat16* value = values.bfloats();
-          const Pair* weight_pairs = pairs(space_.rounded_weights.data() + place);
-          weigh_rows(weight_pairs, scores_ld_ / 2, RowPairs{value, ld}, count / 2, at, row, ahead);
+      const TypedPointer values = page_values(call_, page.id, item_.first_head + h, count, space_.page);
+      const int64_t at = h * rows_ + row, ld = call_.v_pad, offset = at * scores_ld_ + page.tile_offset;
+      const float* weights = space_.scores.data() + offset;
+      const char* prefetch_at = page.prefetch.of_head(call_, item_.first_head + h);
+      if constexpr (kHasBf16Dot) {
+        if (call_.uses_bf16_dot) {
+          const at::BFloat16* value = values.bf16();
+          const Bf16Pair* weight_pairs = as_pairs(space_.bf16_weights.data() + offset);
+          add_weighted_rows(weight_pairs, scores_ld_ / 2, RowPairs{value, ld}, count / 2, at, row, prefetch_at);
           if (count % 2 == 1) {
             const Rows last{value + (count - 1) * ld, ld};
-            weigh_rows(weights + count - 1, scores_ld_, last, 1, at, row, ahead);
+            add_weighted_rows(weights + count - 1, scores_ld_, last, 1, at, row, prefetch_at);
           }
           continue;
         }
       }
-      if (few_rows()) {
-        values.typed(0, [&](const auto* value) {
-          weigh_rows(weights, scores_ld_, Rows{value, ld}, count, at, row, ahead);
+      if (has_few_rows()) {
+        values.visit(0, [&](const auto* value) {
+          add_weighted_rows(weights, scores_ld_, Rows{value, ld}, count, at, row, prefetch_at);
         });
       } else {
-        const Rows extended{floats(values, count, ld, space_.tile.value), ld};
-        weigh_rows(weights, scores_ld_, extended, count, at, row, ahead);
+        const Rows upcast{as_floats(values, count, ld, space_.page.value), ld};
+        add_weighted_rows(weights, scores_ld_, upcast, count, at, row, prefetch_at);
       }
     }
-    if (call_.v_low.present) reduce_columns(page);
+    if (call_.v_lr.present) add_lr_sums(page);
   }
 
-  // out += weights values, for a head's rows from `row` on, which are `at` and following.
+  // out += weights values, for the query rows of one head from `row` on. `at` is the index of the first one in the
+  // workspace. weights [rows][ld_weights], values [keys][v_pad].
   template <typename A, typename B>
-  void weigh_rows(
-      const A* weights, int64_t apart, const B& values, int64_t keys, int64_t at, int64_t row, const char* ahead) {
+  void add_weighted_rows(
+      const A* weights, int64_t ld_weights, const B& values, int64_t keys, int64_t at, int64_t row,
+      const char* prefetch_at) {
     const int64_t ld = call_.v_pad, rows = rows_ - row;
     float* out = space_.out.data() + at * ld;
-    if (few_rows()) {
-      product<true, true>(weights, apart, values, out, ld, rows, ld, keys, ahead);
+    if (has_few_rows()) {
+      product<true, true>(weights, ld_weights, values, out, ld, rows, ld, keys, prefetch_at);
     } else {
-      product<true>(weights, apart, values, out, ld, rows, ld, keys);
+      product<true>(weights, ld_weights, values, out, ld, rows, ld, keys);
     }
   }
 
-  // reduced += weights times LR columns of a page's values.
-  void reduce_columns(const Page& page) {
-    for_agents(page.first, [&](int64_t begin, int64_t rows, int64_t agent) {
-      const int64_t rank = call_.v_low.ranks[agent], width = padded(rank);
+  // lr_sums += weights times the LR rows of a page's values.
+  void add_lr_sums(const Page& page) {
+    for_agents(page.first_key, [&](int64_t begin, int64_t rows, int64_t agent) {
+      const int64_t rank = call_.v_lr.ranks[agent], width = padded(rank);
       if (rank == 0) return;
-      if (few_rows()) call_.v_low.ask_for(agent, page.next, call_.page_size);
-      // Rows of all heads follow each other if all are this agent's.
+      if (has_few_rows()) call_.v_lr.prefetch_rows(agent, page.next_id, call_.page_size);
+      // If all query rows are of this agent, the rows of all heads are consecutive and one product takes them.
       const bool all = rows == rows_;
-      auto reduce = [&](const auto* weights, int64_t apart, const auto& columns, int64_t keys) {
+      auto add = [&](const auto* weights, int64_t ld_weights, const auto& lr, int64_t keys) {
         for (int64_t h = 0; h < (all ? 1 : heads_); ++h) {
           const int64_t at = h * rows_ + begin;
           product<true>(
-              weights + at * apart, apart, columns, space_.reduced.data() + at * reduced_ld_, reduced_ld_,
+              weights + at * ld_weights, ld_weights, lr, space_.lr_sums.data() + at * lr_sums_ld_, lr_sums_ld_,
               all ? heads_ * rows_ : rows, width, keys);
         }
       };
-      if constexpr (kMultipliesPairs) {
-        if (call_.in_pairs) {
-          call_.v_low.page_by_keys(agent, page.id, call_.page_size, page.count, space_.value_columns.data());
-          const Rows columns{static_cast<const Pair*>(space_.value_columns.data()), width};
-          reduce(pairs(space_.rounded_weights.data() + page.place), scores_ld_ / 2, columns, (page.count + 1) / 2);
+      if constexpr (kHasBf16Dot) {
+        if (call_.uses_bf16_dot) {
+          call_.v_lr.token_pairs(agent, page.id, call_.page_size, page.keys, space_.lr_v_pairs.data());
+          const Rows lr{static_cast<const Bf16Pair*>(space_.lr_v_pairs.data()), width};
+          add(as_pairs(space_.bf16_weights.data() + page.tile_offset), scores_ld_ / 2, lr, (page.keys + 1) / 2);
           return;
         }
       }
-      const float* columns = call_.v_low.page(agent, page.id, call_.page_size, page.count, space_.tile.columns.data());
-      reduce(space_.scores.data() + page.place, scores_ld_, Rows{columns, width}, page.count);
+      const float* lr = call_.v_lr.rows(agent, page.id, call_.page_size, page.keys, space_.page.lr.data());
+      add(space_.scores.data() + page.tile_offset, scores_ld_, Rows{lr, width}, page.keys);
     });
   }
 
-  void expand_reduced() {
-    if (!call_.v_low.present) return;
+  // out += lr_sums lora_b_v.
+  void apply_lora_b() {
+    if (!call_.v_lr.present) return;
     for_agents(0, [&](int64_t begin, int64_t rows, int64_t agent) {
-      const int64_t rank = call_.v_low.ranks[agent];
+      const int64_t rank = call_.v_lr.ranks[agent];
       if (rank == 0) return;
       for (int64_t h = 0; h < heads_; ++h) {
         const int64_t at = h * rows_ + begin;
-        const float* up = call_.v_low.up_of(agent, item_.first_head + h, call_.v_pad);
+        const float* lora_b = call_.v_lr.lora_b_of(agent, item_.first_head + h, call_.v_pad);
         product<true>(
-            space_.reduced.data() + at * reduced_ld_, reduced_ld_, Rows{up, call_.v_pad},
+            space_.lr_sums.data() + at * lr_sums_ld_, lr_sums_ld_, Rows{lora_b, call_.v_pad},
             space_.out.data() + at * call_.v_pad, call_.v_pad, rows, call_.v_pad, rank);
       }
     });
   }
 
-  const Call& call_;
-  const Item& item_;
+  const AttentionCall& call_;
+  const WorkItem& item_;
   Workspace& space_;
-  const int64_t heads_, rows_, reduced_ld_;
+  const int64_t heads_, rows_, lr_sums_ld_;
   const PageWalk walk_;
   int64_t tile_keys_, scores_ld_;
 };
