@@ -13,8 +13,8 @@ from lragent.errors import InternalError, RequestError
 from lragent.program.defaults import KV_MEMORY
 from lragent.program.program import Program
 from lragent.runtime.cache import memory
-from lragent.runtime.cache.page_pool import PagePool
 from lragent.runtime.cache.prefix_index import KeyRules
+from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.cache.write_log import extent
 from lragent.runtime.loop import EngineLoop
 from lragent.runtime.sampling.tokenizer import Tokenizer
@@ -80,8 +80,8 @@ class Engine:
         self._loop = EngineLoop(
             program=program,
             scheme=scheme,
-            cache=memory.allocate(schema, scheme.columns, pages, page_size, kv_dtype, device),
-            pool=PagePool(pages, sizes, track_columns=scheme.own_columns),
+            memory=memory.allocate(schema, scheme.columns, pages, page_size, kv_dtype, device),
+            cache=SharedCache.empty(pages, sizes, page_size, track_columns=scheme.own_columns),
             tokenizer=tokenizer,
             stop_token_ids=frozenset(stop_token_ids),
             rules=_key_rules(program, scheme),
@@ -155,7 +155,7 @@ class Engine:
         self._saver(Path(path))
 
     def stats(self) -> EngineStats:
-        loop, pool = self._loop, self._loop.pool
+        loop, pool = self._loop, self._loop.cache.pool
         tokens = Usage()
         tokens.add(loop.usage)
         return EngineStats(
@@ -184,17 +184,14 @@ class Engine:
         """
         loop = self._loop
         tables = [table for state in loop.states for table in state.tables.values()]
-        loop.pool.check(table.pages for table in tables)
+        loop.cache.pool.check(table.pages for table in tables)
         for table in tables:
-            wanted = -(-table.computed // loop.cache.page_size)
+            wanted = loop.cache.pages_for(table.computed)
             if len(table.pages) != wanted:
                 raise InternalError(f"{table.computed} computed tokens in {len(table.pages)} != {wanted} pages")
             if not table.settled <= table.computed <= extent(table.runs):
                 raise InternalError(f"not settled {table.settled} <= computed {table.computed} <= record {table.runs}")
-        running = loop.scheduler.running
-        for key, request in loop.scheduler.claims.items():
-            if request not in running or key not in request.claims:
-                raise InternalError("a page is claimed by a request that isn't running")
+        loop.cache.claims.check(loop.scheduler.running)
 
 
 def _check_program(program: Program, scheme: Scheme) -> None:

@@ -14,9 +14,9 @@ import torch
 
 from lragent.errors import InternalError, RequestError
 from lragent.program.program import Program
-from lragent.runtime.cache.memory import Cache
-from lragent.runtime.cache.page_pool import PagePool
+from lragent.runtime.cache.memory import CacheMemory
 from lragent.runtime.cache.prefix_index import KeyRules
+from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.request import Request
 from lragent.runtime.sampling.take_logits import take_logits
 from lragent.runtime.sampling.tokenizer import Tokenizer
@@ -41,8 +41,8 @@ class EngineLoop:
 
     program: Program
     scheme: Scheme
-    cache: Cache
-    pool: PagePool
+    memory: CacheMemory
+    cache: SharedCache
     tokenizer: Tokenizer | None
     stop_token_ids: frozenset[int]
     rules: tuple[KeyRules, ...]
@@ -58,16 +58,11 @@ class EngineLoop:
     pump: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(
-            self.scheme, self.pool, self.cache.page_size, self.max_batch_tokens, self.rules_for, self.states.keys()
-        )
+        self.scheduler = Scheduler(self.scheme, self.cache, self.max_batch_tokens, self.states.keys())
 
     def owner(self, agent: int | None) -> int:
         """Key of the page table that an agent works on."""
         return agent if self.scheme.agent_tables and agent is not None else 0
-
-    def rules_for(self, request: Request) -> KeyRules:
-        return self.rules[self.owner(request.agent)]
 
     def submit(self, request: Request) -> None:
         self.active[request.state] = request
@@ -104,17 +99,15 @@ class EngineLoop:
         for entry in entries:
             sources += [source for source, _ in entry.copies]
             targets += [target for _, target in entry.copies]
-        self.cache.copy_pages(sources, targets)
-        page_size = self.cache.page_size
-        step = build_step(entries, len(self.names) - 1, page_size)
+        self.memory.copy_pages(sources, targets)
+        step = build_step(entries, len(self.names) - 1, self.cache.page_size)
         with torch.inference_mode():
-            logits_RV = self.program.run(step, self.cache.tensors)
+            logits_RV = self.program.run(step, self.memory.tensors)
         self.steps += 1
         for entry in entries:
             for piece in entry.pieces:
-                rules = self.rules_for(entry.request)
-                book(entry.request, piece, self.scheme, rules, self.pool, self.scheduler.claims, page_size)
-        self.pool.note_peak()
+                book(entry.request, piece, self.scheme, self.cache)
+        self.cache.pool.note_peak()
         done = take_logits(entries, logits_RV, self.scheme, len(self.names), self.program.max_positions)
         for request in done:
             self.end(request, request.error)
@@ -135,10 +128,10 @@ class EngineLoop:
         state = request.state
         self.active.pop(state, None)
         if error is not None:
-            state.cut(request.prompt, self.pool, self.cache.page_size)
+            state.cut(request.prompt, self.cache)
             # The turn never was: whoever comes next is the writer of what it processed. Its pages may be half written.
-            request.table.cut(request.turn_start, self.pool, self.cache.page_size)
-            request.table.drop(self.pool, self.cache.page_size)
+            request.table.cut(request.turn_start, self.cache)
+            request.table.drop(self.cache)
         elif request.token_ids:
             state.segments.append(Segment(self.names[request.agent or 0], request.prompt, len(state.tokens)))
             self.turns += 1
@@ -148,7 +141,7 @@ class EngineLoop:
 
     def close(self, state: TrajectoryState) -> None:
         """Gives a trajectory's pages back."""
-        state.close(self.pool, self.cache.page_size)
+        state.close(self.cache)
         self.states.pop(state, None)
 
     def drive(self, request: Request) -> None:

@@ -35,7 +35,6 @@ class Request:
     score: bool = False
     arrival: int = 0
     spans: list[Span] = field(default_factory=list)  # what is left of the plan
-    claims: set[bytes] = field(default_factory=set)  # keys of pages that this request is about to compute
     blocked_on: bytes | None = None  # key of a page that another request is about to compute
     usage: Usage = field(default_factory=Usage)
     planned: bool = False  # has been admitted once

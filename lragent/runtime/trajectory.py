@@ -84,7 +84,7 @@ class Trajectory:
         self._check_idle("truncate")
         if not 0 <= length <= len(self):
             raise RequestError(f"truncate to {length} tokens: the trajectory has {len(self)}")
-        self._state.cut(length, self._loop.pool, self._loop.cache.page_size)
+        self._state.cut(length, self._loop.cache)
 
     def fork(self) -> Trajectory:
         """A second trajectory with the same tokens; it shares pages until one of the two writes into them."""
@@ -93,7 +93,7 @@ class Trajectory:
         return self._fork()
 
     def _fork(self) -> Trajectory:
-        state = self._state.fork(self._loop.pool)
+        state = self._state.fork(self._loop.cache)
         self._loop.states[state] = None
         return Trajectory(self._loop, state)
 
@@ -196,7 +196,8 @@ class Trajectory:
         return request
 
     def _request(self, agent: int | None, options: TurnOptions, watch: StopWatch) -> Request:
-        table = self._state.table_for(self._loop.owner(agent), len(self._loop.names))
+        owner = self._loop.owner(agent)
+        table = self._state.table_for(owner, len(self._loop.names), self._loop.rules[owner])
         length = len(self)
         return Request(self._state, table, agent, options, watch, length, extent(table.runs), logits_from=length - 1)
 
@@ -221,8 +222,8 @@ class Trajectory:
             raise RequestError(
                 f"the trajectory has {length} tokens, the model has {most} positions", "Truncate it, or start shorter."
             )
-        pages, page_size = self._loop.pool.total, self._loop.cache.page_size
-        if -(-length // page_size) > pages:
+        pages, page_size = self._loop.cache.pool.total, self._loop.cache.page_size
+        if self._loop.cache.pages_for(length) > pages:
             raise CacheMemoryError(
                 f"a trajectory of {length} tokens can't ever fit: the cache has {pages} pages of {page_size} tokens",
                 "Give a larger kv_memory, or truncate the trajectory.",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lragent.runtime.cache.page_pool import PagePool
 from lragent.runtime.cache.page_table import PageTable
+from lragent.runtime.cache.prefix_index import KeyRules
+from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.usage import Usage
 
 
@@ -29,9 +30,9 @@ class TrajectoryState:
     usage: Usage = field(default_factory=Usage)  # of all requests, those of forks included
     closed: bool = False
 
-    def table_for(self, owner: int, agents: int) -> PageTable:
+    def table_for(self, owner: int, agents: int, rules: KeyRules) -> PageTable:
         if owner not in self.tables:
-            self.tables[owner] = PageTable(agents)
+            self.tables[owner] = PageTable(agents, rules)
         return self.tables[owner]
 
     def add_tokens(self, ids: list[int], agent: str | None, logprobs: list[float] | None = None) -> None:
@@ -42,7 +43,7 @@ class TrajectoryState:
         self.logprobs += logprobs if logprobs is not None else [None] * len(ids)
         self.segments.append(Segment(agent, start, len(self.tokens)))
 
-    def cut(self, length: int, pool: PagePool, page_size: int) -> None:
+    def cut(self, length: int, cache: SharedCache) -> None:
         """Forgets all tokens from `length` on."""
         del self.tokens[length:]
         del self.logprobs[length:]
@@ -50,21 +51,21 @@ class TrajectoryState:
             Segment(part.agent, part.start, min(part.end, length)) for part in self.segments if part.start < length
         ]
         for table in self.tables.values():
-            table.cut(length, pool, page_size)
+            table.cut(length, cache)
 
-    def fork(self, pool: PagePool) -> TrajectoryState:
+    def fork(self, cache: SharedCache) -> TrajectoryState:
         """The same trajectory again, sharing all pages and the usage account."""
         return TrajectoryState(
             list(self.tokens),
             list(self.logprobs),
             list(self.segments),
-            {owner: table.fork(pool) for owner, table in self.tables.items()},
+            {owner: table.fork(cache) for owner, table in self.tables.items()},
             self.usage,
         )
 
-    def close(self, pool: PagePool, page_size: int) -> None:
+    def close(self, cache: SharedCache) -> None:
         """Gives all pages back."""
         for table in self.tables.values():
-            table.drop(pool, page_size)
+            table.drop(cache)
         self.tables.clear()
         self.closed = True

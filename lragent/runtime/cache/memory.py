@@ -71,7 +71,7 @@ def pages_that_fit(kv_memory: int | str, page: PageBytes) -> int:
 
 
 @dataclass(frozen=True)
-class Cache:
+class CacheMemory:
     """The cache tensors with what is needed to copy pages of them."""
 
     tensors: CacheTensors
@@ -99,7 +99,7 @@ class Cache:
 
 def allocate(
     schema: CacheSchema, columns: Columns, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
-) -> Cache:
+) -> CacheMemory:
     """All cache tensors, zeroed (the CPU commits their memory when it is first written).
 
     Raises:
@@ -128,4 +128,4 @@ def allocate(
     except (OSError, RuntimeError) as error:  # mmap, PyTorch
         size = page_bytes(schema, columns, page_size, dtype).total * pages
         raise CacheMemoryError(f"{size} bytes of cache can't be allocated: {error}", "Give less kv_memory.") from error
-    return Cache(tensors, schema, columns, pages, page_size)
+    return CacheMemory(tensors, schema, columns, pages, page_size)

@@ -26,18 +26,20 @@ class PagePool:
     Args:
         pages: number of pages, the scratch page included.
         sizes: bytes of a page.
+        index: keys of pages; a page with a key stays cached after its last holder released it.
         track_columns: True if agents fill their LR columns one by one (`base_shared`); else a page holds all of them.
     """
 
-    def __init__(self, pages: int, sizes: PageBytes, track_columns: bool) -> None:
+    def __init__(self, pages: int, sizes: PageBytes, index: PrefixIndex, track_columns: bool) -> None:
         self.total = pages - 1
         self.sizes = sizes
-        self.index = PrefixIndex()
         self.holders = [0] * pages
         self.evictions = 0
         self.peak_bytes = 0
+        self._index = index
         self._track_columns = track_columns
         self._free = [page for page in range(pages - 1, -1, -1) if page != SCRATCH_PAGE]
+        self._cached: dict[int, None] = {}  # indexed pages without holders, least recently released first
         # Per page and agent id: how many of its first tokens have this agent's LR columns.
         self._filled: list[dict[int, int]] = [{} for _ in range(pages)]
         self._held_pages = 0
@@ -49,7 +51,7 @@ class PagePool:
 
     @property
     def cached(self) -> int:
-        return len(self.index.cached)
+        return len(self._cached)
 
     @property
     def held(self) -> int:
@@ -78,9 +80,9 @@ class PagePool:
             InternalError: nothing available; callers ask `available` first.
         """
         if not self._free:
-            if not self.index.cached:
+            if not self._cached:
                 raise InternalError(f"no page available: free 0 + cached 0, held {self._held_pages} of {self.total}")
-            oldest = next(iter(self.index.cached))
+            oldest = next(iter(self._cached))
             self.forget(oldest)
             self.evictions += 1
         page = self._free.pop()
@@ -90,7 +92,7 @@ class PagePool:
     def hold(self, page: int) -> None:
         """Adds a holder."""
         if self.holders[page] == 0:
-            self.index.cached.pop(page, None)
+            self._cached.pop(page, None)
             self._held_pages += 1
             self._held_columns.update(self._filled[page].keys())
         self.holders[page] += 1
@@ -104,20 +106,21 @@ class PagePool:
             if self.holders[page] == 0:
                 self._held_pages -= 1
                 self._held_columns.subtract(self._filled[page].keys())
-                if page in self.index.key_of:
-                    self.index.cached[page] = None
+                if page in self._index:
+                    self._cached[page] = None
                 else:
                     self._set_free(page)
 
     def forget(self, page: int) -> None:
         """Takes a page out of the index; without holders it becomes free."""
-        self.index.remove(page)
+        self._index.remove(page)
+        self._cached.pop(page, None)
         if self.holders[page] == 0:
             self._set_free(page)
 
     def is_exclusive(self, page: int) -> bool:
         """Whether its one holder may rewrite it in place."""
-        return self.holders[page] == 1 and page not in self.index.key_of
+        return self.holders[page] == 1 and page not in self._index
 
     def filled(self, page: int, agent: int) -> int:
         """Tokens at the start of a page that have this agent's LR columns."""
@@ -176,9 +179,9 @@ class PagePool:
         self._check_index()
 
     def _check_index(self) -> None:
-        index = self.index
+        index = self._index
         if {page: key for key, page in index.page_of.items()} != index.key_of:
             raise InternalError(f"index: {len(index.page_of)} keys != {len(index.key_of)} pages, or they disagree")
         unheld = {page for page in index.key_of if not self.holders[page]}
-        if unheld != set(index.cached):
-            raise InternalError(f"{len(unheld)} indexed pages without holders != cached {len(index.cached)}")
+        if unheld != set(self._cached):
+            raise InternalError(f"{len(unheld)} indexed pages without holders != cached {self.cached}")

@@ -6,11 +6,13 @@ runs on it; the record stays, and a later turn replays it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lragent.runtime.cache import write_log as record
-from lragent.runtime.cache.page_pool import PagePool
-from lragent.runtime.cache.write_log import Run
+from lragent.runtime.cache.prefix_index import KeyRules, extend_keys
+from lragent.runtime.cache.shared_cache import SharedCache
+from lragent.runtime.cache.write_log import Run, extent
 
 
 @dataclass(eq=False)
@@ -18,6 +20,7 @@ class PageTable:
     """`pages[i]` holds tokens `[i * P, (i + 1) * P)`; see `schemes.View` for the counts."""
 
     agents: int  # N + 1, base included
+    rules: KeyRules
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     settled: int = 0
@@ -30,54 +33,59 @@ class PageTable:
     def __post_init__(self) -> None:
         self.columns_before = self.columns_before or [0] * self.agents
 
-    def columns(self, pool: PagePool, page_size: int) -> tuple[int, ...]:
+    def columns(self, cache: SharedCache) -> tuple[int, ...]:
         """By agent id, how many tokens from the start have this agent's LR columns (`base_shared`)."""
-        return tuple(self._columns_of(agent, pool, page_size) for agent in range(self.agents))
+        return tuple(self._columns_of(agent, cache) for agent in range(self.agents))
 
-    def _columns_of(self, agent: int, pool: PagePool, page_size: int) -> int:
+    def _columns_of(self, agent: int, cache: SharedCache) -> int:
         tokens = 0
         for page in self.pages:
-            filled = pool.filled(page, agent)
+            filled = cache.pool.filled(page, agent)
             tokens += filled
-            if filled < page_size:
+            if filled < cache.page_size:
                 break
         return min(tokens, self.computed)
 
-    def replace_page(self, index: int, page: int, pool: PagePool) -> None:
+    def extend_keys(self, tokens: Sequence[int], cache: SharedCache) -> None:
+        """Adds the keys of full pages of processed tokens that have none yet."""
+        extend_keys(self.keys, self.rules, tokens, self.runs, extent(self.runs), cache.page_size)
+
+    def replace_page(self, index: int, page: int, cache: SharedCache) -> None:
         """Puts a page of the pool at `index`, which is at most one past the end."""
-        pool.hold(page)
+        cache.pool.hold(page)
         if index < len(self.pages):
-            pool.release([self.pages[index]])
+            cache.pool.release([self.pages[index]])
             self.pages[index] = page
         else:
             self.pages.append(page)
 
-    def cut(self, length: int, pool: PagePool, page_size: int) -> None:
+    def cut(self, length: int, cache: SharedCache) -> None:
         """Forgets everything about tokens from `length` on."""
         self.runs = record.cut(self.runs, length)
         self.computed = min(self.computed, length)
         self.settled = min(self.settled, length)
         self.settled_before = min(self.settled_before, length)
         self.columns_before = [min(tokens, length) for tokens in self.columns_before]
-        del self.keys[length // page_size :]
-        self._release_from(-(-self.computed // page_size), pool)
+        del self.keys[length // cache.page_size :]
+        self._release_from(cache.pages_for(self.computed), cache)
 
-    def drop(self, pool: PagePool, page_size: int) -> None:
+    def drop(self, cache: SharedCache) -> None:
         """Gives all pages back; the record stays."""
-        self.columns_before = list(map(max, self.columns_before, self.columns(pool, page_size)))
+        self.columns_before = list(map(max, self.columns_before, self.columns(cache)))
         self.computed = self.settled = 0
-        self._release_from(0, pool)
+        self._release_from(0, cache)
 
-    def _release_from(self, index: int, pool: PagePool) -> None:
-        pool.release(reversed(self.pages[index:]))
+    def _release_from(self, index: int, cache: SharedCache) -> None:
+        cache.pool.release(reversed(self.pages[index:]))
         del self.pages[index:]
 
-    def fork(self, pool: PagePool) -> PageTable:
+    def fork(self, cache: SharedCache) -> PageTable:
         """A table that shares all pages with this one."""
         for page in self.pages:
-            pool.hold(page)
+            cache.pool.hold(page)
         return PageTable(
             self.agents,
+            self.rules,
             list(self.pages),
             self.computed,
             self.settled,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,12 +74,14 @@ def columns_key(key: bytes, agent: int) -> bytes:
 
 
 class PrefixIndex:
-    """Keys of pages, and the order in which pages without holders are evicted (least recently released first)."""
+    """Keys of pages and pages of keys. Pages leave it through `PagePool.forget` only."""
 
     def __init__(self) -> None:
         self.page_of: dict[bytes, int] = {}
         self.key_of: dict[int, bytes] = {}
-        self.cached: OrderedDict[int, None] = OrderedDict()  # indexed pages that nobody holds
+
+    def __contains__(self, page: object) -> bool:
+        return page in self.key_of
 
     def get(self, key: bytes) -> int | None:
         return self.page_of.get(key)
@@ -98,4 +99,3 @@ class PrefixIndex:
         key = self.key_of.pop(page, None)
         if key is not None:
             del self.page_of[key]
-        self.cached.pop(page, None)

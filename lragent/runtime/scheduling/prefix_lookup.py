@@ -8,13 +8,12 @@ outputs. So open pages are indexed too, under a key of their own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lragent.runtime.cache.page_pool import PagePool
 from lragent.runtime.cache.page_table import PageTable
-from lragent.runtime.cache.prefix_index import KeyRules, columns_key, extend_keys, open_key
-from lragent.runtime.cache.write_log import Run, extended
+from lragent.runtime.cache.prefix_index import columns_key, extend_keys, open_key
+from lragent.runtime.cache.shared_cache import SharedCache
+from lragent.runtime.cache.write_log import Run, extended, extent
 from lragent.runtime.request import Request
 from lragent.runtime.schemes import Scheme
 
@@ -50,33 +49,26 @@ def wanted_key(key: bytes, page_end: int, request: Request, scheme: Scheme) -> b
     return open_key(key) if in_turn else key
 
 
-def find(
-    request: Request,
-    scheme: Scheme,
-    rules: KeyRules,
-    pool: PagePool,
-    claims: Mapping[bytes, Request],
-    page_size: int,
-) -> Match:
+def find(request: Request, scheme: Scheme, cache: SharedCache) -> Match:
     """Looks up the longest prefix of pages that has the wanted content."""
-    table = request.table
+    table, page_size = request.table, cache.page_size
     keys = list(table.keys)
     runs = planned_runs(request, scheme)
-    extend_keys(keys, rules, request.state.tokens, runs, runs[-1].end if runs else 0, page_size)
+    extend_keys(keys, table.rules, request.state.tokens, runs, extent(runs), page_size)
     pages: list[int] = []
     blocked_on: bytes | None = None
     own = table.settled // page_size if scheme.adapter_free else table.computed // page_size
     for index, key in enumerate(keys):
         wanted = wanted_key(key, (index + 1) * page_size, request, scheme)
-        indexed = pool.index.get(wanted)
+        indexed = cache.index.get(wanted)
         page = table.pages[index] if index < own else indexed
         if page is None:
-            blocked_on = blocked_on or _claimed(wanted, claims, request)
+            blocked_on = blocked_on or _claimed(wanted, request, cache)
             break
         if scheme.own_columns and request.agent:
-            page = _fuller(page, indexed, request.agent, pool)
-            if pool.filled(page, request.agent) < page_size:
-                blocked_on = blocked_on or _claimed(columns_key(key, request.agent), claims, request)
+            page = _fuller(page, indexed, request.agent, cache)
+            if cache.pool.filled(page, request.agent) < page_size:
+                blocked_on = blocked_on or _claimed(columns_key(key, request.agent), request, cache)
         pages.append(page)
     reach = len(pages) * page_size
     if scheme.adapter_free:
@@ -84,13 +76,14 @@ def find(
     return Match(pages, reach, keys, blocked_on)
 
 
-def _claimed(key: bytes, claims: Mapping[bytes, Request], request: Request) -> bytes | None:
-    return key if claims.get(key, request) is not request else None
+def _claimed(key: bytes, request: Request, cache: SharedCache) -> bytes | None:
+    return key if cache.claims.claimed_by_other(key, request) else None
 
 
-def _fuller(own: int, other: int | None, agent: int, pool: PagePool) -> int:
+def _fuller(own: int, other: int | None, agent: int, cache: SharedCache) -> int:
     """Of two pages with equal base content, the one with more of the agent's columns."""
-    return other if other is not None and pool.filled(other, agent) > pool.filled(own, agent) else own
+    filled = cache.pool.filled
+    return other if other is not None and filled(other, agent) > filled(own, agent) else own
 
 
 def _without_half_turns(reach: int, request: Request, runs: tuple[Run, ...]) -> int:
@@ -107,27 +100,27 @@ def _without_half_turns(reach: int, request: Request, runs: tuple[Run, ...]) -> 
     return reach
 
 
-def _swapped(match: Match, table: PageTable, page_size: int) -> int:
+def _swapped(match: Match, table: PageTable, cache: SharedCache) -> int:
     """How many pages of the match the table takes over.
 
     Behind `computed` only whole pages: the rest of the last one has other content in the table.
     """
-    return match.reach // page_size if match.reach <= table.computed else -(-match.reach // page_size)
+    return match.reach // cache.page_size if match.reach <= table.computed else cache.pages_for(match.reach)
 
 
-def new_pages(match: Match, table: PageTable, tokens: int, pool: PagePool, page_size: int) -> int:
+def new_pages(match: Match, table: PageTable, tokens: int, cache: SharedCache) -> int:
     """How many available pages the request takes in all: pages to compute, and matched ones that nobody holds yet."""
-    end = _swapped(match, table, page_size)
-    held = sum(1 for page in match.pages[:end] if pool.holders[page]) + len(table.pages[end:])
-    return -(-tokens // page_size) - held
+    end = _swapped(match, table, cache)
+    held = sum(1 for page in match.pages[:end] if cache.pool.holders[page]) + len(table.pages[end:])
+    return cache.pages_for(tokens) - held
 
 
-def attach(match: Match, request: Request, scheme: Scheme, pool: PagePool, page_size: int) -> None:
+def attach(match: Match, request: Request, scheme: Scheme, cache: SharedCache) -> None:
     """Makes the request's table use what was found."""
     table = request.table
-    for index in range(_swapped(match, table, page_size)):
+    for index in range(_swapped(match, table, cache)):
         if index >= len(table.pages) or table.pages[index] != match.pages[index]:
-            table.replace_page(index, match.pages[index], pool)
+            table.replace_page(index, match.pages[index], cache)
     if match.reach > table.computed and request.agent is not None:
         since = request.turn_start if scheme.adapter_free else 0
         table.runs = extended(table.runs, request.agent, match.reach, since)
