@@ -1,5 +1,6 @@
 """Runs agents' turns over shared pages: pages, prefix reuse, sharing schemes, scheduling, sampling, rollouts."""
 
+from lragent.runtime.config import EngineConfig
 from lragent.runtime.engine import Engine
 from lragent.runtime.sampling.tokenizer import Tokenizer, TokenizerFile
 from lragent.runtime.schemes import SCHEMES
@@ -13,6 +14,7 @@ from lragent.runtime.usage import Usage
 __all__ = [
     "SCHEMES",
     "Engine",
+    "EngineConfig",
     "EngineStats",
     "RolloutResult",
     "Segment",

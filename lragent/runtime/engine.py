@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from lragent.errors import InternalError, RequestError
-from lragent.program.defaults import KV_MEMORY
 from lragent.program.program import Program
 from lragent.runtime.cache import memory
 from lragent.runtime.cache.prefix_index import KeyRules
 from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.cache.write_log import extent
+from lragent.runtime.config import EngineConfig
 from lragent.runtime.loop import EngineLoop
 from lragent.runtime.sampling.tokenizer import Tokenizer
-from lragent.runtime.schemes import Scheme, scheme_named
+from lragent.runtime.schemes import Scheme
 from lragent.runtime.stats import EngineStats
 from lragent.runtime.task_loop import RolloutResult, Workflow, arun_workflow, run_workflow
 from lragent.runtime.trajectory import Trajectory
@@ -32,62 +32,44 @@ class Engine:
     """Runs turns of agents over shared cache pages.
 
     Args:
-        program: the lowered model; its schema's layout has to be the scheme's.
-        sharing: name of the sharing scheme (runtime/schemes.py).
+        program: the lowered model; its schema must have the layout of the sharing scheme.
         tokenizer: needed for text and stop strings.
-        kv_memory: bytes of cache, or text like "2GiB"; rounded down to whole pages.
-        max_batch_tokens: most tokens of a step.
-        page_size: tokens a page.
-        kv_dtype: of all cache tensors.
-        stop_token_ids: the model's own stop tokens.
-        agents: those that will act besides `base`; the cache holds no LR columns of others. None: all.
-        threads: for torch, which has one setting a process; None leaves it.
         saver: writes the model as an artifact to a path, for `save`.
 
     Raises:
-        RequestError: unknown scheme, a program of another layout, bad sizes.
-        CacheMemoryError: `kv_memory` holds no page.
+        RequestError: a program of another layout, or an unknown agent.
+        CacheMemoryError: `config.kv_memory` has no room for a page.
     """
 
     def __init__(
         self,
         program: Program,
-        sharing: str,
+        config: EngineConfig,
         tokenizer: Tokenizer | None = None,
-        kv_memory: int | str = KV_MEMORY,
-        max_batch_tokens: int = 2048,
-        page_size: int = 32,
-        kv_dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        stop_token_ids: Sequence[int] = (),
-        agents: Sequence[str] | None = None,
-        threads: int | None = None,
         saver: Callable[[Path], None] | None = None,
     ) -> None:
-        scheme = scheme_named(sharing)
+        scheme = config.scheme
         _check_program(program, scheme)
-        for name, value in (("max_batch_tokens", max_batch_tokens), ("page_size", page_size)):
-            if value < 1:
-                raise RequestError(f"{name} is {value}, must be at least 1")
         self._saver = saver
-        if threads is not None:
-            torch.set_num_threads(threads)
-        device = torch.device(device)
-        acting = _acting(program, agents)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        acting = _acting(program, config.agents)
         schema = program.schema.holding(acting)
-        sizes = memory.page_bytes(schema, scheme.columns, page_size, kv_dtype)
-        pages = memory.pages_that_fit(kv_memory, sizes)
+        sizes = memory.page_bytes(schema, scheme.columns, config.page_size, config.kv_dtype)
+        pages = memory.pages_that_fit(config.kv_memory, sizes)
         self._loop = EngineLoop(
             program=program,
             scheme=scheme,
-            memory=memory.allocate(schema, scheme.columns, pages, page_size, kv_dtype, device),
-            cache=SharedCache.empty(pages, sizes, page_size, track_columns=scheme.own_columns),
+            memory=memory.allocate(
+                schema, scheme.columns, pages, config.page_size, config.kv_dtype, torch.device(config.device)
+            ),
+            cache=SharedCache.empty(pages, sizes, config.page_size, track_columns=scheme.own_columns),
             tokenizer=tokenizer,
-            stop_token_ids=frozenset(stop_token_ids),
+            stop_token_ids=frozenset(config.stop_token_ids),
             rules=_key_rules(program, scheme),
             names=(BASE, *program.schema.agents),
             acting=(BASE, *acting),
-            max_batch_tokens=max_batch_tokens,
+            max_batch_tokens=config.max_batch_tokens,
         )
 
     @property

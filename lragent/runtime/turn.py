@@ -8,9 +8,9 @@ samples) -> done, with `error` set or not. Losing its pages sends it back to the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import index
-from typing import Literal
+from typing import Literal, TypedDict
 
 from lragent.errors import RequestError
 from lragent.runtime.usage import Usage
@@ -18,9 +18,24 @@ from lragent.runtime.usage import Usage
 FinishReason = Literal["stop", "length"]
 
 
+class TurnArguments(TypedDict, total=False):
+    """Keyword arguments of `Trajectory.generate`: the fields of `TurnOptions`, each optional."""
+
+    max_new_tokens: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    ignore_eos: bool
+    forced: Sequence[int] | None
+
+
 @dataclass(frozen=True)
 class TurnOptions:
-    """How a turn samples and when it stops.
+    """Sampling and stop options of a turn.
 
     Args:
         max_new_tokens: most tokens of the turn; ignored with `forced`.
@@ -58,6 +73,19 @@ class TurnOptions:
         for holds, message in checks:
             if not holds:
                 raise RequestError(message)
+
+    @staticmethod
+    def of(arguments: TurnArguments) -> TurnOptions:
+        """Options from keyword arguments.
+
+        Raises:
+            RequestError: an unknown option or a bad value.
+        """
+        known = [field.name for field in fields(TurnOptions)]
+        for name in arguments:
+            if name not in known:
+                raise RequestError(f"unknown turn option {name!r}", f"Options are: {', '.join(known)}.")
+        return TurnOptions(**arguments)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
