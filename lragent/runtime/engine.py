@@ -17,6 +17,7 @@ from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.cache.write_log import extent
 from lragent.runtime.config import EngineConfig
 from lragent.runtime.loop import EngineLoop
+from lragent.runtime.make_request import RequestMaker
 from lragent.runtime.sampling.tokenizer import Tokenizer
 from lragent.runtime.schemes import Scheme
 from lragent.runtime.stats import EngineStats
@@ -57,25 +58,35 @@ class Engine:
         schema = program.schema.holding(acting)
         sizes = memory.page_bytes(schema, scheme.columns, config.page_size, config.kv_dtype)
         pages = memory.pages_that_fit(config.kv_memory, sizes)
-        self._loop = EngineLoop(
+        # Memory first: the system may refuse so many pages.
+        tensors = memory.allocate(
+            schema, scheme.columns, pages, config.page_size, config.kv_dtype, torch.device(config.device)
+        )
+        cache = SharedCache.empty(pages, sizes, config.page_size, track_columns=scheme.own_columns)
+        names = (BASE, *program.schema.agents)
+        self._make = RequestMaker(
             program=program,
             scheme=scheme,
-            memory=memory.allocate(
-                schema, scheme.columns, pages, config.page_size, config.kv_dtype, torch.device(config.device)
-            ),
-            cache=SharedCache.empty(pages, sizes, config.page_size, track_columns=scheme.own_columns),
+            cache=cache,
             tokenizer=tokenizer,
             stop_token_ids=frozenset(config.stop_token_ids),
             rules=_key_rules(program, scheme),
-            names=(BASE, *program.schema.agents),
+            names=names,
             acting=(BASE, *acting),
+        )
+        self._loop = EngineLoop(
+            program=program,
+            scheme=scheme,
+            memory=tensors,
+            cache=cache,
+            names=names,
             max_batch_tokens=config.max_batch_tokens,
         )
 
     @property
     def agents(self) -> tuple[str, ...]:
         """Names of all agents that may act, `base` first."""
-        return self._loop.acting
+        return self._make.acting
 
     @property
     def sharing(self) -> str:
@@ -87,7 +98,7 @@ class Engine:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        return self._loop.tokenizer
+        return self._make.tokenizer
 
     @property
     def on_step(self) -> Callable[[], None] | None:
@@ -104,11 +115,10 @@ class Engine:
         Close it, or use it as a context manager, to give its pages back.
         """
         state = TrajectoryState()
-        trajectory = Trajectory(self._loop, state)
         if start is not None:
-            state.add_tokens(trajectory.encode(start, special=True), agent=None)
-        self._loop.states[state] = None
-        return trajectory
+            state.add_tokens(self._make.encode(start, special=True), agent=None)
+        self._loop.open(state)
+        return Trajectory(self._loop, self._make, state)
 
     def run(
         self, workflow: Workflow, tasks: Iterable[dict[str, Any]], concurrency: int = 32
@@ -202,7 +212,7 @@ def _acting(program: Program, agents: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _key_rules(program: Program, scheme: Scheme) -> tuple[KeyRules, ...]:
-    """Key rules by owner of page tables (see `EngineLoop`)."""
+    """Key rules by owner of page tables (see `RequestMaker`)."""
     digests = (BASE.encode(), *(b"adapter:" + agent.digest.encode() for agent in program.agents))
     if scheme.agent_tables:
         return tuple(KeyRules(_root(scheme, digest), None, turn_starts=False) for digest in digests)

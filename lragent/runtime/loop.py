@@ -15,11 +15,9 @@ import torch
 from lragent.errors import InternalError, RequestError
 from lragent.program.program import Program
 from lragent.runtime.cache.memory import CacheMemory
-from lragent.runtime.cache.prefix_index import KeyRules
 from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.request import Request
 from lragent.runtime.sampling.take_logits import take_logits
-from lragent.runtime.sampling.tokenizer import Tokenizer
 from lragent.runtime.scheduling.batch import build_step
 from lragent.runtime.scheduling.bookkeeping import book
 from lragent.runtime.scheduling.scheduler import Scheduler
@@ -33,25 +31,21 @@ class EngineLoop:
     """State of an engine and its step.
 
     Args:
-        rules: key rules by owner of page tables: by agent id in `non_shared`, else one under key 0.
         names: agent names by agent id.
-        acting: names of those that may act.
         on_step: called after every step, for tests and monitors.
+        states: open trajectories, in order of creation.
+        active: the request in progress of each trajectory that has one.
     """
 
     program: Program
     scheme: Scheme
     memory: CacheMemory
     cache: SharedCache
-    tokenizer: Tokenizer | None
-    stop_token_ids: frozenset[int]
-    rules: tuple[KeyRules, ...]
     names: tuple[str, ...]
-    acting: tuple[str, ...]
     max_batch_tokens: int
     on_step: Callable[[], None] | None = None
-    states: dict[TrajectoryState, None] = field(default_factory=dict)  # open ones, in order of creation
-    active: dict[TrajectoryState, Request] = field(default_factory=dict)  # requests in progress
+    states: dict[TrajectoryState, None] = field(default_factory=dict)
+    active: dict[TrajectoryState, Request] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
     turns: int = 0
     steps: int = 0
@@ -60,9 +54,31 @@ class EngineLoop:
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.scheme, self.cache, self.max_batch_tokens, self.states.keys())
 
-    def owner(self, agent: int | None) -> int:
-        """Key of the page table that an agent works on."""
-        return agent if self.scheme.agent_tables and agent is not None else 0
+    def open(self, state: TrajectoryState) -> None:
+        """Adds a trajectory; its pages may be dropped when memory runs out."""
+        self.states[state] = None
+
+    def fork(self, state: TrajectoryState) -> TrajectoryState:
+        """Opens a second trajectory with the same tokens and pages."""
+        copy = state.fork(self.cache)
+        self.open(copy)
+        return copy
+
+    def truncate(self, state: TrajectoryState, length: int) -> None:
+        """Keeps the first `length` tokens of a trajectory."""
+        state.cut(length, self.cache)
+
+    def close(self, state: TrajectoryState) -> None:
+        """Releases a trajectory's pages; a request in progress ends with RequestError."""
+        active = self.active.get(state)
+        if active is not None:
+            self.end(active, RequestError("the trajectory was closed during a turn"))
+        state.close(self.cache)
+        self.states.pop(state, None)
+
+    def is_busy(self, state: TrajectoryState) -> bool:
+        """True while a request of the trajectory is in progress."""
+        return state in self.active
 
     def submit(self, request: Request) -> None:
         self.active[request.state] = request
@@ -138,11 +154,6 @@ class EngineLoop:
         self.usage.add(request.usage)
         state.usage.add(request.usage)
         request.finish(error)
-
-    def close(self, state: TrajectoryState) -> None:
-        """Gives a trajectory's pages back."""
-        state.close(self.cache)
-        self.states.pop(state, None)
 
     def drive(self, request: Request) -> None:
         """Steps until a request is done; raises its error."""

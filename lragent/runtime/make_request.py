@@ -103,9 +103,7 @@ class RequestMaker:
         first = len(state.tokens) - 1
         ids = self.ids(token_ids)
         state.add_tokens(ids[:-1], agent=None)
-        request = self._request(
-            state, self.agent_id(agent), TurnOptions(forced=ids), StopWatch(self.tokenizer, (), ())
-        )
+        request = self._request(state, self.agent_id(agent), TurnOptions(forced=ids), StopWatch(self.tokenizer, (), ()))
         request.score, request.logits_from = True, first
         return request
 
@@ -119,9 +117,7 @@ class RequestMaker:
             return None
         return self._request(state, None, TurnOptions(), StopWatch(None, (), ()))
 
-    def _request(
-        self, state: TrajectoryState, agent: int | None, options: TurnOptions, watch: StopWatch
-    ) -> Request:
+    def _request(self, state: TrajectoryState, agent: int | None, options: TurnOptions, watch: StopWatch) -> Request:
         owner = agent if self.scheme.agent_tables and agent is not None else 0
         table = state.table_for(owner, len(self.names), self.rules[owner])
         length = len(state.tokens)

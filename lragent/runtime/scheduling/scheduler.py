@@ -115,10 +115,10 @@ class Scheduler:
         pool, claims, page_size = self.cache.pool, self.cache.claims, self.cache.page_size
         lookup.attach(match, request, self.scheme, self.cache)
         request.spans = plan(self.scheme, self._view(request), request.logits_from)
-        if not request.planned and request.agent is not None:
+        if not request.admitted and request.agent is not None:
             starts = [span.start for span in request.spans if not span.adapter_free]
             request.usage.reused = min([request.prompt, *starts])
-            request.planned = True
+            request.admitted = True
         self.waiting.remove(request)
         insort(self.running, request, key=_arrival)
         for index, key in enumerate(match.keys):
