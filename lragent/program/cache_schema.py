@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 Layout = Literal["split", "dense"]
-Columns = Literal["distinct", "per_agent"]
+LrBlocks = Literal["distinct", "per_agent"]
 
 SCRATCH_PAGE = 0
 
@@ -49,39 +49,39 @@ class LowRankStream:
     Args:
         module: FQN of the projection, for messages and manifests.
         ranks: rank per agent, 0 where the agent has no adapter on this projection; length N.
-        group: per agent, index of the first agent whose A is bit-equal here (itself if none); length N.
+        shares_a_with: per agent, index of the first agent whose A is bit-equal here (itself if none); length N.
         held: per agent, whether the cache holds its columns; empty: all agents'. Others can't act.
     """
 
     module: str
     ranks: tuple[int, ...]
-    group: tuple[int, ...]
+    shares_a_with: tuple[int, ...]
     held: tuple[bool, ...] = ()
 
     @property
     def width(self) -> int:
         """Columns of `x @ A_cat.T`, each distinct A once."""
-        return sum(r for a, r in enumerate(self.ranks) if self.group[a] == a)
+        return sum(r for a, r in enumerate(self.ranks) if self.shares_a_with[a] == a)
 
     def source_columns(self) -> tuple[int, ...]:
         """First column of each agent's A in `x @ A_cat.T`."""
         starts: dict[int, int] = {}
         at = 0
         for agent, rank in enumerate(self.ranks):
-            if self.group[agent] == agent:
+            if self.shares_a_with[agent] == agent:
                 starts[agent] = at
                 at += rank
-        return tuple(starts[self.group[a]] for a in range(len(self.ranks)))
+        return tuple(starts[self.shares_a_with[a]] for a in range(len(self.ranks)))
 
-    def blocks(self, columns: Columns) -> tuple[int, ...]:
+    def block_owners(self, lr_blocks: LrBlocks) -> tuple[int, ...]:
         """Agents that own a column block (and so write it): of agents with one A, the first that is held."""
         owners: dict[int, int] = {}
         for agent, rank in enumerate(self.ranks):
             if rank > 0 and (not self.held or self.held[agent]):
-                owners.setdefault(agent if columns == "per_agent" else self.group[agent], agent)
+                owners.setdefault(agent if lr_blocks == "per_agent" else self.shares_a_with[agent], agent)
         return tuple(sorted(owners.values()))
 
-    def table(self, columns: Columns, pages: int, page_size: int) -> torch.Tensor:
+    def lr_directory(self, lr_blocks: LrBlocks, pages: int, page_size: int) -> torch.Tensor:
         """Where each agent's columns lie in the flat tensor: int64 `[N + 1, 4]`.
 
         Row = agent id (0 = base, rank 0). Fields: element offset of the block, rank, first source column in
@@ -89,9 +89,9 @@ class LowRankStream:
         """
         offset = 0
         offsets: dict[int, int] = {}  # by agent (per_agent), or by group
-        owners = self.blocks(columns)
+        owners = self.block_owners(lr_blocks)
         for agent in owners:
-            offsets[agent if columns == "per_agent" else self.group[agent]] = offset
+            offsets[agent if lr_blocks == "per_agent" else self.shares_a_with[agent]] = offset
             offset += pages * page_size * self.ranks[agent]
         sources = self.source_columns()
         rows = [[0, 0, 0, 0]]
@@ -99,13 +99,13 @@ class LowRankStream:
             if rank == 0 or (self.held and not self.held[agent]):
                 rows.append([0, 0, 0, 0])
                 continue
-            block = offsets[agent if columns == "per_agent" else self.group[agent]]
+            block = offsets[agent if lr_blocks == "per_agent" else self.shares_a_with[agent]]
             rows.append([block, rank, sources[agent], int(agent in owners)])
         return torch.tensor(rows, dtype=torch.int64)
 
-    def elements(self, columns: Columns, pages: int, page_size: int) -> int:
+    def elements(self, lr_blocks: LrBlocks, pages: int, page_size: int) -> int:
         """Length of the flat tensor; at least 2, which programs are exported for."""
-        return max(2, pages * page_size * sum(self.ranks[a] for a in self.blocks(columns)))
+        return max(2, pages * page_size * sum(self.ranks[a] for a in self.block_owners(lr_blocks)))
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,6 @@ class CacheSchema:
     def base_numbers_per_token(self) -> int:
         return sum(layer.numbers_per_token for layer in self.base)
 
-    def lr_numbers_per_token(self, agent: int, columns: Columns) -> int:
+    def lr_numbers_per_token(self, agent: int, lr_blocks: LrBlocks) -> int:
         """Numbers a token takes in the column block that agent (0-based, without base) owns, over all layers."""
-        return sum(s.ranks[agent] for s in self.low_rank if agent in s.blocks(columns))
+        return sum(s.ranks[agent] for s in self.low_rank if agent in s.block_owners(lr_blocks))

@@ -51,15 +51,15 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class CacheTensors:
-    """Cache tensors in the order of `cache_input_names`; the program mutates all but the tables."""
+    """Cache tensors in the order of `cache_input_names`; the program mutates all but the LR directories."""
 
     k_base: tuple[torch.Tensor, ...]  # per layer [pages, H, P, Dk]
     v_base: tuple[torch.Tensor, ...]  # per layer [pages, H, P, Dv]
     low_rank: tuple[torch.Tensor, ...]  # per LR stream, flat
-    tables: tuple[torch.Tensor, ...]  # per LR stream [N + 1, 4]
+    lr_directories: tuple[torch.Tensor, ...]  # per LR stream [N + 1, 4]
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (*self.k_base, *self.v_base, *self.low_rank, *self.tables)
+        return (*self.k_base, *self.v_base, *self.low_rank, *self.lr_directories)
 
 
 def cache_input_names(schema: CacheSchema) -> tuple[str, ...]:

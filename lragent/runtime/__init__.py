@@ -7,7 +7,7 @@ from lragent.runtime.schemes import SCHEMES
 from lragent.runtime.stats import EngineStats
 from lragent.runtime.task_loop import RolloutResult, TaskError, Workflow
 from lragent.runtime.trajectory import Trajectory
-from lragent.runtime.trajectory_state import Segment
+from lragent.runtime.trajectory_state import TurnSegment
 from lragent.runtime.turn import Turn
 from lragent.runtime.usage import Usage
 
@@ -17,12 +17,12 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "RolloutResult",
-    "Segment",
     "TaskError",
     "Tokenizer",
     "TokenizerFile",
     "Trajectory",
     "Turn",
+    "TurnSegment",
     "Usage",
     "Workflow",
 ]

@@ -30,11 +30,11 @@ def bytes_per_token(
             continue
         schema = schema.holding(names)
         base, acting = schema.base_numbers_per_token(), [schema.agents.index(name) for name in names]
-        columns = [schema.lr_numbers_per_token(agent, scheme.columns) for agent in acting]
+        lr = [schema.lr_numbers_per_token(agent, scheme.lr_blocks) for agent in acting]
         counts = []
         for seen in range(1, max(len(acting), 1) + 1):
-            held = sum(columns[:seen]) if scheme.own_columns else sum(columns)
-            counts.append(size * (base * seen if scheme.agent_tables else base + held))
+            held = sum(lr[:seen]) if scheme.own_lr_only else sum(lr)
+            counts.append(size * (base * seen if scheme.page_table_per_agent else base + held))
         result[name] = tuple(counts)
     return result
 

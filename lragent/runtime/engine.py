@@ -14,7 +14,7 @@ from lragent.program.program import Program
 from lragent.runtime.cache import memory
 from lragent.runtime.cache.prefix_index import KeyRules
 from lragent.runtime.cache.shared_cache import SharedCache
-from lragent.runtime.cache.write_log import extent
+from lragent.runtime.cache.write_log import log_end
 from lragent.runtime.config import EngineConfig
 from lragent.runtime.loop import EngineLoop
 from lragent.runtime.make_request import RequestMaker
@@ -56,13 +56,13 @@ class Engine:
             torch.set_num_threads(config.threads)
         acting = _acting(program, config.agents)
         schema = program.schema.holding(acting)
-        sizes = memory.page_bytes(schema, scheme.columns, config.page_size, config.kv_dtype)
+        sizes = memory.page_bytes(schema, scheme.lr_blocks, config.page_size, config.kv_dtype)
         pages = memory.pages_that_fit(config.kv_memory, sizes)
         # Memory first: the system may refuse so many pages.
         tensors = memory.allocate(
-            schema, scheme.columns, pages, config.page_size, config.kv_dtype, torch.device(config.device)
+            schema, scheme.lr_blocks, pages, config.page_size, config.kv_dtype, torch.device(config.device)
         )
-        cache = SharedCache.empty(pages, sizes, config.page_size, track_columns=scheme.own_columns)
+        cache = SharedCache.empty(pages, sizes, config.page_size, track_lr=scheme.own_lr_only)
         names = (BASE, *program.schema.agents)
         self._make = RequestMaker(
             program=program,
@@ -175,14 +175,14 @@ class Engine:
             InternalError: with the sum that fails.
         """
         loop = self._loop
-        tables = [table for state in loop.states for table in state.tables.values()]
+        tables = [table for state in loop.states for table in state.page_tables.values()]
         loop.cache.pool.check(table.pages for table in tables)
         for table in tables:
             wanted = loop.cache.pages_for(table.computed)
             if len(table.pages) != wanted:
                 raise InternalError(f"{table.computed} computed tokens in {len(table.pages)} != {wanted} pages")
-            if not table.settled <= table.computed <= extent(table.runs):
-                raise InternalError(f"not settled {table.settled} <= computed {table.computed} <= record {table.runs}")
+            if not table.settled <= table.computed <= log_end(table.log):
+                raise InternalError(f"not settled {table.settled} <= computed {table.computed} <= record {table.log}")
         loop.cache.claims.check(loop.scheduler.running)
 
 
@@ -214,12 +214,12 @@ def _acting(program: Program, agents: Sequence[str] | None) -> tuple[str, ...]:
 def _key_rules(program: Program, scheme: Scheme) -> tuple[KeyRules, ...]:
     """Key rules by owner of page tables (see `RequestMaker`)."""
     digests = (BASE.encode(), *(b"adapter:" + agent.digest.encode() for agent in program.agents))
-    if scheme.agent_tables:
+    if scheme.page_table_per_agent:
         return tuple(KeyRules(_root(scheme, digest), None, turn_starts=False) for digest in digests)
-    if scheme.adapter_free:
+    if scheme.adapter_free_forward:
         # A writer keeps its own columns in its own block, so which of two agents with equal weights it was matters.
         digests = tuple(digest + b"#%d" % index for index, digest in enumerate(digests))
-    return (KeyRules(_root(scheme, b""), digests, turn_starts=scheme.adapter_free),)
+    return (KeyRules(_root(scheme, b""), digests, turn_starts=scheme.adapter_free_forward),)
 
 
 def _root(scheme: Scheme, owner: bytes) -> bytes:

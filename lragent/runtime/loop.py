@@ -19,10 +19,10 @@ from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.request import Request
 from lragent.runtime.sampling.take_logits import take_logits
 from lragent.runtime.scheduling.batch import build_step
-from lragent.runtime.scheduling.bookkeeping import book
+from lragent.runtime.scheduling.bookkeeping import record_piece
 from lragent.runtime.scheduling.scheduler import Scheduler
 from lragent.runtime.schemes import Scheme
-from lragent.runtime.trajectory_state import Segment, TrajectoryState
+from lragent.runtime.trajectory_state import TrajectoryState, TurnSegment
 from lragent.runtime.usage import Usage
 
 
@@ -122,7 +122,7 @@ class EngineLoop:
         self.steps += 1
         for entry in entries:
             for piece in entry.pieces:
-                book(entry.request, piece, self.scheme, self.cache)
+                record_piece(entry.request, piece, self.scheme, self.cache)
         self.cache.pool.note_peak()
         done = take_logits(entries, logits_RV, self.scheme, len(self.names), self.program.max_positions)
         for request in done:
@@ -149,7 +149,7 @@ class EngineLoop:
             request.table.cut(request.turn_start, self.cache)
             request.table.drop(self.cache)
         elif request.token_ids:
-            state.segments.append(Segment(self.names[request.agent or 0], request.prompt, len(state.tokens)))
+            state.segments.append(TurnSegment(self.names[request.agent or 0], request.prompt, len(state.tokens)))
             self.turns += 1
         self.usage.add(request.usage)
         state.usage.add(request.usage)

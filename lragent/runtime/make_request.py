@@ -9,7 +9,7 @@ from lragent.errors import CacheMemoryError, RequestError
 from lragent.program.program import Program
 from lragent.runtime.cache.prefix_index import KeyRules
 from lragent.runtime.cache.shared_cache import SharedCache
-from lragent.runtime.cache.write_log import extent
+from lragent.runtime.cache.write_log import log_end
 from lragent.runtime.request import Request
 from lragent.runtime.sampling.stop_watch import StopWatch
 from lragent.runtime.sampling.tokenizer import Tokenizer
@@ -112,13 +112,13 @@ class RequestMaker:
 
         None is due where pages were lost: the next reader replays everything anyway.
         """
-        table = state.tables.get(0)
-        if not self.scheme.adapter_free or table is None or table.settled == table.computed:
+        table = state.page_tables.get(0)
+        if not self.scheme.adapter_free_forward or table is None or table.settled == table.computed:
             return None
         return self._request(state, None, TurnOptions(), StopWatch(None, (), ()))
 
     def _request(self, state: TrajectoryState, agent: int | None, options: TurnOptions, watch: StopWatch) -> Request:
-        owner = agent if self.scheme.agent_tables and agent is not None else 0
+        owner = agent if self.scheme.page_table_per_agent and agent is not None else 0
         table = state.table_for(owner, len(self.names), self.rules[owner])
         length = len(state.tokens)
-        return Request(state, table, agent, options, watch, length, extent(table.runs), logits_from=length - 1)
+        return Request(state, table, agent, options, watch, length, log_end(table.log), logits_from=length - 1)

@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import Literal
 
 from lragent.errors import RequestError
-from lragent.program.cache_schema import Columns, Layout
-from lragent.runtime.cache.write_log import Run, extent
+from lragent.program.cache_schema import Layout, LrBlocks
+from lragent.runtime.cache.write_log import WriteRange, log_end
 
 Kind = Literal["prefill", "decode", "catch_up", "adapter_free", "replay", "rerun"]
 
@@ -26,7 +26,7 @@ class Span:
     Args:
         adapter_free: True for the pass that makes earlier tokens final (`rebase_shared`); it attends base only.
         writes_base: whether base K/V are kept.
-        columns: by agent id (entry 0 is unused), whose LR column blocks are kept.
+        lr_writers: by agent id (entry 0 is unused), whose LR column blocks are kept.
         logits_from: first position whose logits are wanted, `end` for none.
     """
 
@@ -35,7 +35,7 @@ class Span:
     agent: int
     kind: Kind
     writes_base: bool
-    columns: tuple[bool, ...]
+    lr_writers: tuple[bool, ...]
     logits_from: int
     adapter_free: bool = False
 
@@ -45,24 +45,24 @@ class View:
     """What a plan depends on: a page table and the turn to come.
 
     Args:
-        runs: record of processed tokens.
+        log: write log of processed tokens.
         computed: tokens whose pages are there, as their writers left them.
         settled: tokens whose content is final (differs from `computed` in `rebase_shared` only).
         settled_before: the most that `settled` has been, before pages were lost.
-        columns: by agent id, tokens that have this agent's LR columns (`base_shared`).
-        columns_before: the most that `columns` has been, before pages were lost.
+        lr_covered: by agent id, tokens that have this agent's LR columns (`base_shared`).
+        lr_covered_before: the most that `lr_covered` has been, before pages were lost.
         tokens: length of the trajectory.
         prompt: its length when the turn began; later tokens are the turn's own.
         agent: who acts; None only makes processed tokens final.
         turn_start: processed tokens when the turn began.
     """
 
-    runs: tuple[Run, ...]
+    log: tuple[WriteRange, ...]
     computed: int
     settled: int
     settled_before: int
-    columns: tuple[int, ...]
-    columns_before: tuple[int, ...]
+    lr_covered: tuple[int, ...]
+    lr_covered_before: tuple[int, ...]
     tokens: int
     prompt: int
     agent: int | None
@@ -71,28 +71,28 @@ class View:
     @property
     def agents(self) -> int:
         """N + 1."""
-        return len(self.columns)
+        return len(self.lr_covered)
 
 
-def _all_columns(agents: int) -> tuple[bool, ...]:
+def _all_lr(agents: int) -> tuple[bool, ...]:
     return (False, *(True for _ in range(1, agents)))
 
 
-def _own_columns(agents: int, agent: int) -> tuple[bool, ...]:
+def _own_lr(agents: int, agent: int) -> tuple[bool, ...]:
     return tuple(index == agent and index > 0 for index in range(agents))
 
 
 def acting_span(scheme: Scheme, agents: int, agent: int, start: int, end: int, kind: Kind) -> Span:
     """The span in which `agent` is the writer of its tokens; `agents` counts `base`."""
-    columns = _own_columns(agents, agent) if scheme.own_columns else _all_columns(agents)
-    return Span(start, end, agent, kind, writes_base=True, columns=columns, logits_from=end)
+    lr_writers = _own_lr(agents, agent) if scheme.own_lr_only else _all_lr(agents)
+    return Span(start, end, agent, kind, writes_base=True, lr_writers=lr_writers, logits_from=end)
 
 
 def _pending(scheme: Scheme, view: View) -> list[Span]:
     """Tokens that nobody has processed yet: the rest of the prompt, then sampled ones."""
     if view.agent is None:
         return []
-    start = extent(view.runs)
+    start = log_end(view.log)
     bounds: list[tuple[int, int, Kind]] = [
         (start, min(view.tokens, view.prompt), "prefill"),
         (max(start, view.prompt), view.tokens, "decode"),
@@ -100,57 +100,57 @@ def _pending(scheme: Scheme, view: View) -> list[Span]:
     return [acting_span(scheme, view.agents, view.agent, low, high, kind) for low, high, kind in bounds if low < high]
 
 
-def _plan_written_once(scheme: Scheme, view: View) -> list[Span]:
+def _spans_written_once(scheme: Scheme, view: View) -> list[Span]:
     """`non_shared` (on the agent's own table), `full_shared`, `base_lr_shared`: the writer's pass is all there is."""
     replays = [
-        acting_span(scheme, view.agents, run.agent, max(run.start, view.computed), run.end, "replay")
-        for run in view.runs
-        if run.end > view.computed
+        acting_span(scheme, view.agents, written.agent, max(written.start, view.computed), written.end, "replay")
+        for written in view.log
+        if written.end > view.computed
     ]
     return replays + _pending(scheme, view)
 
 
-def _plan_base_shared(scheme: Scheme, view: View) -> list[Span]:
+def _spans_base_shared(scheme: Scheme, view: View) -> list[Span]:
     """Every writer, and the acting agent, first catches up over tokens that it has no LR columns of."""
-    have = list(view.columns)
+    have = list(view.lr_covered)
     spans: list[Span] = []
 
     def catch_up(agent: int, end: int, replayed: bool) -> None:
-        # Columns that the agent had before pages were lost count as replay, the others as catch-up.
-        known = end if replayed else min(end, view.columns_before[agent])
+        # LR values that the agent had before pages were lost count as replay, the others as catch-up.
+        known = end if replayed else min(end, view.lr_covered_before[agent])
         bounds: list[tuple[int, Kind]] = [(known, "replay"), (end, "catch_up")]
         for high, kind in bounds:
             if agent > 0 and have[agent] < high:
-                span = Span(have[agent], high, agent, kind, False, _own_columns(view.agents, agent), high)
+                span = Span(have[agent], high, agent, kind, False, _own_lr(view.agents, agent), high)
                 spans.append(span)
                 have[agent] = high
 
-    for run in view.runs:
-        if run.end > view.computed:
-            start = max(run.start, view.computed)
-            catch_up(run.agent, start, replayed=True)
-            spans.append(acting_span(scheme, view.agents, run.agent, start, run.end, "replay"))
-            have[run.agent] = run.end
+    for written in view.log:
+        if written.end > view.computed:
+            start = max(written.start, view.computed)
+            catch_up(written.agent, start, replayed=True)
+            spans.append(acting_span(scheme, view.agents, written.agent, start, written.end, "replay"))
+            have[written.agent] = written.end
     if view.agent is not None:
-        catch_up(view.agent, extent(view.runs), replayed=False)
+        catch_up(view.agent, log_end(view.log), replayed=False)
     return spans + _pending(scheme, view)
 
 
-def _plan_rebase(scheme: Scheme, view: View) -> list[Span]:
+def _spans_rebase(scheme: Scheme, view: View) -> list[Span]:
     """Turn by turn: the writer's pass, then the adapter-free pass, which the turn in progress doesn't have yet."""
     spans: list[Span] = []
-    for run in view.runs:
-        if run.end > view.computed:
-            start = max(run.start, view.computed)
-            spans.append(acting_span(scheme, view.agents, run.agent, start, run.end, "replay"))
-        in_progress = view.agent is not None and run.start >= view.turn_start
-        if run.agent == 0 or in_progress:
+    for written in view.log:
+        if written.end > view.computed:
+            start = max(written.start, view.computed)
+            spans.append(acting_span(scheme, view.agents, written.agent, start, written.end, "replay"))
+        in_progress = view.agent is not None and written.start >= view.turn_start
+        if written.agent == 0 or in_progress:
             continue
         # The writer keeps its own columns.
-        others = tuple(flag and agent != run.agent for agent, flag in enumerate(_all_columns(view.agents)))
-        start = max(run.start, view.settled)
-        middle = min(max(start, view.settled_before), run.end)
-        bounds: list[tuple[int, int, Kind]] = [(start, middle, "replay"), (middle, run.end, "adapter_free")]
+        others = tuple(flag and agent != written.agent for agent, flag in enumerate(_all_lr(view.agents)))
+        start = max(written.start, view.settled)
+        middle = min(max(start, view.settled_before), written.end)
+        bounds: list[tuple[int, int, Kind]] = [(start, middle, "replay"), (middle, written.end, "adapter_free")]
         spans += [
             Span(low, high, 0, kind, True, others, high, adapter_free=True) for low, high, kind in bounds if low < high
         ]
@@ -162,19 +162,19 @@ class Scheme:
     """One way to share a cache between agents.
 
     Args:
-        layout, columns: which cache tensors it needs (program/cache_schema.py).
-        agent_tables: every agent has its own page table; otherwise a trajectory has one.
-        own_columns: a writer fills its own LR columns only, the others catch up.
-        adapter_free: tokens become final in an adapter-free pass after their turn.
+        layout, lr_blocks: which cache tensors it needs (program/cache_schema.py).
+        page_table_per_agent: every agent has its own page table; otherwise a trajectory has one.
+        own_lr_only: a writer fills its own LR columns only, the others catch up.
+        adapter_free_forward: tokens become final in an adapter-free pass after their turn.
         spans: the passes of a turn.
     """
 
     name: str
     layout: Layout
-    columns: Columns
-    agent_tables: bool
-    own_columns: bool
-    adapter_free: bool
+    lr_blocks: LrBlocks
+    page_table_per_agent: bool
+    own_lr_only: bool
+    adapter_free_forward: bool
     spans: Callable[[Scheme, View], list[Span]]
 
 
@@ -182,11 +182,11 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {
         scheme.name: scheme
         for scheme in (
-            Scheme("non_shared", "dense", "distinct", True, False, False, _plan_written_once),
-            Scheme("full_shared", "dense", "distinct", False, False, False, _plan_written_once),
-            Scheme("base_shared", "split", "per_agent", False, True, False, _plan_base_shared),
-            Scheme("base_lr_shared", "split", "distinct", False, False, False, _plan_written_once),
-            Scheme("rebase_shared", "split", "per_agent", False, False, True, _plan_rebase),
+            Scheme("non_shared", "dense", "distinct", True, False, False, _spans_written_once),
+            Scheme("full_shared", "dense", "distinct", False, False, False, _spans_written_once),
+            Scheme("base_shared", "split", "per_agent", False, True, False, _spans_base_shared),
+            Scheme("base_lr_shared", "split", "distinct", False, False, False, _spans_written_once),
+            Scheme("rebase_shared", "split", "per_agent", False, False, True, _spans_rebase),
         )
     }
 )
@@ -199,7 +199,7 @@ def scheme_named(name: str) -> Scheme:
     return SCHEMES[name]
 
 
-def plan(scheme: Scheme, view: View, logits_from: int) -> list[Span]:
+def spans_of_turn(scheme: Scheme, view: View, logits_from: int) -> list[Span]:
     """The passes of a turn, in order.
 
     Args:

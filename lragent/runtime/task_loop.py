@@ -9,7 +9,7 @@ from typing import Any
 
 from lragent.errors import RequestError
 from lragent.runtime.trajectory import Trajectory
-from lragent.runtime.trajectory_state import Segment
+from lragent.runtime.trajectory_state import TurnSegment
 from lragent.runtime.usage import Usage
 
 Workflow = Callable[[dict[str, Any], Trajectory], Awaitable[dict[str, Any]]]
@@ -39,7 +39,7 @@ class RolloutResult:
     task_id: Any
     result: dict[str, Any] | None
     error: TaskError | None
-    segments: list[Segment]
+    segments: list[TurnSegment]
     token_ids: list[int]
     logprobs: list[float | None]
     usage: Usage

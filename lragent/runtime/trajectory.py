@@ -11,7 +11,7 @@ from lragent.errors import RequestError
 from lragent.runtime.loop import EngineLoop
 from lragent.runtime.make_request import RequestMaker
 from lragent.runtime.request import Request
-from lragent.runtime.trajectory_state import Segment, TrajectoryState
+from lragent.runtime.trajectory_state import TrajectoryState, TurnSegment
 from lragent.runtime.turn import Turn, TurnArguments, TurnOptions
 from lragent.runtime.usage import Usage
 
@@ -58,7 +58,7 @@ class Trajectory:
         total.add(self._state.usage)
         return total
 
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[TurnSegment]:
         """Parts of the trajectory in order, each with the agent that generated it."""
         return list(self._state.segments)
 

@@ -11,7 +11,7 @@ from lragent.runtime.usage import Usage
 
 
 @dataclass(frozen=True)
-class Segment:
+class TurnSegment:
     """Tokens `[start, end)` that one agent generated, or that were appended (`agent` is None)."""
 
     agent: str | None
@@ -25,15 +25,15 @@ class TrajectoryState:
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)  # None where a token was appended
-    segments: list[Segment] = field(default_factory=list)
-    tables: dict[int, PageTable] = field(default_factory=dict)
+    segments: list[TurnSegment] = field(default_factory=list)
+    page_tables: dict[int, PageTable] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)  # of all requests, those of forks included
     closed: bool = False
 
     def table_for(self, owner: int, agents: int, rules: KeyRules) -> PageTable:
-        if owner not in self.tables:
-            self.tables[owner] = PageTable(agents, rules)
-        return self.tables[owner]
+        if owner not in self.page_tables:
+            self.page_tables[owner] = PageTable(agents, rules)
+        return self.page_tables[owner]
 
     def add_tokens(self, ids: list[int], agent: str | None, logprobs: list[float] | None = None) -> None:
         start = len(self.tokens)
@@ -41,16 +41,16 @@ class TrajectoryState:
             return
         self.tokens += ids
         self.logprobs += logprobs if logprobs is not None else [None] * len(ids)
-        self.segments.append(Segment(agent, start, len(self.tokens)))
+        self.segments.append(TurnSegment(agent, start, len(self.tokens)))
 
     def cut(self, length: int, cache: SharedCache) -> None:
         """Forgets all tokens from `length` on."""
         del self.tokens[length:]
         del self.logprobs[length:]
         self.segments = [
-            Segment(part.agent, part.start, min(part.end, length)) for part in self.segments if part.start < length
+            TurnSegment(part.agent, part.start, min(part.end, length)) for part in self.segments if part.start < length
         ]
-        for table in self.tables.values():
+        for table in self.page_tables.values():
             table.cut(length, cache)
 
     def fork(self, cache: SharedCache) -> TrajectoryState:
@@ -59,13 +59,13 @@ class TrajectoryState:
             list(self.tokens),
             list(self.logprobs),
             list(self.segments),
-            {owner: table.fork(cache) for owner, table in self.tables.items()},
+            {owner: table.fork(cache) for owner, table in self.page_tables.items()},
             self.usage,
         )
 
     def close(self, cache: SharedCache) -> None:
         """Gives all pages back."""
-        for table in self.tables.values():
+        for table in self.page_tables.values():
             table.drop(cache)
-        self.tables.clear()
+        self.page_tables.clear()
         self.closed = True

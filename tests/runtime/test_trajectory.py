@@ -8,7 +8,7 @@ import torch
 from lragent.errors import InternalError, RequestError
 from lragent.program.program import Program
 from lragent.program.step import CacheTensors, StepInputs
-from lragent.runtime import Engine, EngineConfig, Segment, Turn
+from lragent.runtime import Engine, EngineConfig, Turn, TurnSegment
 from lragent.runtime.turn import TurnArguments, TurnOptions
 from tests.runtime.random_operations import toy_engine
 from tests.runtime.toy_program import AGENTS, toy_program
@@ -31,7 +31,7 @@ def test_special_tokens_come_with_the_start_only_and_pieces_stay_apart() -> None
     with text_engine().trajectory("a") as t:
         t.append("b")
         assert t.token_ids == [BOS, piece_id(b"a"), piece_id(b"b")]
-        assert t.segments() == [Segment(None, 0, 2), Segment(None, 2, 3)]
+        assert t.segments() == [TurnSegment(None, 0, 2), TurnSegment(None, 2, 3)]
 
 
 def test_text_leaves_out_stop_string_but_the_trajectory_keeps_every_token() -> None:
@@ -44,7 +44,7 @@ def test_text_leaves_out_stop_string_but_the_trajectory_keeps_every_token() -> N
         assert middle not in stopped.text
         assert turn.text.startswith(stopped.text)
         assert stopped.token_ids == turn.token_ids[: len(stopped.token_ids)]
-        assert t.segments()[-1] == Segment("plan", len(t) - len(stopped.token_ids), len(t))
+        assert t.segments()[-1] == TurnSegment("plan", len(t) - len(stopped.token_ids), len(t))
         assert t.logprobs[-len(stopped.token_ids) :] == stopped.logprobs
         assert t.logprobs[0] is None
 
@@ -193,7 +193,7 @@ def test_a_cancelled_turn_leaves_the_trajectory_as_it_was() -> None:
             turn.cancel()
             await asyncio.gather(turn, return_exceptions=True)
             assert t.token_ids == [1, 2, 3]
-            assert t.segments() == [Segment(None, 0, 3)]
+            assert t.segments() == [TurnSegment(None, 0, 3)]
             again = await t.agenerate("act", max_new_tokens=4)
             with engine.trajectory([1, 2, 3]) as other:
                 assert again.token_ids == other.generate("act", max_new_tokens=4).token_ids

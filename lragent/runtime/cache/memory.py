@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lragent.errors import CacheMemoryError, InternalError, RequestError
-from lragent.program.cache_schema import CacheSchema, Columns
+from lragent.program.cache_schema import CacheSchema, LrBlocks
 from lragent.program.step import CacheTensors
 from lragent.runtime.cache import huge_pages
 
@@ -49,9 +49,9 @@ class PageBytes:
         return self.base + sum(self.low_rank)
 
 
-def page_bytes(schema: CacheSchema, columns: Columns, page_size: int, dtype: torch.dtype) -> PageBytes:
+def page_bytes(schema: CacheSchema, lr_blocks: LrBlocks, page_size: int, dtype: torch.dtype) -> PageBytes:
     scale = page_size * dtype.itemsize
-    blocks = (schema.lr_numbers_per_token(agent, columns) for agent in range(len(schema.agents)))
+    blocks = (schema.lr_numbers_per_token(agent, lr_blocks) for agent in range(len(schema.agents)))
     return PageBytes(schema.base_numbers_per_token() * scale, (0, *(numbers * scale for numbers in blocks)))
 
 
@@ -76,7 +76,7 @@ class CacheMemory:
 
     tensors: CacheTensors
     schema: CacheSchema
-    columns: Columns
+    lr_blocks: LrBlocks
     pages: int
     page_size: int
 
@@ -90,7 +90,7 @@ class CacheMemory:
             tensor.index_copy_(0, target, tensor.index_select(0, source))
         for stream, flat in zip(self.schema.low_rank, self.tensors.low_rank, strict=True):
             offset = 0
-            for agent in stream.blocks(self.columns):
+            for agent in stream.block_owners(self.lr_blocks):
                 size = self.pages * self.page_size * stream.ranks[agent]
                 block = flat[offset : offset + size].view(self.pages, -1)
                 block.index_copy_(0, target, block.index_select(0, source))
@@ -98,7 +98,7 @@ class CacheMemory:
 
 
 def allocate(
-    schema: CacheSchema, columns: Columns, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    schema: CacheSchema, lr_blocks: LrBlocks, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
 ) -> CacheMemory:
     """All cache tensors, zeroed (the CPU commits their memory when it is first written).
 
@@ -112,7 +112,7 @@ def allocate(
     shapes = [
         *((pages, layer.kv_heads, page_size, layer.k_dim) for layer in layers),
         *((pages, layer.kv_heads, page_size, layer.v_dim) for layer in layers),
-        *((stream.elements(columns, pages, page_size),) for stream in schema.low_rank),
+        *((stream.elements(lr_blocks, pages, page_size),) for stream in schema.low_rank),
     ]
     try:
         if device.type == "cpu":
@@ -123,9 +123,11 @@ def allocate(
             k_base=tuple(held[: len(layers)]),
             v_base=tuple(held[len(layers) : 2 * len(layers)]),
             low_rank=tuple(held[2 * len(layers) :]),
-            tables=tuple(stream.table(columns, pages, page_size).to(device) for stream in schema.low_rank),
+            lr_directories=tuple(
+                stream.lr_directory(lr_blocks, pages, page_size).to(device) for stream in schema.low_rank
+            ),
         )
     except (OSError, RuntimeError) as error:  # mmap, PyTorch
-        size = page_bytes(schema, columns, page_size, dtype).total * pages
+        size = page_bytes(schema, lr_blocks, page_size, dtype).total * pages
         raise CacheMemoryError(f"{size} bytes of cache can't be allocated: {error}", "Give less kv_memory.") from error
-    return CacheMemory(tensors, schema, columns, pages, page_size)
+    return CacheMemory(tensors, schema, lr_blocks, pages, page_size)

@@ -27,23 +27,23 @@ class PagePool:
         pages: number of pages, the scratch page included.
         sizes: bytes of a page.
         index: keys of pages; a page with a key stays cached after its last holder released it.
-        track_columns: True if agents fill their LR columns one by one (`base_shared`); else a page holds all of them.
+        track_lr: True if agents fill their LR columns one by one (`base_shared`); else a page holds all of them.
     """
 
-    def __init__(self, pages: int, sizes: PageBytes, index: PrefixIndex, track_columns: bool) -> None:
+    def __init__(self, pages: int, sizes: PageBytes, index: PrefixIndex, track_lr: bool) -> None:
         self.total = pages - 1
         self.sizes = sizes
         self.holders = [0] * pages
         self.evictions = 0
         self.peak_bytes = 0
         self._index = index
-        self._track_columns = track_columns
+        self._track_lr = track_lr
         self._free = [page for page in range(pages - 1, -1, -1) if page != SCRATCH_PAGE]
         self._cached: dict[int, None] = {}  # indexed pages without holders, least recently released first
         # Per page and agent id: how many of its first tokens have this agent's LR columns.
         self._filled: list[dict[int, int]] = [{} for _ in range(pages)]
         self._held_pages = 0
-        self._held_columns: Counter[int] = Counter()  # held pages that hold columns of this agent
+        self._held_blocks: Counter[int] = Counter()  # held pages that hold columns of this agent
 
     @property
     def free(self) -> int:
@@ -64,10 +64,10 @@ class PagePool:
 
     @property
     def held_bytes(self) -> int:
-        if not self._track_columns:
+        if not self._track_lr:
             return self._held_pages * self.sizes.total
-        columns = sum(self.sizes.low_rank[agent] * count for agent, count in self._held_columns.items())
-        return self._held_pages * self.sizes.base + columns
+        lr_bytes = sum(self.sizes.low_rank[agent] * count for agent, count in self._held_blocks.items())
+        return self._held_pages * self.sizes.base + lr_bytes
 
     def note_peak(self) -> None:
         """Called once a step, when its pages are held and written."""
@@ -94,7 +94,7 @@ class PagePool:
         if self.holders[page] == 0:
             self._cached.pop(page, None)
             self._held_pages += 1
-            self._held_columns.update(self._filled[page].keys())
+            self._held_blocks.update(self._filled[page].keys())
         self.holders[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
@@ -105,7 +105,7 @@ class PagePool:
             self.holders[page] -= 1
             if self.holders[page] == 0:
                 self._held_pages -= 1
-                self._held_columns.subtract(self._filled[page].keys())
+                self._held_blocks.subtract(self._filled[page].keys())
                 if page in self._index:
                     self._cached[page] = None
                 else:
@@ -128,10 +128,10 @@ class PagePool:
 
     def fill(self, page: int, agent: int, end: int) -> None:
         """Notes that a held page has this agent's columns for its first `end` tokens."""
-        if not self._track_columns or agent == 0:
+        if not self._track_lr or agent == 0:
             return
         if agent not in self._filled[page]:
-            self._held_columns[agent] += 1
+            self._held_blocks[agent] += 1
         self._filled[page][agent] = max(end, self._filled[page].get(agent, 0))
 
     def clip(self, page: int, start: int) -> None:
@@ -142,13 +142,13 @@ class PagePool:
                 filled[agent] = start
             else:
                 del filled[agent]
-                self._held_columns[agent] -= 1
+                self._held_blocks[agent] -= 1
 
-    def copy_columns(self, source: int, target: int) -> None:
+    def copy_filled(self, source: int, target: int) -> None:
         """Notes that held page `target` is now a copy of `source`."""
-        self._held_columns.subtract(self._filled[target].keys())
+        self._held_blocks.subtract(self._filled[target].keys())
         self._filled[target] = dict(self._filled[source])
-        self._held_columns.update(self._filled[target].keys())
+        self._held_blocks.update(self._filled[target].keys())
 
     def _set_free(self, page: int) -> None:
         self._filled[page].clear()
@@ -173,9 +173,9 @@ class PagePool:
         held = [page for page, count in enumerate(self.holders) if count]
         if len(held) != self.held:
             raise InternalError(f"{len(held)} pages have holders != held {self.held}")
-        columns = Counter(agent for page in held for agent in self._filled[page])
-        if +columns != +self._held_columns:
-            raise InternalError(f"held column blocks {dict(columns)} != counted {dict(self._held_columns)}")
+        blocks = Counter(agent for page in held for agent in self._filled[page])
+        if +blocks != +self._held_blocks:
+            raise InternalError(f"held LR blocks {dict(blocks)} != counted {dict(self._held_blocks)}")
         self._check_index()
 
     def _check_index(self) -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lragent.runtime.cache import write_log as record
 from lragent.runtime.cache.prefix_index import KeyRules, extend_keys
 from lragent.runtime.cache.shared_cache import SharedCache
-from lragent.runtime.cache.write_log import Run, extent
+from lragent.runtime.cache.write_log import WriteRange, cut_log, log_end
 
 
 @dataclass(eq=False)
@@ -25,19 +24,19 @@ class PageTable:
     computed: int = 0
     settled: int = 0
     settled_before: int = 0
-    columns_before: list[int] = field(default_factory=list)
-    runs: tuple[Run, ...] = ()
+    lr_covered_before: list[int] = field(default_factory=list)
+    log: tuple[WriteRange, ...] = ()
     keys: list[bytes] = field(default_factory=list)  # of full pages below the record's extent
     last_used: int = 0
 
     def __post_init__(self) -> None:
-        self.columns_before = self.columns_before or [0] * self.agents
+        self.lr_covered_before = self.lr_covered_before or [0] * self.agents
 
-    def columns(self, cache: SharedCache) -> tuple[int, ...]:
+    def lr_covered(self, cache: SharedCache) -> tuple[int, ...]:
         """By agent id, how many tokens from the start have this agent's LR columns (`base_shared`)."""
-        return tuple(self._columns_of(agent, cache) for agent in range(self.agents))
+        return tuple(self._lr_covered_by(agent, cache) for agent in range(self.agents))
 
-    def _columns_of(self, agent: int, cache: SharedCache) -> int:
+    def _lr_covered_by(self, agent: int, cache: SharedCache) -> int:
         tokens = 0
         for page in self.pages:
             filled = cache.pool.filled(page, agent)
@@ -48,7 +47,7 @@ class PageTable:
 
     def extend_keys(self, tokens: Sequence[int], cache: SharedCache) -> None:
         """Adds the keys of full pages of processed tokens that have none yet."""
-        extend_keys(self.keys, self.rules, tokens, self.runs, extent(self.runs), cache.page_size)
+        extend_keys(self.keys, self.rules, tokens, self.log, log_end(self.log), cache.page_size)
 
     def replace_page(self, index: int, page: int, cache: SharedCache) -> None:
         """Puts a page of the pool at `index`, which is at most one past the end."""
@@ -61,17 +60,17 @@ class PageTable:
 
     def cut(self, length: int, cache: SharedCache) -> None:
         """Forgets everything about tokens from `length` on."""
-        self.runs = record.cut(self.runs, length)
+        self.log = cut_log(self.log, length)
         self.computed = min(self.computed, length)
         self.settled = min(self.settled, length)
         self.settled_before = min(self.settled_before, length)
-        self.columns_before = [min(tokens, length) for tokens in self.columns_before]
+        self.lr_covered_before = [min(tokens, length) for tokens in self.lr_covered_before]
         del self.keys[length // cache.page_size :]
         self._release_from(cache.pages_for(self.computed), cache)
 
     def drop(self, cache: SharedCache) -> None:
         """Gives all pages back; the record stays."""
-        self.columns_before = list(map(max, self.columns_before, self.columns(cache)))
+        self.lr_covered_before = list(map(max, self.lr_covered_before, self.lr_covered(cache)))
         self.computed = self.settled = 0
         self._release_from(0, cache)
 
@@ -90,8 +89,8 @@ class PageTable:
             self.computed,
             self.settled,
             self.settled_before,
-            list(self.columns_before),
-            self.runs,
+            list(self.lr_covered_before),
+            self.log,
             list(self.keys),
             self.last_used,
         )

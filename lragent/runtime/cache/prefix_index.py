@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lragent.errors import InternalError
-from lragent.runtime.cache.write_log import Run, pieces
+from lragent.runtime.cache.write_log import WriteRange, ranges_within
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class KeyRules:
 
 
 def extend_keys(
-    keys: list[bytes], rules: KeyRules, tokens: Sequence[int], runs: Sequence[Run], end: int, page_size: int
+    keys: list[bytes], rules: KeyRules, tokens: Sequence[int], log: Sequence[WriteRange], end: int, page_size: int
 ) -> None:
     """Appends the keys of all full pages below position `end` to `keys`, which holds those of the first pages."""
     while (len(keys) + 1) * page_size <= end:
@@ -43,19 +43,19 @@ def extend_keys(
         chain = hashlib.blake2b(keys[-1] if keys else rules.root, digest_size=32)
         chain.update(array("q", tokens[start : start + page_size]).tobytes())
         if rules.tags is not None:
-            chain.update(_writers(rules, runs, start, start + page_size))
+            chain.update(_writers(rules, log, start, start + page_size))
         keys.append(chain.digest())
 
 
-def _writers(rules: KeyRules, runs: Sequence[Run], start: int, end: int) -> bytes:
+def _writers(rules: KeyRules, log: Sequence[WriteRange], start: int, end: int) -> bytes:
     """Who wrote the tokens of a page, as runs of equal tags with their lengths."""
     if rules.tags is None:
         raise InternalError("keys of this scheme don't name writers")
     merged: list[tuple[bytes, int]] = []
-    for run, low, high in pieces(runs, start, end):
+    for written, low, high in ranges_within(log, start, end):
         # `base` reads base columns only, which are final when it writes them: its turns have no visible start.
-        begins = rules.turn_starts and run.agent != 0 and run.start == low
-        tag = rules.tags[run.agent] + (b"+" if begins else b"-")
+        begins = rules.turn_starts and written.agent != 0 and written.start == low
+        tag = rules.tags[written.agent] + (b"+" if begins else b"-")
         if merged and not begins and merged[-1][0][:-1] == tag[:-1]:
             merged[-1] = (merged[-1][0], merged[-1][1] + high - low)
         else:
@@ -68,9 +68,9 @@ def open_key(key: bytes) -> bytes:
     return hashlib.blake2b(key, digest_size=32, person=b"open").digest()
 
 
-def columns_key(key: bytes, agent: int) -> bytes:
+def lr_key(key: bytes, agent: int) -> bytes:
     """Names one agent's LR columns of a page (`base_shared`); only for telling who computes them at the moment."""
-    return hashlib.blake2b(key + agent.to_bytes(4, "big"), digest_size=32, person=b"columns").digest()
+    return hashlib.blake2b(key + agent.to_bytes(4, "big"), digest_size=32, person=b"lr").digest()
 
 
 class PrefixIndex:

@@ -27,10 +27,10 @@ class SharedCache:
     claims: Claims = field(default_factory=Claims)
 
     @staticmethod
-    def empty(pages: int, sizes: PageBytes, page_size: int, track_columns: bool) -> SharedCache:
+    def empty(pages: int, sizes: PageBytes, page_size: int, track_lr: bool) -> SharedCache:
         """A cache with all pages free; arguments as in `PagePool`."""
         index = PrefixIndex()
-        return SharedCache(PagePool(pages, sizes, index, track_columns), index, page_size)
+        return SharedCache(PagePool(pages, sizes, index, track_lr), index, page_size)
 
     def pages_for(self, tokens: int) -> int:
         """Pages that `tokens` tokens take, the last one possibly not full."""

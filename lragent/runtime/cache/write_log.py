@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Run:
+class WriteRange:
     """Tokens `[start, end)` written by one agent (`rebase_shared`: in one turn)."""
 
     agent: int
@@ -19,33 +19,35 @@ class Run:
     end: int
 
 
-def extent(runs: Sequence[Run]) -> int:
+def log_end(log: Sequence[WriteRange]) -> int:
     """Tokens that have been processed, whether or not their pages are still there."""
-    return runs[-1].end if runs else 0
+    return log[-1].end if log else 0
 
 
-def extended(runs: Sequence[Run], agent: int, end: int, since: int) -> tuple[Run, ...]:
+def extend_log(log: Sequence[WriteRange], agent: int, end: int, since: int) -> tuple[WriteRange, ...]:
     """The record after `agent` processed everything up to `end`.
 
     Args:
         since: the last run grows only if it starts here or later; 0 where turns of one agent may merge.
     """
-    start = extent(runs)
+    start = log_end(log)
     if end <= start:
-        return tuple(runs)
-    if runs and runs[-1].agent == agent and (runs[-1].start >= since or agent == 0):
-        return (*runs[:-1], Run(agent, runs[-1].start, end))
-    return (*runs, Run(agent, start, end))
+        return tuple(log)
+    if log and log[-1].agent == agent and (log[-1].start >= since or agent == 0):
+        return (*log[:-1], WriteRange(agent, log[-1].start, end))
+    return (*log, WriteRange(agent, start, end))
 
 
-def cut(runs: Sequence[Run], length: int) -> tuple[Run, ...]:
+def cut_log(log: Sequence[WriteRange], length: int) -> tuple[WriteRange, ...]:
     """The record of the first `length` tokens."""
-    return tuple(Run(run.agent, run.start, min(run.end, length)) for run in runs if run.start < length)
+    return tuple(
+        WriteRange(written.agent, written.start, min(written.end, length)) for written in log if written.start < length
+    )
 
 
-def pieces(runs: Sequence[Run], start: int, end: int) -> Iterator[tuple[Run, int, int]]:
-    """The parts of runs inside `[start, end)`: run, first position, end."""
-    for run in runs:
-        low, high = max(run.start, start), min(run.end, end)
+def ranges_within(log: Sequence[WriteRange], start: int, end: int) -> Iterator[tuple[WriteRange, int, int]]:
+    """The parts of log inside `[start, end)`: run, first position, end."""
+    for written in log:
+        low, high = max(written.start, start), min(written.end, end)
         if low < high:
-            yield run, low, high
+            yield written, low, high

@@ -105,7 +105,7 @@ def build_step(entries: Sequence[Entry], agents: int, page_size: int) -> StepInp
             slots += [pages[at // page_size] * page_size + at % page_size for at in range(piece.start, piece.end)]
             lengths.append(piece.end - piece.start)
             agent_ids.append(piece.span.agent)
-            flags.append((piece.span.writes_base, *piece.span.columns[1:]))
+            flags.append((piece.span.writes_base, *piece.span.lr_writers[1:]))
         for length, context in _sequences(entry):
             starts.append(starts[-1] + length)
             contexts.append(context)

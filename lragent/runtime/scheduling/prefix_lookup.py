@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lragent.runtime.cache.page_table import PageTable
-from lragent.runtime.cache.prefix_index import columns_key, extend_keys, open_key
+from lragent.runtime.cache.prefix_index import extend_keys, lr_key, open_key
 from lragent.runtime.cache.shared_cache import SharedCache
-from lragent.runtime.cache.write_log import Run, extended, extent
+from lragent.runtime.cache.write_log import WriteRange, extend_log, log_end
 from lragent.runtime.request import Request
 from lragent.runtime.schemes import Scheme
 
@@ -35,17 +35,17 @@ class Match:
     blocked_on: bytes | None
 
 
-def planned_runs(request: Request, scheme: Scheme) -> tuple[Run, ...]:
+def log_after(request: Request, scheme: Scheme) -> tuple[WriteRange, ...]:
     """The record as it will be when the request has processed all its tokens."""
     if request.agent is None:
-        return request.table.runs
-    since = request.turn_start if scheme.adapter_free else 0
-    return extended(request.table.runs, request.agent, len(request.state.tokens), since)
+        return request.table.log
+    since = request.turn_start if scheme.adapter_free_forward else 0
+    return extend_log(request.table.log, request.agent, len(request.state.tokens), since)
 
 
 def wanted_key(key: bytes, page_end: int, request: Request, scheme: Scheme) -> bytes:
     """Key of the content that this request wants in a page with content key `key`."""
-    in_turn = scheme.adapter_free and request.agent not in (None, 0) and page_end > request.turn_start
+    in_turn = scheme.adapter_free_forward and request.agent not in (None, 0) and page_end > request.turn_start
     return open_key(key) if in_turn else key
 
 
@@ -53,11 +53,11 @@ def find(request: Request, scheme: Scheme, cache: SharedCache) -> Match:
     """Looks up the longest prefix of pages that has the wanted content."""
     table, page_size = request.table, cache.page_size
     keys = list(table.keys)
-    runs = planned_runs(request, scheme)
-    extend_keys(keys, table.rules, request.state.tokens, runs, extent(runs), page_size)
+    log = log_after(request, scheme)
+    extend_keys(keys, table.rules, request.state.tokens, log, log_end(log), page_size)
     pages: list[int] = []
     blocked_on: bytes | None = None
-    own = table.settled // page_size if scheme.adapter_free else table.computed // page_size
+    own = table.settled // page_size if scheme.adapter_free_forward else table.computed // page_size
     for index, key in enumerate(keys):
         wanted = wanted_key(key, (index + 1) * page_size, request, scheme)
         indexed = cache.index.get(wanted)
@@ -65,14 +65,14 @@ def find(request: Request, scheme: Scheme, cache: SharedCache) -> Match:
         if page is None:
             blocked_on = blocked_on or _claimed(wanted, request, cache)
             break
-        if scheme.own_columns and request.agent:
+        if scheme.own_lr_only and request.agent:
             page = _fuller(page, indexed, request.agent, cache)
             if cache.pool.filled(page, request.agent) < page_size:
-                blocked_on = blocked_on or _claimed(columns_key(key, request.agent), request, cache)
+                blocked_on = blocked_on or _claimed(lr_key(key, request.agent), request, cache)
         pages.append(page)
     reach = len(pages) * page_size
-    if scheme.adapter_free:
-        reach = _without_half_turns(reach, request, runs)
+    if scheme.adapter_free_forward:
+        reach = _without_half_turns(reach, request, log)
     return Match(pages, reach, keys, blocked_on)
 
 
@@ -86,17 +86,17 @@ def _fuller(own: int, other: int | None, agent: int, cache: SharedCache) -> int:
     return other if other is not None and filled(other, agent) > filled(own, agent) else own
 
 
-def _without_half_turns(reach: int, request: Request, runs: tuple[Run, ...]) -> int:
+def _without_half_turns(reach: int, request: Request, log: tuple[WriteRange, ...]) -> int:
     """Cuts `reach` back to where a replay can go on.
 
     In the middle of a finished turn that hasn't been replayed it can't: the rest of that turn attended to open pages,
     and the pages found are final.
     """
-    for run in runs:
-        in_progress = request.agent is not None and run.start >= request.turn_start
-        unfinished = run.start < reach < run.end and request.table.computed < run.end
-        if unfinished and run.agent != 0 and not in_progress:
-            return run.start
+    for written in log:
+        in_progress = request.agent is not None and written.start >= request.turn_start
+        unfinished = written.start < reach < written.end and request.table.computed < written.end
+        if unfinished and written.agent != 0 and not in_progress:
+            return written.start
     return reach
 
 
@@ -122,9 +122,9 @@ def attach(match: Match, request: Request, scheme: Scheme, cache: SharedCache) -
         if index >= len(table.pages) or table.pages[index] != match.pages[index]:
             table.replace_page(index, match.pages[index], cache)
     if match.reach > table.computed and request.agent is not None:
-        since = request.turn_start if scheme.adapter_free else 0
-        table.runs = extended(table.runs, request.agent, match.reach, since)
+        since = request.turn_start if scheme.adapter_free_forward else 0
+        table.log = extend_log(table.log, request.agent, match.reach, since)
     table.computed = max(table.computed, match.reach)
     final = match.reach if request.agent in (None, 0) else min(match.reach, request.turn_start)
-    table.settled = max(table.settled, final) if scheme.adapter_free else table.computed
+    table.settled = max(table.settled, final) if scheme.adapter_free_forward else table.computed
     table.settled_before = max(table.settled_before, table.settled)

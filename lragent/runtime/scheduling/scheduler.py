@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 
 from lragent.errors import CacheMemoryError
 from lragent.runtime.cache.page_table import PageTable
-from lragent.runtime.cache.prefix_index import columns_key
+from lragent.runtime.cache.prefix_index import lr_key
 from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.request import Request
 from lragent.runtime.scheduling import prefix_lookup as lookup
 from lragent.runtime.scheduling.batch import Entry, Piece, take
-from lragent.runtime.schemes import Scheme, View, plan
+from lragent.runtime.schemes import Scheme, View, spans_of_turn
 from lragent.runtime.trajectory_state import TrajectoryState
 
 # Logits rows that a score may ask for in one step: a row is a whole vocabulary of float32.
@@ -114,7 +114,7 @@ class Scheduler:
     def _start(self, request: Request, match: lookup.Match) -> None:
         pool, claims, page_size = self.cache.pool, self.cache.claims, self.cache.page_size
         lookup.attach(match, request, self.scheme, self.cache)
-        request.spans = plan(self.scheme, self._view(request), request.logits_from)
+        request.spans = spans_of_turn(self.scheme, self._view(request), request.logits_from)
         if not request.admitted and request.agent is not None:
             starts = [span.start for span in request.spans if not span.adapter_free]
             request.usage.reused = min([request.prompt, *starts])
@@ -125,20 +125,20 @@ class Scheduler:
             if index >= len(match.pages):
                 wanted = lookup.wanted_key(key, (index + 1) * page_size, request, self.scheme)
                 claims.add(wanted, request)
-            if self.scheme.own_columns and request.agent:
+            if self.scheme.own_lr_only and request.agent:
                 page = match.pages[index] if index < len(match.pages) else None
                 if page is None or pool.filled(page, request.agent) < page_size:
-                    claims.add(columns_key(key, request.agent), request)
+                    claims.add(lr_key(key, request.agent), request)
 
     def _view(self, request: Request) -> View:
         table = request.table
         return View(
-            runs=table.runs,
+            log=table.log,
             computed=table.computed,
             settled=table.settled,
             settled_before=table.settled_before,
-            columns=table.columns(self.cache),
-            columns_before=tuple(table.columns_before),
+            lr_covered=table.lr_covered(self.cache),
+            lr_covered_before=tuple(table.lr_covered_before),
             tokens=len(request.state.tokens),
             prompt=request.prompt,
             agent=request.agent,
@@ -169,7 +169,7 @@ class Scheduler:
                 table.pages.append(pool.allocate())
             elif not pool.is_exclusive(table.pages[index]):  # its other holder may just have been dropped
                 source, target = table.pages[index], pool.allocate()
-                pool.copy_columns(source, target)
+                pool.copy_filled(source, target)
                 pool.release([source])
                 table.pages[index] = target
                 entry.copies.append((source, target))
@@ -218,7 +218,9 @@ class Scheduler:
         """
         busy = {request.table for request in self.running} | {keep}
         queued = {request.table for request in self.waiting}
-        idle = [table for state in self.states for table in state.tables.values() if table.pages and table not in busy]
+        idle = [
+            table for state in self.states for table in state.page_tables.values() if table.pages and table not in busy
+        ]
         if not idle:
             return False
 

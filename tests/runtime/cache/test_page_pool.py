@@ -8,8 +8,8 @@ from lragent.runtime.cache.prefix_index import PrefixIndex
 SIZES = PageBytes(base=100, low_rank=(0, 10, 20))
 
 
-def pool(pages: int = 4, track_columns: bool = False) -> PagePool:
-    return PagePool(pages + 1, SIZES, PrefixIndex(), track_columns)
+def pool(pages: int = 4, track_lr: bool = False) -> PagePool:
+    return PagePool(pages + 1, SIZES, PrefixIndex(), track_lr)
 
 
 def test_all_pages_but_scratch_are_handed_out_once() -> None:
@@ -61,7 +61,7 @@ def test_holding_a_cached_page_takes_it_out_of_eviction() -> None:
 
 
 def test_held_bytes_count_columns_only_where_they_are_filled() -> None:
-    p = pool(track_columns=True)
+    p = pool(track_lr=True)
     page = p.allocate()
     assert p.held_bytes == 100
     p.fill(page, 2, 3)
@@ -76,10 +76,10 @@ def test_held_bytes_count_columns_only_where_they_are_filled() -> None:
 
 
 def test_a_copy_has_the_columns_of_its_source() -> None:
-    p = pool(track_columns=True)
+    p = pool(track_lr=True)
     source, target = p.allocate(), p.allocate()
     p.fill(source, 1, 2)
-    p.copy_columns(source, target)
+    p.copy_filled(source, target)
     p.clip(target, 0)
     assert (p.filled(source, 1), p.filled(target, 1)) == (2, 0)
     assert p.held_bytes == 210
