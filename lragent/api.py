@@ -109,7 +109,7 @@ def load(
             no C++ compiler; "auto": compiled on a CPU, eager on a GPU. On a GPU, "compiled" runs each package in a
             child process first.
         allow_compiled: False compiles again instead of running machine code from the artifact.
-        agents: those that will act besides `base`: the cache then holds no columns of others. None: all.
+        agents: agents that will act besides `base`; the cache stores no LR values of others. None: all agents.
 
     Raises:
         ArtifactError, RequestError, CompilerMissing, SplitRefused: say what was found, where, and what to do.

@@ -40,7 +40,7 @@ class StepInputs:
     agent_ids: torch.Tensor  # [T] who runs the token
     logits_rows: torch.Tensor  # [R] rows of T
     base_slots: torch.Tensor  # [T] page * P + offset; a slot of the scratch page: not kept
-    lr_slots: torch.Tensor  # [N, T] the same for each agent's column block
+    lr_slots: torch.Tensor  # [N, T] the same for each agent's LR block
     seq_starts: torch.Tensor  # [S + 1] first token of each sequence, then T
     context_lens: torch.Tensor  # [S] tokens of context, those of this step included
     page_table: torch.Tensor  # [S, M] page ids, padded with the scratch page

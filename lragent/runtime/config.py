@@ -26,7 +26,7 @@ class EngineConfig:
         kv_dtype: dtype of all cache tensors.
         device: device of the cache and the program.
         stop_token_ids: the model's own stop tokens.
-        agents: agents that will act besides `base`; the cache stores no LR columns of others. None: all agents.
+        agents: agents that will act besides `base`; the cache stores no LR values of others. None: all agents.
         threads: torch's number of CPU threads, which is one setting per process; None keeps it.
 
     Raises:

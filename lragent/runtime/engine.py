@@ -112,7 +112,7 @@ class Engine:
     def trajectory(self, start: str | Sequence[int] | None = None) -> Trajectory:
         """A new trajectory that starts with text (special tokens are added), token ids, or nothing.
 
-        Close it, or use it as a context manager, to give its pages back.
+        Close it, or use it as a context manager, to release its pages.
         """
         state = TrajectoryState()
         if start is not None:
@@ -140,7 +140,7 @@ class Engine:
         """Writes the model as an artifact.
 
         Raises:
-            RequestError: the engine can't: it was opened from an artifact.
+            RequestError: the engine was opened from an artifact.
         """
         if self._saver is None:
             raise RequestError("this engine has nothing to save", "It was opened from an artifact: copy that.")
@@ -169,10 +169,10 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Proves that pages, holders, index, page tables and claims agree.
+        """Checks that pages, holders, index, page tables and claims agree.
 
         Raises:
-            InternalError: with the sum that fails.
+            InternalError: they disagree; the message gives the numbers.
         """
         loop = self._loop
         tables = [table for state in loop.states for table in state.page_tables.values()]
@@ -182,7 +182,9 @@ class Engine:
             if len(table.pages) != wanted:
                 raise InternalError(f"{table.computed} computed tokens in {len(table.pages)} != {wanted} pages")
             if not table.settled <= table.computed <= log_end(table.log):
-                raise InternalError(f"not settled {table.settled} <= computed {table.computed} <= record {table.log}")
+                raise InternalError(
+                    f"not settled {table.settled} <= computed {table.computed} <= write log {table.log}"
+                )
         loop.cache.claims.check(loop.scheduler.running)
 
 
@@ -201,7 +203,7 @@ def _check_program(program: Program, scheme: Scheme) -> None:
 
 
 def _acting(program: Program, agents: Sequence[str] | None) -> tuple[str, ...]:
-    """The agents asked for, in the program's order; spare slots hold no agent."""
+    """Names of the requested agents, in the program's order. Spare agent slots are left out."""
     known = tuple(agent.name for agent in program.agents if not agent.spare)
     if agents is None:
         return known
@@ -217,7 +219,7 @@ def _key_rules(program: Program, scheme: Scheme) -> tuple[KeyRules, ...]:
     if scheme.page_table_per_agent:
         return tuple(KeyRules(_root(scheme, digest), None, turn_starts=False) for digest in digests)
     if scheme.adapter_free_forward:
-        # A writer keeps its own columns in its own block, so which of two agents with equal weights it was matters.
+        # A writer's LR values go into its own block, so two agents with equal weights need different tags.
         digests = tuple(digest + b"#%d" % index for index, digest in enumerate(digests))
     return (KeyRules(_root(scheme, b""), digests, turn_starts=scheme.adapter_free_forward),)
 

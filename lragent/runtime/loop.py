@@ -1,7 +1,7 @@
-"""The engine's loop: one `step` schedules, runs the program, books and samples; everything else drives it.
+"""The engine's loop: one `step` schedules, runs the program, records what was written, and samples.
 
-Stepping happens in one place and one thread. A synchronous call steps until its own request is done, serving everybody
-else on the way; asynchronous calls share one task that steps while there is work.
+Only one thread steps. A synchronous call steps until its own request is done; other requests advance with it.
+Asynchronous calls share one task that steps while there are requests.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class EngineLoop:
         """Runs one step.
 
         Raises:
-            Exception: whatever the program or `on_step` raises, or InternalError; all requests in progress end with it.
+            Exception: the error of the program or of `on_step`, or InternalError. All requests in progress end with it.
         """
         try:
             self._step()
@@ -130,14 +130,14 @@ class EngineLoop:
         self._end_settled()
 
     def _end_settled(self) -> bool:
-        """Ends requests that want no logits and have nothing left to run; False if there are none."""
+        """Ends requests that only make tokens final and have no spans left; False if there are none."""
         settled = [request for request in self.scheduler.running if request.agent is None and not request.spans]
         for request in settled:
             self.end(request)
         return bool(settled)
 
     def end(self, request: Request, error: Exception | None = None) -> None:
-        """Takes a request out; after an error its trajectory is as before the turn."""
+        """Ends a request. After an error its trajectory is as before the turn."""
         if request.done and self.active.get(request.state) is not request:
             return
         self.scheduler.leave(request)
@@ -145,7 +145,7 @@ class EngineLoop:
         self.active.pop(state, None)
         if error is not None:
             state.cut(request.prompt, self.cache)
-            # The turn never was: whoever comes next is the writer of what it processed. Its pages may be half written.
+            # Roll back: the next agent becomes the writer of these tokens. The pages may be half written.
             request.table.cut(request.turn_start, self.cache)
             request.table.drop(self.cache)
         elif request.token_ids:
@@ -163,9 +163,9 @@ class EngineLoop:
             raise request.error
 
     async def wait(self, request: Request) -> None:
-        """Waits until a request is done, with all others that are waited for; raises its error.
+        """Waits until a request is done and raises its error. Requests that are awaited together run together.
 
-        A caller that is cancelled takes its request back.
+        If the caller is cancelled, the request ends.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
@@ -193,6 +193,6 @@ class EngineLoop:
             try:
                 self.step()
             except Exception:
-                continue  # every request in progress has ended with this error, its caller gets it
-            # Callers that have their turn may ask for the next one before the next step.
+                continue  # every request in progress has ended with this error, and its caller raises it
+            # Callers whose turn is done may submit the next one before the next step.
             await asyncio.sleep(0)

@@ -1,4 +1,9 @@
-"""A request to the engine: a turn, a score, or settling a trajectory."""
+"""A request to the engine: a turn, a score, or the adapter-free forward that settles a trajectory.
+
+Life of a `Request`: made by make_request.py -> queued by scheduler.py -> admitted (prefix_lookup.py finds reusable
+pages, schemes.py lists spans) -> stepped (batch.py packs spans, bookkeeping.py records what they wrote, take_logits.py
+samples) -> done, with or without `error`. A request that loses its pages goes back to the queue.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The five sharing schemes: which passes a turn needs, and what each pass writes.
+"""The five sharing schemes: the forwards that a turn needs, and the cache entries that each forward writes.
 
-A pass is a list of spans; a span is a range of tokens that one agent runs with the same write flags. Agent ids: 0 is
-`base`, i > 0 is agent i of the program. Spans of a plan run in order; `plan` derives them from a `View` of the page
-table, so that a replay after losing pages needs nothing but the record (write_log.py).
+A forward runs a range of tokens through the model as one agent. It is described by spans; all tokens of a span have
+the same write flags. Agent ids: 0 is `base`, i > 0 is agent i of the program. `spans_of_turn` derives the spans from a
+`View` of the page table and its write log, so pages that were lost can be computed again (a replay).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Kind = Literal["prefill", "decode", "catch_up", "adapter_free", "replay", "rerun
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens `[start, end)` run by one agent.
+    """Tokens `[start, end)` that one agent runs.
 
     Args:
-        adapter_free: True for the pass that makes earlier tokens final (`rebase_shared`); it attends base only.
-        writes_base: whether base K/V are kept.
-        lr_writers: by agent id (entry 0 is unused), whose LR column blocks are kept.
-        logits_from: first position whose logits are wanted, `end` for none.
+        adapter_free: True for the adapter-free forward, which makes earlier tokens final (`rebase_shared`).
+        writes_base: True if base K and V are stored.
+        lr_writers: by agent id (entry 0 is unused), True if this agent's LR block is written.
+        logits_from: first position whose logits are needed, `end` for none.
     """
 
     start: int
@@ -42,18 +42,18 @@ class Span:
 
 @dataclass(frozen=True)
 class View:
-    """What a plan depends on: a page table and the turn to come.
+    """Inputs of `spans_of_turn`: a page table and the turn to come.
 
     Args:
         log: write log of processed tokens.
-        computed: tokens whose pages are there, as their writers left them.
-        settled: tokens whose content is final (differs from `computed` in `rebase_shared` only).
-        settled_before: the most that `settled` has been, before pages were lost.
-        lr_covered: by agent id, tokens that have this agent's LR columns (`base_shared`).
-        lr_covered_before: the most that `lr_covered` has been, before pages were lost.
-        tokens: length of the trajectory.
-        prompt: its length when the turn began; later tokens are the turn's own.
-        agent: who acts; None only makes processed tokens final.
+        computed: first tokens whose pages are stored.
+        settled: first tokens whose pages are final (less than `computed` in `rebase_shared` only).
+        settled_before: high-water mark of `settled`; work below it counts as replay.
+        lr_covered: by agent id, first tokens whose LR values of this agent are stored (`base_shared`).
+        lr_covered_before: high-water mark of `lr_covered`; work below it counts as replay.
+        tokens: tokens of the trajectory.
+        prompt: tokens of the trajectory when the turn began; later tokens are the turn's own.
+        agent: acting agent; None only makes processed tokens final.
         turn_start: processed tokens when the turn began.
     """
 
@@ -89,7 +89,7 @@ def acting_span(scheme: Scheme, agents: int, agent: int, start: int, end: int, k
 
 
 def _pending(scheme: Scheme, view: View) -> list[Span]:
-    """Tokens that nobody has processed yet: the rest of the prompt, then sampled ones."""
+    """Tokens without a writer: the rest of the prompt, then sampled tokens."""
     if view.agent is None:
         return []
     start = log_end(view.log)
@@ -101,7 +101,7 @@ def _pending(scheme: Scheme, view: View) -> list[Span]:
 
 
 def _spans_written_once(scheme: Scheme, view: View) -> list[Span]:
-    """`non_shared` (on the agent's own table), `full_shared`, `base_lr_shared`: the writer's pass is all there is."""
+    """`non_shared` (on the agent's own table), `full_shared`, `base_lr_shared`: only the writer runs a token."""
     replays = [
         acting_span(scheme, view.agents, written.agent, max(written.start, view.computed), written.end, "replay")
         for written in view.log
@@ -111,12 +111,12 @@ def _spans_written_once(scheme: Scheme, view: View) -> list[Span]:
 
 
 def _spans_base_shared(scheme: Scheme, view: View) -> list[Span]:
-    """Every writer, and the acting agent, first catches up over tokens that it has no LR columns of."""
+    """Each agent first runs a catch-up over earlier tokens whose LR values of this agent are missing."""
     have = list(view.lr_covered)
     spans: list[Span] = []
 
     def catch_up(agent: int, end: int, replayed: bool) -> None:
-        # LR values that the agent had before pages were lost count as replay, the others as catch-up.
+        # LR values that were stored before pages were lost count as replay, the others as catch-up.
         known = end if replayed else min(end, view.lr_covered_before[agent])
         bounds: list[tuple[int, Kind]] = [(known, "replay"), (end, "catch_up")]
         for high, kind in bounds:
@@ -137,7 +137,7 @@ def _spans_base_shared(scheme: Scheme, view: View) -> list[Span]:
 
 
 def _spans_rebase(scheme: Scheme, view: View) -> list[Span]:
-    """Turn by turn: the writer's pass, then the adapter-free pass, which the turn in progress doesn't have yet."""
+    """Turn by turn: the writer's forward, then the adapter-free forward. The turn in progress has only the first."""
     spans: list[Span] = []
     for written in view.log:
         if written.end > view.computed:
@@ -146,7 +146,7 @@ def _spans_rebase(scheme: Scheme, view: View) -> list[Span]:
         in_progress = view.agent is not None and written.start >= view.turn_start
         if written.agent == 0 or in_progress:
             continue
-        # The writer keeps its own columns.
+        # The writer's own LR block keeps the values of its own forward.
         others = tuple(flag and agent != written.agent for agent, flag in enumerate(_all_lr(view.agents)))
         start = max(written.start, view.settled)
         middle = min(max(start, view.settled_before), written.end)
@@ -162,11 +162,11 @@ class Scheme:
     """One way to share a cache between agents.
 
     Args:
-        layout, lr_blocks: which cache tensors it needs (program/cache_schema.py).
-        page_table_per_agent: every agent has its own page table; otherwise a trajectory has one.
-        own_lr_only: a writer fills its own LR columns only, the others catch up.
-        adapter_free_forward: tokens become final in an adapter-free pass after their turn.
-        spans: the passes of a turn.
+        layout, lr_blocks: the cache tensors (program/cache_schema.py).
+        page_table_per_agent: True if each agent of a trajectory has its own page table; else they share one.
+        own_lr_only: True if a writer writes its own LR block only, and other agents catch up.
+        adapter_free_forward: True if tokens become final in an adapter-free forward after their turn.
+        spans: derives the spans of a turn, without logits.
     """
 
     name: str
@@ -200,19 +200,19 @@ def scheme_named(name: str) -> Scheme:
 
 
 def spans_of_turn(scheme: Scheme, view: View, logits_from: int) -> list[Span]:
-    """The passes of a turn, in order.
+    """The spans of a turn, in the order in which they must run.
 
     Args:
-        logits_from: first position whose logits the acting agent needs; ignored if nobody acts.
+        logits_from: first position whose logits the acting agent needs; ignored without an acting agent.
     """
     spans = scheme.spans(scheme, view)
     return spans if view.agent is None else with_logits(spans, view, view.agent, logits_from)
 
 
 def with_logits(spans: Sequence[Span], view: View, agent: int, logits_from: int) -> list[Span]:
-    """Marks positions from `logits_from` on, and runs those again that the acting agent's spans don't reach.
+    """Marks positions from `logits_from` on, and adds a rerun of those that the acting agent's spans don't cover.
 
-    A rerun reads the cache as it is and keeps nothing.
+    A rerun reads the cache and writes nothing.
     """
     tail = len(spans)
     covered = view.tokens

@@ -1,4 +1,4 @@
-"""What the engine holds of one trajectory."""
+"""State of one trajectory: tokens, segments, page tables, usage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lragent.runtime.usage import Usage
 
 @dataclass(frozen=True)
 class TurnSegment:
-    """Tokens `[start, end)` that one agent generated, or that were appended (`agent` is None)."""
+    """Tokens `[start, end)` that one agent generated; `agent` is None for appended tokens."""
 
     agent: str | None
     start: int
@@ -21,7 +21,7 @@ class TurnSegment:
 
 @dataclass(eq=False)
 class TrajectoryState:
-    """Tokens, who they are from, and the page tables: one per agent id in `non_shared`, else one under key 0."""
+    """Tokens, their segments, and page tables: one per agent id in `non_shared`, else one under key 0."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)  # None where a token was appended
@@ -44,7 +44,7 @@ class TrajectoryState:
         self.segments.append(TurnSegment(agent, start, len(self.tokens)))
 
     def cut(self, length: int, cache: SharedCache) -> None:
-        """Forgets all tokens from `length` on."""
+        """Removes all tokens from `length` on."""
         del self.tokens[length:]
         del self.logprobs[length:]
         self.segments = [
@@ -54,7 +54,7 @@ class TrajectoryState:
             table.cut(length, cache)
 
     def fork(self, cache: SharedCache) -> TrajectoryState:
-        """The same trajectory again, sharing all pages and the usage account."""
+        """A copy that shares all pages and the usage counters."""
         return TrajectoryState(
             list(self.tokens),
             list(self.logprobs),
@@ -64,7 +64,7 @@ class TrajectoryState:
         )
 
     def close(self, cache: SharedCache) -> None:
-        """Gives all pages back."""
+        """Releases all pages."""
         for table in self.page_tables.values():
             table.drop(cache)
         self.page_tables.clear()

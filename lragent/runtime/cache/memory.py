@@ -1,7 +1,7 @@
-"""Cache memory: how many bytes a page takes, how many pages fit, the tensors themselves, and copies of pages.
+"""Cache memory: bytes per page, pages that fit, the cache tensors, and copies of pages.
 
-Legend: P = tokens a page, N = agents. An agent's column block is called by its agent id (row of the LR tables; base is
-0 and has none).
+Legend: P = tokens per page, N = agents. An LR block has the agent id of its owner (row of the LR directory); base is
+agent 0 and has no block.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _UNITS = {**_DECIMAL, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_bytes(amount: int | str, called: str = "kv_memory") -> int:
-    """Bytes of `"2GiB"`, `"1.5 GB"` or a plain number; `called` is its name in errors.
+    """Bytes of `"2GiB"`, `"1.5 GB"` or a plain number; `called` is the option's name in errors.
 
     Raises:
         RequestError: not a number with a known unit.
@@ -39,10 +39,10 @@ def parse_bytes(amount: int | str, called: str = "kv_memory") -> int:
 
 @dataclass(frozen=True)
 class PageBytes:
-    """Bytes that one page id stands for, over all layers."""
+    """Bytes of one page, over all layers."""
 
     base: int
-    low_rank: tuple[int, ...]  # [N + 1] by agent id: the column block that this agent owns
+    low_rank: tuple[int, ...]  # [N + 1] by agent id, the LR block that this agent owns
 
     @property
     def total(self) -> int:
@@ -56,10 +56,10 @@ def page_bytes(schema: CacheSchema, lr_blocks: LrBlocks, page_size: int, dtype: 
 
 
 def pages_that_fit(kv_memory: int | str, page: PageBytes) -> int:
-    """Pages in `kv_memory`, the scratch page included.
+    """Number of pages in `kv_memory`, the scratch page included.
 
     Raises:
-        CacheMemoryError: not even the scratch page and one more.
+        CacheMemoryError: fewer than two pages, since one is the scratch page.
     """
     pages = parse_bytes(kv_memory) // page.total
     if pages < 2:
@@ -72,7 +72,7 @@ def pages_that_fit(kv_memory: int | str, page: PageBytes) -> int:
 
 @dataclass(frozen=True)
 class CacheMemory:
-    """The cache tensors with what is needed to copy pages of them."""
+    """The cache tensors and their layout, for copies of pages."""
 
     tensors: CacheTensors
     schema: CacheSchema
@@ -81,7 +81,7 @@ class CacheMemory:
     page_size: int
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copies whole pages, base and every LR block; a page may be source of one copy and target of another."""
+        """Copies whole pages, base and all LR blocks. A page may be a source and a target."""
         if not sources:
             return
         device = self.tensors.k_base[0].device
@@ -100,10 +100,10 @@ class CacheMemory:
 def allocate(
     schema: CacheSchema, lr_blocks: LrBlocks, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
 ) -> CacheMemory:
-    """All cache tensors, zeroed (the CPU commits their memory when it is first written).
+    """All cache tensors, zeroed. On a CPU the system commits memory when it is first written.
 
     Raises:
-        CacheMemoryError: the system refuses so much memory.
+        CacheMemoryError: the system refuses that much memory.
     """
     if schema.layout == "dense" and schema.low_rank:
         raise InternalError("a dense cache schema must not name low-rank streams")

@@ -1,7 +1,11 @@
-"""A page table: the pages of one owner's tokens, how far they are filled, and the record of who filled them.
+"""A page table: the pages of one owner's tokens, the counts of stored tokens, and the write log.
 
-The owner is a trajectory, or (trajectory, agent) in `non_shared`. A table may lose its pages at any time while no turn
-runs on it; the record stays, and a later turn replays it.
+The owner is a trajectory, or (trajectory, agent) in `non_shared`. A table may lose its pages while no turn runs on it.
+The write log stays, and a later turn replays it.
+
+A token is *processed* if the write log has its writer, *computed* if its page is stored, and *settled* if its page is
+final: no later forward will change base K and V. In `rebase_shared` tokens settle in the adapter-free forward after
+their turn; in all other schemes every computed token is settled.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from lragent.runtime.cache.write_log import WriteRange, cut_log, log_end
 
 @dataclass(eq=False)
 class PageTable:
-    """`pages[i]` holds tokens `[i * P, (i + 1) * P)`; see `schemes.View` for the counts."""
+    """`pages[i]` stores tokens `[i * P, (i + 1) * P)`; the counts are explained in `schemes.View`."""
 
     agents: int  # N + 1, base included
     rules: KeyRules
@@ -26,14 +30,14 @@ class PageTable:
     settled_before: int = 0
     lr_covered_before: list[int] = field(default_factory=list)
     log: tuple[WriteRange, ...] = ()
-    keys: list[bytes] = field(default_factory=list)  # of full pages below the record's extent
+    keys: list[bytes] = field(default_factory=list)  # content keys of full pages of processed tokens
     last_used: int = 0
 
     def __post_init__(self) -> None:
         self.lr_covered_before = self.lr_covered_before or [0] * self.agents
 
     def lr_covered(self, cache: SharedCache) -> tuple[int, ...]:
-        """By agent id, how many tokens from the start have this agent's LR columns (`base_shared`)."""
+        """By agent id, first tokens whose LR values of this agent are stored (`base_shared`)."""
         return tuple(self._lr_covered_by(agent, cache) for agent in range(self.agents))
 
     def _lr_covered_by(self, agent: int, cache: SharedCache) -> int:
@@ -46,11 +50,11 @@ class PageTable:
         return min(tokens, self.computed)
 
     def extend_keys(self, tokens: Sequence[int], cache: SharedCache) -> None:
-        """Adds the keys of full pages of processed tokens that have none yet."""
+        """Adds the missing keys of full pages of processed tokens."""
         extend_keys(self.keys, self.rules, tokens, self.log, log_end(self.log), cache.page_size)
 
     def replace_page(self, index: int, page: int, cache: SharedCache) -> None:
-        """Puts a page of the pool at `index`, which is at most one past the end."""
+        """Puts a page at `index`, at most one past the end, and releases the page that it replaces."""
         cache.pool.hold(page)
         if index < len(self.pages):
             cache.pool.release([self.pages[index]])
@@ -59,7 +63,7 @@ class PageTable:
             self.pages.append(page)
 
     def cut(self, length: int, cache: SharedCache) -> None:
-        """Forgets everything about tokens from `length` on."""
+        """Removes tokens from `length` on."""
         self.log = cut_log(self.log, length)
         self.computed = min(self.computed, length)
         self.settled = min(self.settled, length)
@@ -69,7 +73,7 @@ class PageTable:
         self._release_from(cache.pages_for(self.computed), cache)
 
     def drop(self, cache: SharedCache) -> None:
-        """Gives all pages back; the record stays."""
+        """Releases all pages; the write log stays."""
         self.lr_covered_before = list(map(max, self.lr_covered_before, self.lr_covered(cache)))
         self.computed = self.settled = 0
         self._release_from(0, cache)

@@ -1,11 +1,10 @@
 """Prefix reuse by content: keys of full pages, and the index from key to page.
 
-A key is a hash chain: a page's key depends on the page before it, on its token ids, and on whatever else its content
-is a function of in the sharing scheme (see `KeyRules`). Adapters go in by digest, never by name, so a key can't be
-right by accident.
+Keys form a hash chain. The key of a page depends on the key of the page before it, on its token ids, and on everything
+else that determines its content in the sharing scheme (see `KeyRules`). Adapters enter by digest, never by name.
 
-One page id holds base and LR columns, so one key has to cover both. `rebase_shared` could reuse base columns by token
-ids alone, under any writer; with one key for the whole page it doesn't. That is a deliberate simplification.
+One page id covers base and LR blocks, so one key must cover both. `rebase_shared` could reuse base K and V by token ids
+alone, whoever wrote them. It does not: one key for the whole page is simpler.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from lragent.runtime.cache.write_log import WriteRange, ranges_within
 
 @dataclass(frozen=True)
 class KeyRules:
-    """What a page's content is a function of, apart from token ids.
+    """Inputs of a page's key besides token ids.
 
     Args:
-        root: start of the chain: scheme, and the agent's digest where every agent has its own pages.
-        tags: by agent id, what stands for a writer; None if writers don't matter.
-        turn_starts: whether the place where a writer's turn began matters.
+        root: start of the chain: the scheme, and the agent's digest if each agent has its own pages.
+        tags: by agent id, the tag of a writer; None if the content does not depend on writers.
+        turn_starts: True if the content depends on the position where a writer's turn began.
     """
 
     root: bytes
@@ -37,7 +36,7 @@ class KeyRules:
 def extend_keys(
     keys: list[bytes], rules: KeyRules, tokens: Sequence[int], log: Sequence[WriteRange], end: int, page_size: int
 ) -> None:
-    """Appends the keys of all full pages below position `end` to `keys`, which holds those of the first pages."""
+    """Appends the missing keys of all full pages below position `end`; `keys` has those of the first pages."""
     while (len(keys) + 1) * page_size <= end:
         start = len(keys) * page_size
         chain = hashlib.blake2b(keys[-1] if keys else rules.root, digest_size=32)
@@ -48,12 +47,12 @@ def extend_keys(
 
 
 def _writers(rules: KeyRules, log: Sequence[WriteRange], start: int, end: int) -> bytes:
-    """Who wrote the tokens of a page, as runs of equal tags with their lengths."""
+    """Digest of the writers of a page's tokens: tags with run lengths."""
     if rules.tags is None:
         raise InternalError("keys of this scheme don't name writers")
     merged: list[tuple[bytes, int]] = []
     for written, low, high in ranges_within(log, start, end):
-        # `base` reads base columns only, which are final when it writes them: its turns have no visible start.
+        # `base` attends base K and V only, which are final once it wrote them: its content has no turn start.
         begins = rules.turn_starts and written.agent != 0 and written.start == low
         tag = rules.tags[written.agent] + (b"+" if begins else b"-")
         if merged and not begins and merged[-1][0][:-1] == tag[:-1]:
@@ -64,12 +63,12 @@ def _writers(rules: KeyRules, log: Sequence[WriteRange], start: int, end: int) -
 
 
 def open_key(key: bytes) -> bytes:
-    """Key of a page whose last turn has not been followed by its adapter-free pass yet (`rebase_shared`)."""
+    """Key of a page before the adapter-free forward of its last turn (`rebase_shared`)."""
     return hashlib.blake2b(key, digest_size=32, person=b"open").digest()
 
 
 def lr_key(key: bytes, agent: int) -> bytes:
-    """Names one agent's LR columns of a page (`base_shared`); only for telling who computes them at the moment."""
+    """Key of one agent's LR values of a page (`base_shared`); used for claims only."""
     return hashlib.blake2b(key + agent.to_bytes(4, "big"), digest_size=32, person=b"lr").digest()
 
 

@@ -1,7 +1,7 @@
-"""The record of a page table: which agent processed which tokens, in order.
+"""The write log of a page table: the agent that wrote each range of tokens, in order of position.
 
-It is what a replay after losing pages goes by, and part of the pages' keys. Passes that only follow from it (catch-up,
-adapter-free) are not written down: schemes.py derives them.
+A replay after lost pages follows the log, and page keys depend on it. Catch-up and adapter-free forwards are not
+logged: schemes.py derives them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WriteRange:
-    """Tokens `[start, end)` written by one agent (`rebase_shared`: in one turn)."""
+    """Tokens `[start, end)` that one agent wrote (in `rebase_shared`: in one turn)."""
 
     agent: int
     start: int
@@ -20,15 +20,15 @@ class WriteRange:
 
 
 def log_end(log: Sequence[WriteRange]) -> int:
-    """Tokens that have been processed, whether or not their pages are still there."""
+    """Processed tokens, including those whose pages were lost."""
     return log[-1].end if log else 0
 
 
 def extend_log(log: Sequence[WriteRange], agent: int, end: int, since: int) -> tuple[WriteRange, ...]:
-    """The record after `agent` processed everything up to `end`.
+    """The log after `agent` wrote all tokens up to `end`.
 
     Args:
-        since: the last run grows only if it starts here or later; 0 where turns of one agent may merge.
+        since: the last range is extended only if it starts here or later; 0 if turns of one agent may merge.
     """
     start = log_end(log)
     if end <= start:
@@ -39,14 +39,14 @@ def extend_log(log: Sequence[WriteRange], agent: int, end: int, since: int) -> t
 
 
 def cut_log(log: Sequence[WriteRange], length: int) -> tuple[WriteRange, ...]:
-    """The record of the first `length` tokens."""
+    """The log of the first `length` tokens."""
     return tuple(
         WriteRange(written.agent, written.start, min(written.end, length)) for written in log if written.start < length
     )
 
 
 def ranges_within(log: Sequence[WriteRange], start: int, end: int) -> Iterator[tuple[WriteRange, int, int]]:
-    """The parts of log inside `[start, end)`: run, first position, end."""
+    """The parts of ranges inside `[start, end)`: the range, first position, end."""
     for written in log:
         low, high = max(written.start, start), min(written.end, end)
         if low < high:

@@ -1,4 +1,4 @@
-"""Books what a step wrote: counts, record, LR columns, index."""
+"""Records what a step wrote: token counts, write log, filled LR blocks, prefix index, claims."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lragent.runtime.schemes import Scheme
 
 
 def record_piece(request: Request, piece: Piece, scheme: Scheme, cache: SharedCache) -> None:
-    """Moves a request past a piece that has been run."""
+    """Records a piece that has been computed, and removes it from the request's spans."""
     request.usage.count(piece.span.kind, piece.end - piece.start)
     if piece.end < request.spans[0].end:
         request.spans[0] = replace(request.spans[0], start=piece.end)
@@ -50,7 +50,7 @@ def _record_lr(request: Request, piece: Piece, cache: SharedCache) -> None:
 
 
 def _index_pages(request: Request, piece: Piece, scheme: Scheme, cache: SharedCache) -> None:
-    """Indexes full pages whose content the piece completed, and ends the claims on them."""
+    """Indexes full pages that the piece completed, and ends the claims on them."""
     table, page_size = request.table, cache.page_size
     for index in range(piece.start // page_size, piece.end // page_size):
         key, page_end = table.keys[index], (index + 1) * page_size
@@ -58,8 +58,8 @@ def _index_pages(request: Request, piece: Piece, scheme: Scheme, cache: SharedCa
             cache.index.insert(key, table.pages[index])
             cache.claims.end(key, request)
         elif scheme.adapter_free_forward and page_end <= request.prompt:
-            # Others may start their first turn with the same prompt; tokens sampled in a turn are not worth it, since
-            # an indexed page costs a copy when the adapter-free pass rewrites it.
+            # Other requests may start their first turn with the same prompt. Tokens sampled in a turn are not indexed:
+            # an indexed page costs a copy when the adapter-free forward rewrites it.
             cache.index.insert(open_key(key), table.pages[index])
             cache.claims.end(open_key(key), request)
         if scheme.own_lr_only and cache.pool.filled(table.pages[index], piece.span.agent) == page_size:

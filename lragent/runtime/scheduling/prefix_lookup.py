@@ -1,9 +1,9 @@
-"""Which pages of a request's trajectory are there already: its own, or indexed ones of others with the same content.
+"""Finds pages that a request can reuse: its own pages, and indexed pages of other requests with the same content.
 
-The *wanted* content of a page is what it would be without any cache when the request has run its passes over it. In
-`rebase_shared` that is final content for tokens of earlier turns, and for the turn in progress content as its writer
-leaves it (an "open" page). Reusing final pages there would change what the turn's own tokens attend to, and with it the
-outputs. So open pages are indexed too, under a key of their own.
+A page matches if its content equals the content that this request would compute from scratch. In `rebase_shared` that
+is final content for tokens of earlier turns. For the turn in progress it is the writer's content, before the
+adapter-free forward (an *open* page): a final page would change what the turn's own tokens attend to. Open pages are
+therefore indexed under a key of their own.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from lragent.runtime.schemes import Scheme
 
 @dataclass(frozen=True)
 class Match:
-    """Result of a lookup; nothing has been changed by it.
+    """Result of a lookup, which changes nothing.
 
     Args:
         pages: page ids to use, from the table's first page on; some may be the table's own.
-        reach: tokens that the wanted content is there for.
-        keys: content keys of all full pages of the trajectory, as if the request had processed them.
-        blocked_on: key that another request is about to compute and that this one wants next.
+        reach: first tokens whose matching content is stored.
+        keys: content keys of all full pages of the trajectory, once the request has processed them.
+        blocked_on: key of the first missing page or LR values, if another request is about to compute them.
     """
 
     pages: list[int]
@@ -36,7 +36,7 @@ class Match:
 
 
 def log_after(request: Request, scheme: Scheme) -> tuple[WriteRange, ...]:
-    """The record as it will be when the request has processed all its tokens."""
+    """The write log once the request has processed all its tokens."""
     if request.agent is None:
         return request.table.log
     since = request.turn_start if scheme.adapter_free_forward else 0
@@ -44,13 +44,13 @@ def log_after(request: Request, scheme: Scheme) -> tuple[WriteRange, ...]:
 
 
 def wanted_key(key: bytes, page_end: int, request: Request, scheme: Scheme) -> bytes:
-    """Key of the content that this request wants in a page with content key `key`."""
+    """Key of the content that this request needs in a page with content key `key`: open or final."""
     in_turn = scheme.adapter_free_forward and request.agent not in (None, 0) and page_end > request.turn_start
     return open_key(key) if in_turn else key
 
 
 def find(request: Request, scheme: Scheme, cache: SharedCache) -> Match:
-    """Looks up the longest prefix of pages that has the wanted content."""
+    """Looks up the longest prefix of matching pages."""
     table, page_size = request.table, cache.page_size
     keys = list(table.keys)
     log = log_after(request, scheme)
@@ -81,16 +81,16 @@ def _claimed(key: bytes, request: Request, cache: SharedCache) -> bytes | None:
 
 
 def _fuller(own: int, other: int | None, agent: int, cache: SharedCache) -> int:
-    """Of two pages with equal base content, the one with more of the agent's columns."""
+    """Of two pages with equal base content, the one with LR values of the agent for more tokens."""
     filled = cache.pool.filled
     return other if other is not None and filled(other, agent) > filled(own, agent) else own
 
 
 def _without_half_turns(reach: int, request: Request, log: tuple[WriteRange, ...]) -> int:
-    """Cuts `reach` back to where a replay can go on.
+    """Moves `reach` back to a position from which a replay can continue.
 
-    In the middle of a finished turn that hasn't been replayed it can't: the rest of that turn attended to open pages,
-    and the pages found are final.
+    A replay can't continue inside a finished turn: the rest of that turn attended open pages, and the matched pages are
+    final.
     """
     for written in log:
         in_progress = request.agent is not None and written.start >= request.turn_start
@@ -101,22 +101,22 @@ def _without_half_turns(reach: int, request: Request, log: tuple[WriteRange, ...
 
 
 def _swapped(match: Match, table: PageTable, cache: SharedCache) -> int:
-    """How many pages of the match the table takes over.
+    """Number of matched pages that the table takes over.
 
-    Behind `computed` only whole pages: the rest of the last one has other content in the table.
+    Up to `computed` these are whole pages only: the rest of a last page has other content in the table.
     """
     return match.reach // cache.page_size if match.reach <= table.computed else cache.pages_for(match.reach)
 
 
 def new_pages(match: Match, table: PageTable, tokens: int, cache: SharedCache) -> int:
-    """How many available pages the request takes in all: pages to compute, and matched ones that nobody holds yet."""
+    """Number of available pages that the request takes: pages to compute, and matched pages without holders."""
     end = _swapped(match, table, cache)
     held = sum(1 for page in match.pages[:end] if cache.pool.holders[page]) + len(table.pages[end:])
     return cache.pages_for(tokens) - held
 
 
 def attach(match: Match, request: Request, scheme: Scheme, cache: SharedCache) -> None:
-    """Makes the request's table use what was found."""
+    """Puts the matched pages into the request's page table."""
     table = request.table
     for index in range(_swapped(match, table, cache)):
         if index >= len(table.pages) or table.pages[index] != match.pages[index]:

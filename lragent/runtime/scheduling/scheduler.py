@@ -1,12 +1,12 @@
-"""Who runs in the next step: continuous batching, chunked prefill, admission by free pages, preemption.
+"""Chooses the work of the next step: continuous batching, chunked prefill, admission by free pages, preemption.
 
     submit -> waiting --admit--> running --finish--> done
                  ^                  |
                  +----- preempt ----+
 
-Both queues are in order of arrival. Pages run out: cached pages are evicted (page_pool.py), then tables that no running
-request uses are dropped, then the youngest running request is preempted; the oldest therefore always gets on.
-A request that waits for pages that another one is computing holds nothing that can't be taken from it.
+Both queues are in order of arrival. When pages run out, cached pages are evicted first (page_pool.py), then page tables
+that no running request uses are dropped, then the youngest running request is preempted. The oldest request therefore
+always makes progress. A request that waits for pages of another request can itself lose all its pages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lragent.runtime.scheduling.batch import Entry, Piece, take
 from lragent.runtime.schemes import Scheme, View, spans_of_turn
 from lragent.runtime.trajectory_state import TrajectoryState
 
-# Logits rows that a score may ask for in one step: a row is a whole vocabulary of float32.
+# Limit of logits rows per request and step: a row is a whole vocabulary in float32.
 MOST_ROWS = 256
 
 
@@ -57,9 +57,9 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> list[Entry]:
-        """The entries of the next step; their pages are held, and copied ones listed.
+        """The entries of the next step; their pages are held, and copies of pages are listed.
 
-        A request that can't ever get its pages is finished with an error.
+        A request whose pages can never fit is finished with an error.
         """
         entries: dict[Request, Entry] = {}
         budget = self.max_batch_tokens
@@ -70,7 +70,7 @@ class Scheduler:
         return list(entries.values())
 
     def leave(self, request: Request) -> None:
-        """Takes a request that is done out of the queues."""
+        """Removes a finished request from the queues."""
         for queue in (self.waiting, self.running):
             if request in queue:
                 queue.remove(request)
@@ -89,7 +89,7 @@ class Scheduler:
                 continue
             found = self._match_with_room(request, match)
             if found is None:
-                return  # first come, first served: nobody overtakes for memory
+                return  # first come, first served, also for memory
             self._start(request, found)
             budget -= self._prepare(request, budget, entries)
 
@@ -97,7 +97,7 @@ class Scheduler:
         return lookup.find(request, self.scheme, self.cache)
 
     def _match_with_room(self, request: Request, match: lookup.Match) -> lookup.Match | None:
-        """Drops idle tables until the request and those that run have their pages; None if that isn't enough."""
+        """Drops idle tables until the request and all running ones have room; None if there is not enough."""
         while True:
             promised = sum(self._pages_to_come(other) for other in self.running)
             need = lookup.new_pages(match, request.table, len(request.state.tokens), self.cache)
@@ -146,7 +146,7 @@ class Scheduler:
         )
 
     def _prepare(self, request: Request, budget: int, entries: dict[Request, Entry]) -> int:
-        """Adds a request's next pieces to the step and gets their pages; returns their tokens, 0 if that failed."""
+        """Adds a request's next pieces to the step and takes their pages. Returns their tokens, 0 on failure."""
         pieces = take(request.spans, budget, MOST_ROWS)
         if not pieces:
             return 0
@@ -156,7 +156,7 @@ class Scheduler:
         return pieces[-1].end - pieces[0].start
 
     def _get_pages(self, entry: Entry, piece: Piece, entries: dict[Request, Entry]) -> bool:
-        """Makes the pages of a piece exist and be writable; False if the request was preempted or failed."""
+        """Makes the pages of a piece exist and writable; False if the request was preempted or failed."""
         if not piece.span.writes_base:
             return True
         table, pool = entry.request.table, self.cache.pool
@@ -176,13 +176,13 @@ class Scheduler:
         return True
 
     def _own_page(self, page: int) -> bool:
-        """Whether a page may be rewritten in place; where no page is left for a copy, the index gives it up."""
+        """True if a page may be rewritten in place. If no page is left for a copy, it is removed from the index."""
         if self.cache.pool.holders[page] == 1 and not self.cache.pool.available:
             self.cache.pool.forget(page)
         return self.cache.pool.is_exclusive(page)
 
     def _reserve_page(self, request: Request, entries: dict[Request, Entry]) -> bool:
-        """Makes at least one page available; False if that cost the request its own place."""
+        """Makes at least one page available; False if the request itself was preempted or failed."""
         while not self.cache.pool.available:
             if self._drop_idle_table(keep=request.table):
                 continue
@@ -214,7 +214,7 @@ class Scheduler:
     def _drop_idle_table(self, keep: PageTable) -> bool:
         """Drops the pages of one table that no running request uses, the least recently used first.
 
-        Tables that share all their pages with others come last: dropping them gains nothing at once.
+        Tables that share all their pages with others come last: dropping them frees no page at once.
         """
         busy = {request.table for request in self.running} | {keep}
         queued = {request.table for request in self.waiting}
