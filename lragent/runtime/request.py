@@ -21,7 +21,7 @@ from lragent.runtime.usage import Usage
 
 @dataclass(eq=False)
 class Request:
-    """One unit of work on one trajectory. Every field has one place that sets it.
+    """One unit of work on one trajectory. Fields are grouped by the file that sets them.
 
     Args (set by make_request.py; fixed, but for `logits_from`, which take_logits.py moves on):
         state: the trajectory; take_logits.py appends sampled tokens to it.
