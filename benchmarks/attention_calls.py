@@ -67,7 +67,7 @@ def paged(
     stream = LowRankStream("", (rank,) * AGENTS, tuple(range(AGENTS)))
     with device:
         order = 1 + torch.randperm(pages - 1)
-        table = stream.table("per_agent", pages, PAGE).to(order.device)
+        table = stream.lr_directory("per_agent", pages, PAGE).to(order.device)
         base = [torch.randn(pages, heads.kv, PAGE, heads.dim).to(dtype) for _ in range(2)]
         low = [torch.randn(stream.elements("per_agent", pages, PAGE)).to(dtype) for _ in range(2)]
         memory = held([*base, *low])

@@ -88,9 +88,9 @@ def step_inputs(program: Program, sequences: int, tokens: int, context: int) -> 
 
 def runner(program: Program, sharing: str, step: StepInputs) -> Callable[[], torch.Tensor]:
     """Runs a step over a cache of its own that is as large as the step's contexts."""
-    dtype, columns = dtype_named(program.facts["dtype"]), SCHEMES[sharing].columns
+    dtype, lr_blocks = dtype_named(program.facts["dtype"]), SCHEMES[sharing].lr_blocks
     pages, device = 1 + step.page_table.numel(), torch.device(program.facts["device"])
-    cache = allocate(program.schema, columns, pages, PAGE_SIZE, dtype, device).tensors
+    cache = allocate(program.schema, lr_blocks, pages, PAGE_SIZE, dtype, device).tensors
     return partial(program.run, step, cache)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import typer
 
 import lragent
-from lragent.program.defaults import KV_MEMORY
+from lragent.program.defaults import ATTENTION, BACKEND, DEVICE, KV_MEMORY, MAX_BATCH_TOKENS
 
 if TYPE_CHECKING:
     from lragent.runtime import Engine
@@ -63,10 +63,10 @@ class EngineOptions:
     """How an artifact is loaded, apart from the sharing scheme."""
 
     kv_memory: str = KV_MEMORY
-    max_batch_tokens: int = 2048
-    backend: str = "auto"
-    attention: str = "auto"
-    device: str = "cpu"
+    max_batch_tokens: int = MAX_BATCH_TOKENS
+    backend: str = BACKEND
+    attention: str = ATTENTION
+    device: str = DEVICE
     threads: int | None = None
     allow_compiled: bool = True
     agents: tuple[str, ...] | None = None

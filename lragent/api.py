@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lragent.errors import RequestError, SplitRefused
 from lragent.loading.stages import Progress, Stages
-from lragent.program.defaults import KV_MEMORY
+from lragent.program.defaults import ATTENTION, BACKEND, DEVICE, KV_MEMORY, MAX_BATCH_TOKENS, SHARING
 from lragent.program.dtypes import LAYOUTS, dtype_named
 
 if TYPE_CHECKING:
@@ -88,12 +89,12 @@ def update(
 
 def load(
     path: str | Path,
-    sharing: str = "base_lr_shared",
+    sharing: str = SHARING,
     kv_memory: int | str = KV_MEMORY,
-    max_batch_tokens: int = 2048,
-    backend: str = "auto",
-    attention: str = "auto",
-    device: str = "cpu",
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    backend: str = BACKEND,
+    attention: str = ATTENTION,
+    device: str = DEVICE,
     threads: int | None = None,
     kv_dtype: str = "auto",
     allow_compiled: bool = True,
@@ -108,7 +109,7 @@ def load(
             no C++ compiler; "auto": compiled on a CPU, eager on a GPU. On a GPU, "compiled" runs each package in a
             child process first.
         allow_compiled: False compiles again instead of running machine code from the artifact.
-        agents: those that will act besides `base`: the cache then holds no columns of others. None: all.
+        agents: agents that will act besides `base`; the cache stores no LR values of others. None: all agents.
 
     Raises:
         ArtifactError, RequestError, CompilerMissing, SplitRefused: say what was found, where, and what to do.
@@ -118,14 +119,13 @@ def load(
     from lragent.artifact.tokenizer import tokenizer_of
     from lragent.compile.devices import device_named
     from lragent.kernels.dispatch import resolve
+    from lragent.runtime.config import EngineConfig
     from lragent.runtime.engine import Engine
-    from lragent.runtime.schemes import scheme_named
-    from lragent.runtime.threads import require_threads
 
-    layout = scheme_named(sharing).layout
     place = device_named(device)
+    config = EngineConfig(sharing, kv_memory, max_batch_tokens, device=place, agents=agents, threads=threads)
+    layout = config.scheme.layout
     backend = resolve_backend(backend, place)
-    require_threads(threads)
     artifact = open_artifact(path)
     manifest = artifact.manifest
     if layout not in manifest.layouts:
@@ -138,27 +138,21 @@ def load(
     chosen = resolve(attention, device)
     return Engine(
         program_of_artifact(artifact, manifest.layouts[layout], backend, chosen, place, cache_dtype, allow_compiled),
-        sharing=sharing,
-        tokenizer=tokenizer_of(artifact),
-        kv_memory=kv_memory,
-        max_batch_tokens=max_batch_tokens,
-        page_size=manifest.page_size,
-        kv_dtype=cache_dtype,
-        device=place,
-        stop_token_ids=manifest.stop_token_ids,
-        threads=threads,
-        agents=agents,
+        replace(
+            config, page_size=manifest.page_size, kv_dtype=cache_dtype, stop_token_ids=tuple(manifest.stop_token_ids)
+        ),
+        tokenizer_of(artifact),
     )
 
 
 def optimize(
     peft_model: Any,
-    sharing: str = "base_lr_shared",
+    sharing: str = SHARING,
     tokenizer: str | Path | None = None,
     kv_memory: int | str = KV_MEMORY,
-    max_batch_tokens: int = 2048,
-    backend: str = "auto",
-    attention: str = "auto",
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    backend: str = BACKEND,
+    attention: str = ATTENTION,
     threads: int | None = None,
     unit: str = "model",
 ) -> Engine:
@@ -180,14 +174,12 @@ def optimize(
     from lragent.compile.live_program import program_of_model
     from lragent.kernels.dispatch import resolve
     from lragent.loading.model import load_live
-    from lragent.program.step import PAGE_SIZE
+    from lragent.runtime.config import EngineConfig
     from lragent.runtime.engine import Engine
-    from lragent.runtime.schemes import scheme_named
-    from lragent.runtime.threads import require_threads
 
-    layout = scheme_named(sharing).layout
+    config = EngineConfig(sharing, kv_memory, max_batch_tokens, device=CPU, threads=threads)
+    layout = config.scheme.layout
     backend = resolve_backend(backend, CPU)
-    require_threads(threads)
     require_unit(unit)
     chosen = resolve(attention, "cpu")
     loaded = load_live(peft_model)
@@ -199,16 +191,9 @@ def optimize(
 
     return Engine(
         program_of_model(loaded, rewritten.programs[layout], backend, chosen, loaded.dtype, unit),
-        sharing=sharing,
-        tokenizer=tokenizer_from(tokenizer),
-        kv_memory=kv_memory,
-        max_batch_tokens=max_batch_tokens,
-        page_size=PAGE_SIZE,
-        kv_dtype=loaded.dtype,
-        device="cpu",
-        stop_token_ids=loaded.stop_token_ids,
-        threads=threads,
-        saver=save,
+        replace(config, kv_dtype=loaded.dtype, stop_token_ids=tuple(loaded.stop_token_ids)),
+        tokenizer_from(tokenizer),
+        save,
     )
 
 

@@ -14,7 +14,7 @@ from lragent.errors import ArtifactError, Miss
 from lragent.files.checked_file import FileEntry
 from lragent.program.cache_schema import BaseStreams, CacheSchema, Layout, LowRankStream
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 SEAL = "seal"  # sha256 of the other entries
 
@@ -185,7 +185,7 @@ def _layout(raw: dict[str, Any]) -> LayoutEntry:
             agents=tuple(schema["agents"]),
             base=tuple(BaseStreams(**entry) for entry in schema["base"]),
             low_rank=tuple(
-                LowRankStream(entry["module"], tuple(entry["ranks"]), tuple(entry["group"]))
+                LowRankStream(entry["module"], tuple(entry["ranks"]), tuple(entry["shares_a_with"]))
                 for entry in schema["low_rank"]
             ),
         ),

@@ -62,7 +62,7 @@ def example_cache(schema: CacheSchema, dtype: torch.dtype) -> CacheTensors:
         k_base=tuple(torch.zeros(pages, b.kv_heads, PAGE_SIZE, b.k_dim, dtype=dtype) for b in schema.base),
         v_base=tuple(torch.zeros(pages, b.kv_heads, PAGE_SIZE, b.v_dim, dtype=dtype) for b in schema.base),
         low_rank=tuple(torch.zeros(s.elements("per_agent", pages, PAGE_SIZE), dtype=dtype) for s in schema.low_rank),
-        tables=tuple(s.table("per_agent", pages, PAGE_SIZE) for s in schema.low_rank),
+        lr_directories=tuple(s.lr_directory("per_agent", pages, PAGE_SIZE) for s in schema.low_rank),
     )
 
 

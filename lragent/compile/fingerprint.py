@@ -25,7 +25,7 @@ def fingerprint(graph: fx.GraphModule, schema: CacheSchema) -> str:
     for line in sorted(constants(graph).items()):
         sha.update(json.dumps(line).encode())
     streams = [(layer.kv_heads, layer.k_dim, layer.v_dim) for layer in schema.base]
-    columns = [(stream.module, stream.ranks, stream.group) for stream in schema.low_rank]
+    columns = [(stream.module, stream.ranks, stream.shares_a_with) for stream in schema.low_rank]
     sha.update(json.dumps([schema.layout, len(schema.agents), streams, columns]).encode())
     return sha.hexdigest()
 

@@ -40,7 +40,7 @@ class StepInputs:
     agent_ids: torch.Tensor  # [T] who runs the token
     logits_rows: torch.Tensor  # [R] rows of T
     base_slots: torch.Tensor  # [T] page * P + offset; a slot of the scratch page: not kept
-    lr_slots: torch.Tensor  # [N, T] the same for each agent's column block
+    lr_slots: torch.Tensor  # [N, T] the same for each agent's LR block
     seq_starts: torch.Tensor  # [S + 1] first token of each sequence, then T
     context_lens: torch.Tensor  # [S] tokens of context, those of this step included
     page_table: torch.Tensor  # [S, M] page ids, padded with the scratch page
@@ -51,15 +51,15 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class CacheTensors:
-    """Cache tensors in the order of `cache_input_names`; the program mutates all but the tables."""
+    """Cache tensors in the order of `cache_input_names`; the program mutates all but the LR directories."""
 
     k_base: tuple[torch.Tensor, ...]  # per layer [pages, H, P, Dk]
     v_base: tuple[torch.Tensor, ...]  # per layer [pages, H, P, Dv]
     low_rank: tuple[torch.Tensor, ...]  # per LR stream, flat
-    tables: tuple[torch.Tensor, ...]  # per LR stream [N + 1, 4]
+    lr_directories: tuple[torch.Tensor, ...]  # per LR stream [N + 1, 4]
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (*self.k_base, *self.v_base, *self.low_rank, *self.tables)
+        return (*self.k_base, *self.v_base, *self.low_rank, *self.lr_directories)
 
 
 def cache_input_names(schema: CacheSchema) -> tuple[str, ...]:

@@ -134,7 +134,7 @@ def estimate(shape: ModelShape, gpu: Gpu, load: Load, sharing: str) -> StepEstim
     columns = [sum(s.ranks[a] for s in shape.schema.low_rank) if _splits(shape, scheme) else 0 for a in agents]
     tokens = load.trajectories * load.context * BYTES_A_NUMBER
     read = tokens * (base * len(agents) + sum(columns))
-    read_once = read if scheme.agent_tables else tokens * (base + sum(columns))
+    read_once = read if scheme.page_table_per_agent else tokens * (base + sum(columns))
     held = tokens * _held(shape, scheme)
     weights = shape.weights * BYTES_A_NUMBER
     products = 2 * shape.weights * load.trajectories * len(agents) / gpu.operations
@@ -149,8 +149,8 @@ def _splits(shape: ModelShape, scheme: Scheme) -> bool:
 def _held(shape: ModelShape, scheme: Scheme) -> int:
     """Numbers a token takes once all agents have seen it."""
     base, agents = shape.schema.base_numbers_per_token(), range(len(shape.schema.agents))
-    if scheme.agent_tables:
+    if scheme.page_table_per_agent:
         return base * max(len(agents), 1)
     if not _splits(shape, scheme):
         return base
-    return base + sum(shape.schema.lr_numbers_per_token(agent, scheme.columns) for agent in agents)
+    return base + sum(shape.schema.lr_numbers_per_token(agent, scheme.lr_blocks) for agent in agents)

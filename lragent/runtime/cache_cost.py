@@ -1,8 +1,8 @@
-"""Bytes of cache a token under each sharing scheme, and from how many agents on sharing takes less than not sharing.
+"""Bytes of cache per token under each sharing scheme, and the number of agents from which on sharing saves memory.
 
-Split schemes hold a token's base streams once and the LR columns of all acting agents; `non_shared` holds the base
-streams once for each agent that has seen the token. With many agents, high ranks or few KV heads, the columns cost more
-than they save unless many agents see every token.
+Split schemes store the base streams of a token once, and the LR values of all acting agents. `non_shared` stores the
+base streams once per agent that has seen the token. With many agents, high ranks or few KV heads, sharing saves memory
+only if many agents see every token.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from lragent.runtime.schemes import SCHEMES
 def bytes_per_token(
     schemas: Mapping[str, CacheSchema], names: tuple[str, ...], dtype: str
 ) -> dict[str, tuple[int, ...]]:
-    """The formulas of the sharing schemes: base numbers once (or once an agent), LR columns as a scheme holds them.
+    """By scheme whose layout is in `schemas`, bytes per token once 1, 2, ... acting agents have seen the token.
 
     Args:
-        names: agents that act, in the schemas' order.
+        names: acting agents, in the order of the schemas.
     """
     size = dtype_named(dtype).itemsize
     result: dict[str, tuple[int, ...]] = {}
@@ -30,20 +30,20 @@ def bytes_per_token(
             continue
         schema = schema.holding(names)
         base, acting = schema.base_numbers_per_token(), [schema.agents.index(name) for name in names]
-        columns = [schema.lr_numbers_per_token(agent, scheme.columns) for agent in acting]
+        lr = [schema.lr_numbers_per_token(agent, scheme.lr_blocks) for agent in acting]
         counts = []
         for seen in range(1, max(len(acting), 1) + 1):
-            held = sum(columns[:seen]) if scheme.own_columns else sum(columns)
-            counts.append(size * (base * seen if scheme.agent_tables else base + held))
+            held = sum(lr[:seen]) if scheme.own_lr_only else sum(lr)
+            counts.append(size * (base * seen if scheme.page_table_per_agent else base + held))
         result[name] = tuple(counts)
     return result
 
 
 def break_even(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, int | None]:
-    """Split scheme -> how many agents must see a token so that it takes less than in `non_shared`; None: never.
+    """By split scheme, the number of agents that must see a token before it takes less than `non_shared`; None: never.
 
     Args:
-        sizes: what `bytes_per_token` returns.
+        sizes: result of `bytes_per_token`.
     """
     alone = sizes["non_shared"]
     return {
@@ -54,7 +54,7 @@ def break_even(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, int | None]:
 
 
 def advice(sizes: Mapping[str, tuple[int, ...]]) -> str:
-    """What to say of `base_lr_shared` where it saves memory late or never; "" where it saves early."""
+    """A hint for users if `base_lr_shared` saves memory late or never; "" if it saves memory early."""
     held, alone = sizes.get("base_lr_shared"), sizes["non_shared"]
     if held is None or len(held) < 2:
         return ""
@@ -63,7 +63,7 @@ def advice(sizes: Mapping[str, tuple[int, ...]]) -> str:
         return ""
     when = "never" if least is None else f"only once {least} of {len(held)} agents have seen a token"
     return (
-        f"base_lr_shared takes less cache than non_shared {when}: {held[-1]} bytes a token against {alone[-1]} with all"
-        " agents. Lower ranks, fewer adapters on keys and values, or one A for all would help; load(agents=[...]) holds"
-        " columns only of agents that a run uses."
+        f"base_lr_shared takes less cache than non_shared {when}: {held[-1]} bytes per token against {alone[-1]} with"
+        " all agents. Lower ranks, fewer adapters on keys and values, or one A for all would help; load(agents=[...])"
+        " stores LR values only of agents that a run uses."
     )

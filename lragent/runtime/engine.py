@@ -10,15 +10,16 @@ from typing import Any
 import torch
 
 from lragent.errors import InternalError, RequestError
-from lragent.program.defaults import KV_MEMORY
 from lragent.program.program import Program
 from lragent.runtime.cache import memory
-from lragent.runtime.cache.page_pool import PagePool
 from lragent.runtime.cache.prefix_index import KeyRules
-from lragent.runtime.cache.write_log import extent
+from lragent.runtime.cache.shared_cache import SharedCache
+from lragent.runtime.cache.write_log import log_end
+from lragent.runtime.config import EngineConfig
 from lragent.runtime.loop import EngineLoop
+from lragent.runtime.make_request import RequestMaker
 from lragent.runtime.sampling.tokenizer import Tokenizer
-from lragent.runtime.schemes import Scheme, scheme_named
+from lragent.runtime.schemes import Scheme
 from lragent.runtime.stats import EngineStats
 from lragent.runtime.task_loop import RolloutResult, Workflow, arun_workflow, run_workflow
 from lragent.runtime.trajectory import Trajectory
@@ -32,68 +33,60 @@ class Engine:
     """Runs turns of agents over shared cache pages.
 
     Args:
-        program: the lowered model; its schema's layout has to be the scheme's.
-        sharing: name of the sharing scheme (runtime/schemes.py).
+        program: the lowered model; its schema must have the layout of the sharing scheme.
         tokenizer: needed for text and stop strings.
-        kv_memory: bytes of cache, or text like "2GiB"; rounded down to whole pages.
-        max_batch_tokens: most tokens of a step.
-        page_size: tokens a page.
-        kv_dtype: of all cache tensors.
-        stop_token_ids: the model's own stop tokens.
-        agents: those that will act besides `base`; the cache holds no LR columns of others. None: all.
-        threads: for torch, which has one setting a process; None leaves it.
         saver: writes the model as an artifact to a path, for `save`.
 
     Raises:
-        RequestError: unknown scheme, a program of another layout, bad sizes.
-        CacheMemoryError: `kv_memory` holds no page.
+        RequestError: a program of another layout, or an unknown agent.
+        CacheMemoryError: `config.kv_memory` has no room for a page.
     """
 
     def __init__(
         self,
         program: Program,
-        sharing: str,
+        config: EngineConfig,
         tokenizer: Tokenizer | None = None,
-        kv_memory: int | str = KV_MEMORY,
-        max_batch_tokens: int = 2048,
-        page_size: int = 32,
-        kv_dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        stop_token_ids: Sequence[int] = (),
-        agents: Sequence[str] | None = None,
-        threads: int | None = None,
         saver: Callable[[Path], None] | None = None,
     ) -> None:
-        scheme = scheme_named(sharing)
+        scheme = config.scheme
         _check_program(program, scheme)
-        for name, value in (("max_batch_tokens", max_batch_tokens), ("page_size", page_size)):
-            if value < 1:
-                raise RequestError(f"{name} is {value}, must be at least 1")
         self._saver = saver
-        if threads is not None:
-            torch.set_num_threads(threads)
-        device = torch.device(device)
-        acting = _acting(program, agents)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        acting = _acting(program, config.agents)
         schema = program.schema.holding(acting)
-        sizes = memory.page_bytes(schema, scheme.columns, page_size, kv_dtype)
-        pages = memory.pages_that_fit(kv_memory, sizes)
+        sizes = memory.page_bytes(schema, scheme.lr_blocks, config.page_size, config.kv_dtype)
+        pages = memory.pages_that_fit(config.kv_memory, sizes)
+        # Memory first: the system may refuse so many pages.
+        tensors = memory.allocate(
+            schema, scheme.lr_blocks, pages, config.page_size, config.kv_dtype, torch.device(config.device)
+        )
+        cache = SharedCache.empty(pages, sizes, config.page_size, track_lr=scheme.own_lr_only)
+        names = (BASE, *program.schema.agents)
+        self._make = RequestMaker(
+            program=program,
+            scheme=scheme,
+            cache=cache,
+            tokenizer=tokenizer,
+            stop_token_ids=frozenset(config.stop_token_ids),
+            rules=_key_rules(program, scheme),
+            names=names,
+            acting=(BASE, *acting),
+        )
         self._loop = EngineLoop(
             program=program,
             scheme=scheme,
-            cache=memory.allocate(schema, scheme.columns, pages, page_size, kv_dtype, device),
-            pool=PagePool(pages, sizes, track_columns=scheme.own_columns),
-            tokenizer=tokenizer,
-            stop_token_ids=frozenset(stop_token_ids),
-            rules=_key_rules(program, scheme),
-            names=(BASE, *program.schema.agents),
-            acting=(BASE, *acting),
-            max_batch_tokens=max_batch_tokens,
+            memory=tensors,
+            cache=cache,
+            names=names,
+            max_batch_tokens=config.max_batch_tokens,
         )
 
     @property
     def agents(self) -> tuple[str, ...]:
         """Names of all agents that may act, `base` first."""
-        return self._loop.acting
+        return self._make.acting
 
     @property
     def sharing(self) -> str:
@@ -105,7 +98,7 @@ class Engine:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        return self._loop.tokenizer
+        return self._make.tokenizer
 
     @property
     def on_step(self) -> Callable[[], None] | None:
@@ -119,14 +112,13 @@ class Engine:
     def trajectory(self, start: str | Sequence[int] | None = None) -> Trajectory:
         """A new trajectory that starts with text (special tokens are added), token ids, or nothing.
 
-        Close it, or use it as a context manager, to give its pages back.
+        Close it, or use it as a context manager, to release its pages.
         """
         state = TrajectoryState()
-        trajectory = Trajectory(self._loop, state)
         if start is not None:
-            state.add_tokens(trajectory.encode(start, special=True), agent=None)
-        self._loop.states[state] = None
-        return trajectory
+            state.add_tokens(self._make.encode(start, special=True), agent=None)
+        self._loop.open(state)
+        return Trajectory(self._loop, self._make, state)
 
     def run(
         self, workflow: Workflow, tasks: Iterable[dict[str, Any]], concurrency: int = 32
@@ -148,14 +140,14 @@ class Engine:
         """Writes the model as an artifact.
 
         Raises:
-            RequestError: the engine can't: it was opened from an artifact.
+            RequestError: the engine was opened from an artifact.
         """
         if self._saver is None:
             raise RequestError("this engine has nothing to save", "It was opened from an artifact: copy that.")
         self._saver(Path(path))
 
     def stats(self) -> EngineStats:
-        loop, pool = self._loop, self._loop.pool
+        loop, pool = self._loop, self._loop.cache.pool
         tokens = Usage()
         tokens.add(loop.usage)
         return EngineStats(
@@ -177,24 +169,23 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Proves that pages, holders, index, page tables and claims agree.
+        """Checks that pages, holders, index, page tables and claims agree.
 
         Raises:
-            InternalError: with the sum that fails.
+            InternalError: they disagree; the message gives the numbers.
         """
         loop = self._loop
-        tables = [table for state in loop.states for table in state.tables.values()]
-        loop.pool.check(table.pages for table in tables)
+        tables = [table for state in loop.states for table in state.page_tables.values()]
+        loop.cache.pool.check(table.pages for table in tables)
         for table in tables:
-            wanted = -(-table.computed // loop.cache.page_size)
+            wanted = loop.cache.pages_for(table.computed)
             if len(table.pages) != wanted:
                 raise InternalError(f"{table.computed} computed tokens in {len(table.pages)} != {wanted} pages")
-            if not table.settled <= table.computed <= extent(table.runs):
-                raise InternalError(f"not settled {table.settled} <= computed {table.computed} <= record {table.runs}")
-        running = loop.scheduler.running
-        for key, request in loop.scheduler.claims.items():
-            if request not in running or key not in request.claims:
-                raise InternalError("a page is claimed by a request that isn't running")
+            if not table.settled <= table.computed <= log_end(table.log):
+                raise InternalError(
+                    f"not settled {table.settled} <= computed {table.computed} <= write log {table.log}"
+                )
+        loop.cache.claims.check(loop.scheduler.running)
 
 
 def _check_program(program: Program, scheme: Scheme) -> None:
@@ -212,7 +203,7 @@ def _check_program(program: Program, scheme: Scheme) -> None:
 
 
 def _acting(program: Program, agents: Sequence[str] | None) -> tuple[str, ...]:
-    """The agents asked for, in the program's order; spare slots hold no agent."""
+    """Names of the requested agents, in the program's order. Spare agent slots are left out."""
     known = tuple(agent.name for agent in program.agents if not agent.spare)
     if agents is None:
         return known
@@ -223,14 +214,14 @@ def _acting(program: Program, agents: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _key_rules(program: Program, scheme: Scheme) -> tuple[KeyRules, ...]:
-    """Key rules by owner of page tables (see `EngineLoop`)."""
+    """Key rules by owner of page tables (see `RequestMaker`)."""
     digests = (BASE.encode(), *(b"adapter:" + agent.digest.encode() for agent in program.agents))
-    if scheme.agent_tables:
+    if scheme.page_table_per_agent:
         return tuple(KeyRules(_root(scheme, digest), None, turn_starts=False) for digest in digests)
-    if scheme.adapter_free:
-        # A writer keeps its own columns in its own block, so which of two agents with equal weights it was matters.
+    if scheme.adapter_free_forward:
+        # A writer's LR values go into its own block, so two agents with equal weights need different tags.
         digests = tuple(digest + b"#%d" % index for index, digest in enumerate(digests))
-    return (KeyRules(_root(scheme, b""), digests, turn_starts=scheme.adapter_free),)
+    return (KeyRules(_root(scheme, b""), digests, turn_starts=scheme.adapter_free_forward),)
 
 
 def _root(scheme: Scheme, owner: bytes) -> bytes:

@@ -1,7 +1,7 @@
-"""The engine's loop: one `step` schedules, runs the program, books and samples; everything else drives it.
+"""The engine's loop: one `step` schedules, runs the program, records what was written, and samples.
 
-Stepping happens in one place and one thread. A synchronous call steps until its own request is done, serving everybody
-else on the way; asynchronous calls share one task that steps while there is work.
+Only one thread steps. A synchronous call steps until its own request is done; other requests advance with it.
+Asynchronous calls share one task that steps while there are requests.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ import torch
 
 from lragent.errors import InternalError, RequestError
 from lragent.program.program import Program
-from lragent.runtime.cache.memory import Cache
-from lragent.runtime.cache.page_pool import PagePool
-from lragent.runtime.cache.prefix_index import KeyRules
+from lragent.runtime.cache.memory import CacheMemory
+from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.request import Request
 from lragent.runtime.sampling.take_logits import take_logits
-from lragent.runtime.sampling.tokenizer import Tokenizer
 from lragent.runtime.scheduling.batch import build_step
-from lragent.runtime.scheduling.bookkeeping import book
+from lragent.runtime.scheduling.bookkeeping import record_piece
 from lragent.runtime.scheduling.scheduler import Scheduler
 from lragent.runtime.schemes import Scheme
-from lragent.runtime.trajectory_state import Segment, TrajectoryState
+from lragent.runtime.trajectory_state import TrajectoryState, TurnSegment
 from lragent.runtime.usage import Usage
 
 
@@ -33,41 +31,54 @@ class EngineLoop:
     """State of an engine and its step.
 
     Args:
-        rules: key rules by owner of page tables: by agent id in `non_shared`, else one under key 0.
         names: agent names by agent id.
-        acting: names of those that may act.
         on_step: called after every step, for tests and monitors.
+        states: open trajectories, in order of creation.
+        active: the request in progress of each trajectory that has one.
     """
 
     program: Program
     scheme: Scheme
-    cache: Cache
-    pool: PagePool
-    tokenizer: Tokenizer | None
-    stop_token_ids: frozenset[int]
-    rules: tuple[KeyRules, ...]
+    memory: CacheMemory
+    cache: SharedCache
     names: tuple[str, ...]
-    acting: tuple[str, ...]
     max_batch_tokens: int
     on_step: Callable[[], None] | None = None
-    states: dict[TrajectoryState, None] = field(default_factory=dict)  # open ones, in order of creation
-    active: dict[TrajectoryState, Request] = field(default_factory=dict)  # requests in progress
+    states: dict[TrajectoryState, None] = field(default_factory=dict)
+    active: dict[TrajectoryState, Request] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
     turns: int = 0
     steps: int = 0
     pump: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(
-            self.scheme, self.pool, self.cache.page_size, self.max_batch_tokens, self.rules_for, self.states.keys()
-        )
+        self.scheduler = Scheduler(self.scheme, self.cache, self.max_batch_tokens, self.states.keys())
 
-    def owner(self, agent: int | None) -> int:
-        """Key of the page table that an agent works on."""
-        return agent if self.scheme.agent_tables and agent is not None else 0
+    def open(self, state: TrajectoryState) -> None:
+        """Adds a trajectory; its pages may be dropped when memory runs out."""
+        self.states[state] = None
 
-    def rules_for(self, request: Request) -> KeyRules:
-        return self.rules[self.owner(request.agent)]
+    def fork(self, state: TrajectoryState) -> TrajectoryState:
+        """Opens a second trajectory with the same tokens and pages."""
+        copy = state.fork(self.cache)
+        self.open(copy)
+        return copy
+
+    def truncate(self, state: TrajectoryState, length: int) -> None:
+        """Keeps the first `length` tokens of a trajectory."""
+        state.cut(length, self.cache)
+
+    def close(self, state: TrajectoryState) -> None:
+        """Releases a trajectory's pages; a request in progress ends with RequestError."""
+        active = self.active.get(state)
+        if active is not None:
+            self.end(active, RequestError("the trajectory was closed during a turn"))
+        state.close(self.cache)
+        self.states.pop(state, None)
+
+    def is_busy(self, state: TrajectoryState) -> bool:
+        """True while a request of the trajectory is in progress."""
+        return state in self.active
 
     def submit(self, request: Request) -> None:
         self.active[request.state] = request
@@ -77,7 +88,7 @@ class EngineLoop:
         """Runs one step.
 
         Raises:
-            Exception: whatever the program or `on_step` raises, or InternalError; all requests in progress end with it.
+            Exception: the error of the program or of `on_step`, or InternalError. All requests in progress end with it.
         """
         try:
             self._step()
@@ -104,52 +115,45 @@ class EngineLoop:
         for entry in entries:
             sources += [source for source, _ in entry.copies]
             targets += [target for _, target in entry.copies]
-        self.cache.copy_pages(sources, targets)
-        page_size = self.cache.page_size
-        step = build_step(entries, len(self.names) - 1, page_size)
+        self.memory.copy_pages(sources, targets)
+        step = build_step(entries, len(self.names) - 1, self.cache.page_size)
         with torch.inference_mode():
-            logits_RV = self.program.run(step, self.cache.tensors)
+            logits_RV = self.program.run(step, self.memory.tensors)
         self.steps += 1
         for entry in entries:
             for piece in entry.pieces:
-                rules = self.rules_for(entry.request)
-                book(entry.request, piece, self.scheme, rules, self.pool, self.scheduler.claims, page_size)
-        self.pool.note_peak()
+                record_piece(entry.request, piece, self.scheme, self.cache)
+        self.cache.pool.note_peak()
         done = take_logits(entries, logits_RV, self.scheme, len(self.names), self.program.max_positions)
         for request in done:
             self.end(request, request.error)
         self._end_settled()
 
     def _end_settled(self) -> bool:
-        """Ends requests that want no logits and have nothing left to run; False if there are none."""
+        """Ends requests that only make tokens final and have no spans left; False if there are none."""
         settled = [request for request in self.scheduler.running if request.agent is None and not request.spans]
         for request in settled:
             self.end(request)
         return bool(settled)
 
     def end(self, request: Request, error: Exception | None = None) -> None:
-        """Takes a request out; after an error its trajectory is as before the turn."""
+        """Ends a request. After an error its trajectory is as before the turn."""
         if request.done and self.active.get(request.state) is not request:
             return
         self.scheduler.leave(request)
         state = request.state
         self.active.pop(state, None)
         if error is not None:
-            state.cut(request.prompt, self.pool, self.cache.page_size)
-            # The turn never was: whoever comes next is the writer of what it processed. Its pages may be half written.
-            request.table.cut(request.turn_start, self.pool, self.cache.page_size)
-            request.table.drop(self.pool, self.cache.page_size)
+            state.cut(request.prompt, self.cache)
+            # Roll back: the next agent becomes the writer of these tokens. The pages may be half written.
+            request.table.cut(request.turn_start, self.cache)
+            request.table.drop(self.cache)
         elif request.token_ids:
-            state.segments.append(Segment(self.names[request.agent or 0], request.prompt, len(state.tokens)))
+            state.segments.append(TurnSegment(self.names[request.agent or 0], request.prompt, len(state.tokens)))
             self.turns += 1
         self.usage.add(request.usage)
         state.usage.add(request.usage)
         request.finish(error)
-
-    def close(self, state: TrajectoryState) -> None:
-        """Gives a trajectory's pages back."""
-        state.close(self.pool, self.cache.page_size)
-        self.states.pop(state, None)
 
     def drive(self, request: Request) -> None:
         """Steps until a request is done; raises its error."""
@@ -159,9 +163,9 @@ class EngineLoop:
             raise request.error
 
     async def wait(self, request: Request) -> None:
-        """Waits until a request is done, with all others that are waited for; raises its error.
+        """Waits until a request is done and raises its error. Requests that are awaited together run together.
 
-        A caller that is cancelled takes its request back.
+        If the caller is cancelled, the request ends.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
@@ -189,6 +193,6 @@ class EngineLoop:
             try:
                 self.step()
             except Exception:
-                continue  # every request in progress has ended with this error, its caller gets it
-            # Callers that have their turn may ask for the next one before the next step.
+                continue  # every request in progress has ended with this error, and its caller raises it
+            # Callers whose turn is done may submit the next one before the next step.
             await asyncio.sleep(0)

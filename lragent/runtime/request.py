@@ -1,4 +1,9 @@
-"""A request to the engine: a turn, a score, or settling a trajectory."""
+"""A request to the engine: a turn, a score, or the adapter-free forward that settles a trajectory.
+
+Life of a `Request`: made by make_request.py -> queued by scheduler.py -> admitted (prefix_lookup.py finds reusable
+pages, schemes.py lists spans) -> stepped (batch.py packs spans, bookkeeping.py records what they wrote, take_logits.py
+samples) -> done, with or without `error`. A request that loses its pages goes back to the queue.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +21,36 @@ from lragent.runtime.usage import Usage
 
 @dataclass(eq=False)
 class Request:
-    """One unit of work on one trajectory.
+    """One unit of work on one trajectory. Fields are grouped by the file that sets them.
 
-    Args:
+    Args (set by make_request.py; fixed, but for `logits_from`, which take_logits.py moves on):
+        state: the trajectory; take_logits.py appends sampled tokens to it.
+        table: the page table that the request works on.
         agent: agent id; None only makes processed tokens final (`rebase_shared`).
-        logits_from: first position whose logits are wanted.
-        score: tokens `[logits_from + 1, ...)` are given and their log-probabilities wanted; nothing is sampled.
+        options, watch: sampling and stop rules.
+        prompt: tokens of the trajectory when the turn began.
+        turn_start: processed tokens when the turn began.
+        logits_from: first position whose logits are still needed.
+        score: tokens from `logits_from + 1` on are given and their log-probabilities returned; nothing is sampled.
+        submitted: time of creation, in seconds of `time.perf_counter`.
+
+    Set by scheduling/scheduler.py:
+        arrival: order of submission.
+        blocked_on: key of a page that another request is about to compute and that this one will reuse.
+        admitted: True once the request has been admitted, also after a preemption.
+        spans: spans still to run; bookkeeping.py removes finished ones, take_logits.py adds the next decode.
+
+    Set by scheduling/bookkeeping.py:
+        usage: tokens computed, by kind; the scheduler sets `reused`, take_logits.py sets `ttft`.
+
+    Set by sampling/take_logits.py:
+        token_ids: sampled tokens.
+        logprobs: one per sampled or scored token.
+        finish_reason: "stop" or "length".
+
+    Set by loop.py (`finish`; the scheduler and take_logits.py set `error` of a request that fails alone):
+        done, error: the request has ended; the error that its caller gets, or None.
+        on_done: called at the end, for a caller that waits.
     """
 
     state: TrajectoryState
@@ -29,27 +58,30 @@ class Request:
     agent: int | None
     options: TurnOptions
     watch: StopWatch
-    prompt: int  # tokens when the turn began
-    turn_start: int  # processed tokens when the turn began
+    prompt: int
+    turn_start: int
     logits_from: int
     score: bool = False
+    submitted: float = field(default_factory=time.perf_counter)
+
     arrival: int = 0
-    spans: list[Span] = field(default_factory=list)  # what is left of the plan
-    claims: set[bytes] = field(default_factory=set)  # keys of pages that this request is about to compute
-    blocked_on: bytes | None = None  # key of a page that another request is about to compute
+    blocked_on: bytes | None = None
+    admitted: bool = False
+    spans: list[Span] = field(default_factory=list)
+
     usage: Usage = field(default_factory=Usage)
-    planned: bool = False  # has been admitted once
+
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason = "length"
-    error: Exception | None = None
+
     done: bool = False
+    error: Exception | None = None
     on_done: Callable[[], None] | None = None
-    submitted: float = field(default_factory=time.perf_counter)
 
     @property
     def decoding(self) -> bool:
-        """Whether one token at a time is left to run."""
+        """True if one token at a time is left to run."""
         return len(self.spans) == 1 and self.spans[0].kind == "decode"
 
     def finish(self, error: Exception | None = None) -> None:

@@ -1,8 +1,8 @@
-"""The five sharing schemes: which passes a turn needs, and what each pass writes.
+"""The five sharing schemes: the forwards that a turn needs, and the cache entries that each forward writes.
 
-A pass is a list of spans; a span is a range of tokens that one agent runs with the same write flags. Agent ids: 0 is
-`base`, i > 0 is agent i of the program. Spans of a plan run in order; `plan` derives them from a `View` of the page
-table, so that a replay after losing pages needs nothing but the record (write_log.py).
+A forward runs a range of tokens through the model as one agent. It is described by spans; all tokens of a span have
+the same write flags. Agent ids: 0 is `base`, i > 0 is agent i of the program. `spans_of_turn` derives the spans from a
+`View` of the page table and its write log, so pages that were lost can be computed again (a replay).
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from types import MappingProxyType
 from typing import Literal
 
 from lragent.errors import RequestError
-from lragent.program.cache_schema import Columns, Layout
-from lragent.runtime.cache.write_log import Run, extent
+from lragent.program.cache_schema import Layout, LrBlocks
+from lragent.runtime.cache.write_log import WriteRange, log_end
 
 Kind = Literal["prefill", "decode", "catch_up", "adapter_free", "replay", "rerun"]
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens `[start, end)` run by one agent.
+    """Tokens `[start, end)` that one agent runs.
 
     Args:
-        adapter_free: True for the pass that makes earlier tokens final (`rebase_shared`); it attends base only.
-        writes_base: whether base K/V are kept.
-        columns: by agent id (entry 0 is unused), whose LR column blocks are kept.
-        logits_from: first position whose logits are wanted, `end` for none.
+        adapter_free: True for the adapter-free forward, which makes earlier tokens final (`rebase_shared`).
+        writes_base: True if base K and V are stored.
+        lr_writers: by agent id (entry 0 is unused), True if this agent's LR block is written.
+        logits_from: first position whose logits are needed, `end` for none.
     """
 
     start: int
@@ -35,34 +35,34 @@ class Span:
     agent: int
     kind: Kind
     writes_base: bool
-    columns: tuple[bool, ...]
+    lr_writers: tuple[bool, ...]
     logits_from: int
     adapter_free: bool = False
 
 
 @dataclass(frozen=True)
 class View:
-    """What a plan depends on: a page table and the turn to come.
+    """Inputs of `spans_of_turn`: a page table and the turn to come.
 
     Args:
-        runs: record of processed tokens.
-        computed: tokens whose pages are there, as their writers left them.
-        settled: tokens whose content is final (differs from `computed` in `rebase_shared` only).
-        settled_before: the most that `settled` has been, before pages were lost.
-        columns: by agent id, tokens that have this agent's LR columns (`base_shared`).
-        columns_before: the most that `columns` has been, before pages were lost.
-        tokens: length of the trajectory.
-        prompt: its length when the turn began; later tokens are the turn's own.
-        agent: who acts; None only makes processed tokens final.
+        log: write log of processed tokens.
+        computed: first tokens whose pages are stored.
+        settled: first tokens whose pages are final (less than `computed` in `rebase_shared` only).
+        settled_before: high-water mark of `settled`; work below it counts as replay.
+        lr_covered: by agent id, first tokens whose LR values of this agent are stored (`base_shared`).
+        lr_covered_before: high-water mark of `lr_covered`; work below it counts as replay.
+        tokens: tokens of the trajectory.
+        prompt: tokens of the trajectory when the turn began; later tokens are the turn's own.
+        agent: acting agent; None only makes processed tokens final.
         turn_start: processed tokens when the turn began.
     """
 
-    runs: tuple[Run, ...]
+    log: tuple[WriteRange, ...]
     computed: int
     settled: int
     settled_before: int
-    columns: tuple[int, ...]
-    columns_before: tuple[int, ...]
+    lr_covered: tuple[int, ...]
+    lr_covered_before: tuple[int, ...]
     tokens: int
     prompt: int
     agent: int | None
@@ -71,28 +71,28 @@ class View:
     @property
     def agents(self) -> int:
         """N + 1."""
-        return len(self.columns)
+        return len(self.lr_covered)
 
 
-def _all_columns(agents: int) -> tuple[bool, ...]:
+def _all_lr(agents: int) -> tuple[bool, ...]:
     return (False, *(True for _ in range(1, agents)))
 
 
-def _own_columns(agents: int, agent: int) -> tuple[bool, ...]:
+def _own_lr(agents: int, agent: int) -> tuple[bool, ...]:
     return tuple(index == agent and index > 0 for index in range(agents))
 
 
 def acting_span(scheme: Scheme, agents: int, agent: int, start: int, end: int, kind: Kind) -> Span:
     """The span in which `agent` is the writer of its tokens; `agents` counts `base`."""
-    columns = _own_columns(agents, agent) if scheme.own_columns else _all_columns(agents)
-    return Span(start, end, agent, kind, writes_base=True, columns=columns, logits_from=end)
+    lr_writers = _own_lr(agents, agent) if scheme.own_lr_only else _all_lr(agents)
+    return Span(start, end, agent, kind, writes_base=True, lr_writers=lr_writers, logits_from=end)
 
 
 def _pending(scheme: Scheme, view: View) -> list[Span]:
-    """Tokens that nobody has processed yet: the rest of the prompt, then sampled ones."""
+    """Tokens without a writer: the rest of the prompt, then sampled tokens."""
     if view.agent is None:
         return []
-    start = extent(view.runs)
+    start = log_end(view.log)
     bounds: list[tuple[int, int, Kind]] = [
         (start, min(view.tokens, view.prompt), "prefill"),
         (max(start, view.prompt), view.tokens, "decode"),
@@ -100,57 +100,57 @@ def _pending(scheme: Scheme, view: View) -> list[Span]:
     return [acting_span(scheme, view.agents, view.agent, low, high, kind) for low, high, kind in bounds if low < high]
 
 
-def _plan_written_once(scheme: Scheme, view: View) -> list[Span]:
-    """`non_shared` (on the agent's own table), `full_shared`, `base_lr_shared`: the writer's pass is all there is."""
+def _spans_written_once(scheme: Scheme, view: View) -> list[Span]:
+    """`non_shared` (on the agent's own table), `full_shared`, `base_lr_shared`: only the writer runs a token."""
     replays = [
-        acting_span(scheme, view.agents, run.agent, max(run.start, view.computed), run.end, "replay")
-        for run in view.runs
-        if run.end > view.computed
+        acting_span(scheme, view.agents, written.agent, max(written.start, view.computed), written.end, "replay")
+        for written in view.log
+        if written.end > view.computed
     ]
     return replays + _pending(scheme, view)
 
 
-def _plan_base_shared(scheme: Scheme, view: View) -> list[Span]:
-    """Every writer, and the acting agent, first catches up over tokens that it has no LR columns of."""
-    have = list(view.columns)
+def _spans_base_shared(scheme: Scheme, view: View) -> list[Span]:
+    """Each agent first runs a catch-up over earlier tokens whose LR values of this agent are missing."""
+    have = list(view.lr_covered)
     spans: list[Span] = []
 
     def catch_up(agent: int, end: int, replayed: bool) -> None:
-        # Columns that the agent had before pages were lost count as replay, the others as catch-up.
-        known = end if replayed else min(end, view.columns_before[agent])
+        # LR values that were stored before pages were lost count as replay, the others as catch-up.
+        known = end if replayed else min(end, view.lr_covered_before[agent])
         bounds: list[tuple[int, Kind]] = [(known, "replay"), (end, "catch_up")]
         for high, kind in bounds:
             if agent > 0 and have[agent] < high:
-                span = Span(have[agent], high, agent, kind, False, _own_columns(view.agents, agent), high)
+                span = Span(have[agent], high, agent, kind, False, _own_lr(view.agents, agent), high)
                 spans.append(span)
                 have[agent] = high
 
-    for run in view.runs:
-        if run.end > view.computed:
-            start = max(run.start, view.computed)
-            catch_up(run.agent, start, replayed=True)
-            spans.append(acting_span(scheme, view.agents, run.agent, start, run.end, "replay"))
-            have[run.agent] = run.end
+    for written in view.log:
+        if written.end > view.computed:
+            start = max(written.start, view.computed)
+            catch_up(written.agent, start, replayed=True)
+            spans.append(acting_span(scheme, view.agents, written.agent, start, written.end, "replay"))
+            have[written.agent] = written.end
     if view.agent is not None:
-        catch_up(view.agent, extent(view.runs), replayed=False)
+        catch_up(view.agent, log_end(view.log), replayed=False)
     return spans + _pending(scheme, view)
 
 
-def _plan_rebase(scheme: Scheme, view: View) -> list[Span]:
-    """Turn by turn: the writer's pass, then the adapter-free pass, which the turn in progress doesn't have yet."""
+def _spans_rebase(scheme: Scheme, view: View) -> list[Span]:
+    """Turn by turn: the writer's forward, then the adapter-free forward. The turn in progress has only the first."""
     spans: list[Span] = []
-    for run in view.runs:
-        if run.end > view.computed:
-            start = max(run.start, view.computed)
-            spans.append(acting_span(scheme, view.agents, run.agent, start, run.end, "replay"))
-        in_progress = view.agent is not None and run.start >= view.turn_start
-        if run.agent == 0 or in_progress:
+    for written in view.log:
+        if written.end > view.computed:
+            start = max(written.start, view.computed)
+            spans.append(acting_span(scheme, view.agents, written.agent, start, written.end, "replay"))
+        in_progress = view.agent is not None and written.start >= view.turn_start
+        if written.agent == 0 or in_progress:
             continue
-        # The writer keeps its own columns.
-        others = tuple(flag and agent != run.agent for agent, flag in enumerate(_all_columns(view.agents)))
-        start = max(run.start, view.settled)
-        middle = min(max(start, view.settled_before), run.end)
-        bounds: list[tuple[int, int, Kind]] = [(start, middle, "replay"), (middle, run.end, "adapter_free")]
+        # The writer's own LR block keeps the values of its own forward.
+        others = tuple(flag and agent != written.agent for agent, flag in enumerate(_all_lr(view.agents)))
+        start = max(written.start, view.settled)
+        middle = min(max(start, view.settled_before), written.end)
+        bounds: list[tuple[int, int, Kind]] = [(start, middle, "replay"), (middle, written.end, "adapter_free")]
         spans += [
             Span(low, high, 0, kind, True, others, high, adapter_free=True) for low, high, kind in bounds if low < high
         ]
@@ -162,19 +162,19 @@ class Scheme:
     """One way to share a cache between agents.
 
     Args:
-        layout, columns: which cache tensors it needs (program/cache_schema.py).
-        agent_tables: every agent has its own page table; otherwise a trajectory has one.
-        own_columns: a writer fills its own LR columns only, the others catch up.
-        adapter_free: tokens become final in an adapter-free pass after their turn.
-        spans: the passes of a turn.
+        layout, lr_blocks: the cache tensors (program/cache_schema.py).
+        page_table_per_agent: True if each agent of a trajectory has its own page table; else they share one.
+        own_lr_only: True if a writer writes its own LR block only, and other agents catch up.
+        adapter_free_forward: True if tokens become final in an adapter-free forward after their turn.
+        spans: derives the spans of a turn, without logits.
     """
 
     name: str
     layout: Layout
-    columns: Columns
-    agent_tables: bool
-    own_columns: bool
-    adapter_free: bool
+    lr_blocks: LrBlocks
+    page_table_per_agent: bool
+    own_lr_only: bool
+    adapter_free_forward: bool
     spans: Callable[[Scheme, View], list[Span]]
 
 
@@ -182,11 +182,11 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {
         scheme.name: scheme
         for scheme in (
-            Scheme("non_shared", "dense", "distinct", True, False, False, _plan_written_once),
-            Scheme("full_shared", "dense", "distinct", False, False, False, _plan_written_once),
-            Scheme("base_shared", "split", "per_agent", False, True, False, _plan_base_shared),
-            Scheme("base_lr_shared", "split", "distinct", False, False, False, _plan_written_once),
-            Scheme("rebase_shared", "split", "per_agent", False, False, True, _plan_rebase),
+            Scheme("non_shared", "dense", "distinct", True, False, False, _spans_written_once),
+            Scheme("full_shared", "dense", "distinct", False, False, False, _spans_written_once),
+            Scheme("base_shared", "split", "per_agent", False, True, False, _spans_base_shared),
+            Scheme("base_lr_shared", "split", "distinct", False, False, False, _spans_written_once),
+            Scheme("rebase_shared", "split", "per_agent", False, False, True, _spans_rebase),
         )
     }
 )
@@ -199,20 +199,20 @@ def scheme_named(name: str) -> Scheme:
     return SCHEMES[name]
 
 
-def plan(scheme: Scheme, view: View, logits_from: int) -> list[Span]:
-    """The passes of a turn, in order.
+def spans_of_turn(scheme: Scheme, view: View, logits_from: int) -> list[Span]:
+    """The spans of a turn, in the order in which they must run.
 
     Args:
-        logits_from: first position whose logits the acting agent needs; ignored if nobody acts.
+        logits_from: first position whose logits the acting agent needs; ignored without an acting agent.
     """
     spans = scheme.spans(scheme, view)
     return spans if view.agent is None else with_logits(spans, view, view.agent, logits_from)
 
 
 def with_logits(spans: Sequence[Span], view: View, agent: int, logits_from: int) -> list[Span]:
-    """Marks positions from `logits_from` on, and runs those again that the acting agent's spans don't reach.
+    """Marks positions from `logits_from` on, and adds a rerun of those that the acting agent's spans don't cover.
 
-    A rerun reads the cache as it is and keeps nothing.
+    A rerun reads the cache and writes nothing.
     """
     tail = len(spans)
     covered = view.tokens

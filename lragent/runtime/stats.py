@@ -9,19 +9,19 @@ from lragent.runtime.usage import Usage
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot.
+    """Counters and memory of an engine at one time.
 
     Args:
-        tokens: computed tokens by kind and reused tokens, of everything so far; `ttft` is a sum over turns.
+        tokens: computed tokens by kind and reused tokens, since the start; `ttft` is a sum over turns.
         turns: finished turns.
         steps: calls of the program.
-        held_bytes, peak_held_bytes: of pages that trajectories hold, now and at most; LR columns count where filled.
-        cached_bytes: of pages kept for prefix reuse only.
+        held_bytes, peak_held_bytes: bytes of held pages, now and at most; LR blocks count where filled.
+        cached_bytes: bytes of pages that are kept for prefix reuse only.
         pages_free, pages_held, pages_cached: they add up to `pages`.
-        page_bytes: base and all LR columns of one page.
-        preemptions: running requests that lost their pages.
-        dropped_tables: tables of idle trajectories that lost their pages.
-        evictions: cached pages given up for others.
+        page_bytes: bytes of one page, base and all LR blocks.
+        preemptions: times that a running request lost its pages.
+        dropped_tables: times that the page table of an idle trajectory lost its pages.
+        evictions: cached pages that were reused for other content.
     """
 
     tokens: Usage

@@ -1,4 +1,4 @@
-"""Rollouts: a workflow run over many tasks at once, so that all their pending turns share the engine's steps."""
+"""Rollouts: a workflow runs over many tasks at once, and their turns are batched into the engine's steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from lragent.errors import RequestError
 from lragent.runtime.trajectory import Trajectory
-from lragent.runtime.trajectory_state import Segment
+from lragent.runtime.trajectory_state import TurnSegment
 from lragent.runtime.usage import Usage
 
 Workflow = Callable[[dict[str, Any], Trajectory], Awaitable[dict[str, Any]]]
@@ -25,21 +25,21 @@ class TaskError:
 
 @dataclass(frozen=True)
 class RolloutResult:
-    """What became of one task.
+    """Result of one task.
 
     Args:
-        index: place of the task in the input.
-        task_id: the task's "id", or its index where it has none.
-        result: what the workflow returned; None if it raised.
-        segments, token_ids, logprobs: the trajectory as it was at the end (`Trajectory`).
-        usage: of the trajectory and its forks.
+        index: index of the task in the input.
+        task_id: the task's "id", or its index if it has none.
+        result: return value of the workflow; None if it raised.
+        segments, token_ids, logprobs: the trajectory at the end (see `Trajectory`).
+        usage: work of the trajectory and its forks.
     """
 
     index: int
     task_id: Any
     result: dict[str, Any] | None
     error: TaskError | None
-    segments: list[Segment]
+    segments: list[TurnSegment]
     token_ids: list[int]
     logprobs: list[float | None]
     usage: Usage
@@ -50,8 +50,8 @@ async def run_task(
 ) -> RolloutResult:
     """Runs one task; an exception of the workflow becomes the result's error.
 
-    So do `sys.exit` and a cancellation, which a workflow may meet in libraries that it calls: neither may end the other
-    tasks. When the run itself is stopped, nobody reads the results of the tasks that it cancels.
+    `sys.exit` and a cancellation inside a workflow are errors of its task too: they must not end other tasks. When the
+    run itself is stopped, the results of cancelled tasks are dropped.
     """
     result: dict[str, Any] | None = None
     error: TaskError | None = None
@@ -78,7 +78,7 @@ async def arun_workflow(
     tasks: Iterable[dict[str, Any]],
     concurrency: int,
 ) -> AsyncGenerator[RolloutResult, None]:
-    """Results as tasks finish; at most `concurrency` tasks are in progress, and tasks are read as they start."""
+    """Yields results as tasks finish. At most `concurrency` tasks run at a time; a task is read when it starts."""
     if concurrency < 1:
         raise RequestError(f"concurrency is {concurrency}, must be at least 1")
     source = enumerate(tasks)
@@ -126,8 +126,8 @@ def run_workflow(
                 return
             yield result
     finally:
-        # A caller that stops early leaves tasks in progress: they are cancelled and give their pages back. After
-        # Ctrl-C the generator is still waiting for its next result, and whatever was interrupted needs no report.
+        # A caller that stops early leaves tasks in progress: they are cancelled and release their pages. After Ctrl-C
+        # the generator still waits for its next result; errors of interrupted tasks are not reported.
         loop.set_exception_handler(lambda *_: None)
         if following is not None and not following.done():
             following.cancel()

@@ -1,4 +1,4 @@
-"""How many threads the caller asks for, checked before torch is set to it."""
+"""Checks a number of CPU threads before torch is set to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MOST_THREADS = max(64, os.cpu_count() or 1)
 
 
 def require_threads(threads: int | None) -> None:
-    """Raises RequestError for a number of threads that torch can't be set to; None leaves its setting."""
+    """Raises RequestError for a number of threads that torch can't be set to; None keeps torch's setting."""
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise RequestError(
             f"threads is {threads}, must be from 1 to {MOST_THREADS}",

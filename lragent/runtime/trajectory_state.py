@@ -1,17 +1,18 @@
-"""What the engine holds of one trajectory."""
+"""State of one trajectory: tokens, segments, page tables, usage."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lragent.runtime.cache.page_pool import PagePool
 from lragent.runtime.cache.page_table import PageTable
+from lragent.runtime.cache.prefix_index import KeyRules
+from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.usage import Usage
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Tokens `[start, end)` that one agent generated, or that were appended (`agent` is None)."""
+class TurnSegment:
+    """Tokens `[start, end)` that one agent generated; `agent` is None for appended tokens."""
 
     agent: str | None
     start: int
@@ -20,19 +21,19 @@ class Segment:
 
 @dataclass(eq=False)
 class TrajectoryState:
-    """Tokens, who they are from, and the page tables: one per agent id in `non_shared`, else one under key 0."""
+    """Tokens, their segments, and page tables: one per agent id in `non_shared`, else one under key 0."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)  # None where a token was appended
-    segments: list[Segment] = field(default_factory=list)
-    tables: dict[int, PageTable] = field(default_factory=dict)
+    segments: list[TurnSegment] = field(default_factory=list)
+    page_tables: dict[int, PageTable] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)  # of all requests, those of forks included
     closed: bool = False
 
-    def table_for(self, owner: int, agents: int) -> PageTable:
-        if owner not in self.tables:
-            self.tables[owner] = PageTable(agents)
-        return self.tables[owner]
+    def table_for(self, owner: int, agents: int, rules: KeyRules) -> PageTable:
+        if owner not in self.page_tables:
+            self.page_tables[owner] = PageTable(agents, rules)
+        return self.page_tables[owner]
 
     def add_tokens(self, ids: list[int], agent: str | None, logprobs: list[float] | None = None) -> None:
         start = len(self.tokens)
@@ -40,31 +41,31 @@ class TrajectoryState:
             return
         self.tokens += ids
         self.logprobs += logprobs if logprobs is not None else [None] * len(ids)
-        self.segments.append(Segment(agent, start, len(self.tokens)))
+        self.segments.append(TurnSegment(agent, start, len(self.tokens)))
 
-    def cut(self, length: int, pool: PagePool, page_size: int) -> None:
-        """Forgets all tokens from `length` on."""
+    def cut(self, length: int, cache: SharedCache) -> None:
+        """Removes all tokens from `length` on."""
         del self.tokens[length:]
         del self.logprobs[length:]
         self.segments = [
-            Segment(part.agent, part.start, min(part.end, length)) for part in self.segments if part.start < length
+            TurnSegment(part.agent, part.start, min(part.end, length)) for part in self.segments if part.start < length
         ]
-        for table in self.tables.values():
-            table.cut(length, pool, page_size)
+        for table in self.page_tables.values():
+            table.cut(length, cache)
 
-    def fork(self, pool: PagePool) -> TrajectoryState:
-        """The same trajectory again, sharing all pages and the usage account."""
+    def fork(self, cache: SharedCache) -> TrajectoryState:
+        """A copy that shares all pages and the usage counters."""
         return TrajectoryState(
             list(self.tokens),
             list(self.logprobs),
             list(self.segments),
-            {owner: table.fork(pool) for owner, table in self.tables.items()},
+            {owner: table.fork(cache) for owner, table in self.page_tables.items()},
             self.usage,
         )
 
-    def close(self, pool: PagePool, page_size: int) -> None:
-        """Gives all pages back."""
-        for table in self.tables.values():
-            table.drop(pool, page_size)
-        self.tables.clear()
+    def close(self, cache: SharedCache) -> None:
+        """Releases all pages."""
+        for table in self.page_tables.values():
+            table.drop(cache)
+        self.page_tables.clear()
         self.closed = True

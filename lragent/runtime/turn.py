@@ -1,16 +1,11 @@
-"""A request to the engine (a turn, a score, or settling a trajectory), and what a turn gives back.
-
-Life of a `Request`: made by trajectory.py -> queued by scheduler.py -> admitted (prefix_lookup.py finds reusable
-pages, schemes.py plans spans) -> stepped (batch.py packs spans, bookkeeping.py books what they wrote, take_logits.py
-samples) -> done, with `error` set or not. Losing its pages sends it back to the queue.
-"""
+"""Options and result of a turn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import index
-from typing import Literal
+from typing import Literal, TypedDict
 
 from lragent.errors import RequestError
 from lragent.runtime.usage import Usage
@@ -18,19 +13,34 @@ from lragent.runtime.usage import Usage
 FinishReason = Literal["stop", "length"]
 
 
+class TurnArguments(TypedDict, total=False):
+    """Keyword arguments of `Trajectory.generate`: the fields of `TurnOptions`, each optional."""
+
+    max_new_tokens: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    ignore_eos: bool
+    forced: Sequence[int] | None
+
+
 @dataclass(frozen=True)
 class TurnOptions:
-    """How a turn samples and when it stops.
+    """Sampling and stop options of a turn.
 
     Args:
-        max_new_tokens: most tokens of the turn; ignored with `forced`.
-        stop: strings (or one string) that end the turn; they stay out of `Turn.text`.
-        stop_token_ids: ids that end the turn, besides the model's own.
+        max_new_tokens: maximum number of tokens; ignored with `forced`.
+        stop: strings (or one string) that end the turn; `Turn.text` leaves them out.
+        stop_token_ids: token ids that end the turn, besides the model's own stop tokens.
         temperature: 0 is greedy.
         top_k, top_p, min_p: filters, applied in this order after temperature; 0, 1.0 and 0.0 are off.
-        seed: samples depend on it, on the position and on the logits, and on nothing else.
-        ignore_eos: the model's own stop tokens don't end the turn; those given still do.
-        forced: take these tokens instead of sampling; their log-probabilities are still given, stops don't apply.
+        seed: a sample depends on seed, position and logits only.
+        ignore_eos: the model's own stop tokens don't end the turn; `stop_token_ids` still do.
+        forced: tokens to take instead of sampling; their log-probabilities are returned, stops don't apply.
     """
 
     max_new_tokens: int = 64
@@ -59,23 +69,36 @@ class TurnOptions:
             if not holds:
                 raise RequestError(message)
 
+    @staticmethod
+    def of(arguments: TurnArguments) -> TurnOptions:
+        """Options from keyword arguments.
+
+        Raises:
+            RequestError: an unknown option or a bad value.
+        """
+        known = [field.name for field in fields(TurnOptions)]
+        for name in arguments:
+            if name not in known:
+                raise RequestError(f"unknown turn option {name!r}", f"Options are: {', '.join(known)}.")
+        return TurnOptions(**arguments)
+
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
     def length(self) -> int:
-        """Most tokens of the turn."""
+        """Maximum number of tokens of the turn."""
         return self.max_new_tokens if self.forced is None else len(self.forced)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn gave.
+    """Result of a turn.
 
     Args:
         token_ids: every sampled token, a stop token included.
-        text: without stop string and special tokens; empty if the engine has no tokenizer.
+        text: decoded text without stop string and special tokens; empty if the engine has no tokenizer.
         logprobs: natural log-probability of each token under the unfiltered distribution.
         finish_reason: "stop" (a stop string or token) or "length" (max_new_tokens, or the model's last position).
     """
@@ -89,10 +112,10 @@ class Turn:
 
 
 def as_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
-    """Checked token ids.
+    """The ids as a list of int, checked.
 
     Raises:
-        RequestError: no sequence of whole numbers, or an id outside the vocabulary.
+        RequestError: not a sequence of whole numbers, or an id outside the vocabulary.
     """
     try:
         listed = [index(token) for token in ids]

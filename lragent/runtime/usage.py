@@ -1,4 +1,4 @@
-"""What a turn, a trajectory, or an engine has computed, by kind of pass."""
+"""Tokens that a turn, a trajectory, or an engine has computed, by kind of forward."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from lragent.runtime.schemes import Kind
 
 @dataclass
 class Usage:
-    """Tokens that went through the model, apart by why, and tokens that didn't have to.
+    """Tokens that ran through the model, by reason, and tokens that were reused.
 
     Args:
-        prefill: tokens of prompts and appended pieces, and the last sampled token of the turn before, run by the
-            acting agent.
-        decode: sampled or forced tokens run in their own turn.
-        catch_up: tokens that others wrote, run for the acting agent's own LR columns (`base_shared`).
-        adapter_free: tokens run without adapter after a turn (`rebase_shared`).
+        prefill: tokens of prompts, appended tokens, and the last sampled token of the previous turn, run by the acting
+            agent.
+        decode: sampled or forced tokens, run in their own turn.
+        catch_up: tokens of other writers, run to store the acting agent's LR values (`base_shared`).
+        adapter_free: tokens run without adapter after their turn (`rebase_shared`).
         replay: tokens run again because their pages were lost to memory pressure.
-        rerun: tokens run again for their logits only; nothing is kept.
-        reused: tokens of the trajectory at the start of a turn that no pass but `adapter_free` ran over.
-        ttft: seconds from request to first token; a sum where several turns are added up.
+        rerun: tokens run again for their logits only; the cache is not written.
+        reused: tokens at the start of the trajectory that the turn did not run, except in adapter-free forwards.
+        ttft: seconds from request to first token; a sum over turns.
     """
 
     prefill: int = 0
@@ -34,7 +34,7 @@ class Usage:
 
     @property
     def computed(self) -> int:
-        """All tokens that went through the model."""
+        """All tokens that ran through the model."""
         return self.prefill + self.decode + self.catch_up + self.adapter_free + self.replay + self.rerun
 
     def count(self, kind: Kind, tokens: int) -> None:

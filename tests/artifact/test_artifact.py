@@ -101,7 +101,7 @@ def test_another_format_version_names_both(artifact: Path) -> None:
         lragent.load(artifact)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}'])
 def test_damaged_manifest(artifact: Path, text: str) -> None:
     (artifact / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"manifest.json"):

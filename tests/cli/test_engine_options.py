@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import get_args
 
 import pytest
 
 import lragent
 from lragent.kernels.dispatch import IMPLEMENTATIONS
-from lragent.runtime.engine import Engine
+from lragent.runtime.config import EngineConfig
 from lragent_cli.engine_options import AttentionName, EngineOptions
 from tests.cli.conftest import call
 
@@ -23,9 +24,13 @@ def test_defaults_are_those_of_load() -> None:
         assert field.default == taken[field.name].default, field.name
 
 
-def test_kv_memory_has_one_default() -> None:
-    makers = (lragent.load, lragent.optimize, Engine)
-    assert {inspect.signature(maker).parameters["kv_memory"].default for maker in makers} == {"2GiB"}
+@pytest.mark.parametrize("maker", [lragent.load, lragent.optimize])
+def test_defaults_are_those_of_the_engine(maker: Callable[..., object]) -> None:
+    taken = inspect.signature(maker).parameters
+    shared = [field for field in dataclasses.fields(EngineConfig) if field.name in taken and field.name != "kv_dtype"]
+    assert {"sharing", "kv_memory", "max_batch_tokens", "threads"} <= {field.name for field in shared}
+    for field in shared:
+        assert taken[field.name].default == field.default, field.name
 
 
 def test_attention_names_are_those_that_there_are() -> None:

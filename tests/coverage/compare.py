@@ -17,7 +17,7 @@ from lragent.errors import SplitRefused, UserError
 from lragent.loading.model import load_live
 from lragent.passes.pipeline import Transformed, transform
 from lragent.program.cache_schema import Layout
-from lragent.program.step import PAGE_SIZE
+from lragent.runtime.config import EngineConfig
 from lragent.runtime.engine import Engine
 from tests.coverage.feeds import kv_channels, take_apart
 from tests.coverage.tiny_model import AGENTS, PADDING, adapted_model, is_causal, logits, plain_model
@@ -109,9 +109,7 @@ def _fill(row: Row) -> None:
         if layout in programs:
             engine = Engine(
                 program_of_model(loaded, programs[layout], "eager", "torch", "cpu", torch.float32),
-                sharing=scheme,
-                kv_memory="8MiB",
-                page_size=PAGE_SIZE,
+                EngineConfig(sharing=scheme, kv_memory="8MiB"),
             )
             row.errors[scheme] = errors_of(engine, scheme, adapted, double)
     if any(not found <= allowed for found, allowed in row.errors.values()):

@@ -56,6 +56,6 @@ def test_smollm2_shares_to_a_third(group: tuple[int, ...], bound: float) -> None
     base = tuple(BaseStreams(i, 3, 64, 64) for i in range(30))
     streams = tuple(LowRankStream(f"v{i}", (8, 8, 8), group) for i in range(30))
     split = CacheSchema("split", ("plan", "action", "reflect"), base, streams)
-    columns = SCHEMES["base_lr_shared"].columns
-    shared = split.base_numbers_per_token() + sum(split.lr_numbers_per_token(a, columns) for a in range(3))
+    lr_blocks = SCHEMES["base_lr_shared"].lr_blocks
+    shared = split.base_numbers_per_token() + sum(split.lr_numbers_per_token(a, lr_blocks) for a in range(3))
     assert shared / (3 * split.base_numbers_per_token()) <= bound

@@ -95,13 +95,13 @@ class Case:
                 continue
             blocks = [
                 poisoned(random(pages, self.page_size, self.ranks[a]), written[:, :, None]).reshape(-1)
-                for a in stream.blocks(self.columns)  # type: ignore[arg-type]
+                for a in stream.block_owners(self.columns)  # type: ignore[arg-type]
             ]
             up = random(len(self.ranks) + 1, self.heads, max(self.ranks), dim)
             for agent, rank in enumerate((0, *self.ranks)):
                 up[agent, :, rank:] = 0
             values[f"lr_{side}"] = torch.cat(blocks)
-            values[f"lr_{side}_table"] = stream.table(self.columns, pages, self.page_size)  # type: ignore[arg-type]
+            values[f"lr_{side}_table"] = stream.lr_directory(self.columns, pages, self.page_size)  # type: ignore[arg-type]
             values[f"b_{side}"] = up.to(dtype)
         if self.rope:
             values |= self._rotation(max(contexts), dtype)

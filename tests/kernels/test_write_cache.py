@@ -64,11 +64,11 @@ def test_write_kv_of_many_tokens(writers: Writers) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", ["distinct", "per_agent"])
-def test_write_lr(writers: Writers, columns: str, dtype: torch.dtype) -> None:
-    stream = LowRankStream("m", ranks=(3, 0, 3, 12), group=(0, 1, 0, 3))
-    table = stream.table(columns, PAGES, PAGE)  # type: ignore[arg-type]
-    cache = torch.zeros(stream.elements(columns, PAGES, PAGE), dtype=dtype)  # type: ignore[arg-type]
+@pytest.mark.parametrize("lr_blocks", ["distinct", "per_agent"])
+def test_write_lr(writers: Writers, lr_blocks: str, dtype: torch.dtype) -> None:
+    stream = LowRankStream("m", ranks=(3, 0, 3, 12), shares_a_with=(0, 1, 0, 3))
+    table = stream.lr_directory(lr_blocks, PAGES, PAGE)  # type: ignore[arg-type]
+    cache = torch.zeros(stream.elements(lr_blocks, PAGES, PAGE), dtype=dtype)  # type: ignore[arg-type]
     lr = torch.randn(4, stream.width + 2)[:, 1:-1]
     # Agents keep different tokens: slot 0 is in the scratch page.
     slots = torch.tensor([[8, 9, 10, 39], [0, 0, 0, 0], [0, 9, 0, 39], [8, 0, 0, 38]])
@@ -97,8 +97,8 @@ def test_a_slot_outside_is_refused(writers: Writers, slot: int) -> None:
 
 
 def test_equal_a_shares_a_block_only_in_distinct_columns() -> None:
-    stream = LowRankStream("m", ranks=(3, 3), group=(0, 0))
-    shared, apart = stream.table("distinct", PAGES, PAGE), stream.table("per_agent", PAGES, PAGE)
+    stream = LowRankStream("m", ranks=(3, 3), shares_a_with=(0, 0))
+    shared, apart = stream.lr_directory("distinct", PAGES, PAGE), stream.lr_directory("per_agent", PAGES, PAGE)
     assert shared[1, 0] == shared[2, 0] and shared[:, 3].tolist() == [0, 1, 0]
     assert apart[1, 0] != apart[2, 0] and apart[:, 3].tolist() == [0, 1, 1]
     assert (stream.width, stream.elements("distinct", 1, 1), stream.elements("per_agent", 1, 1)) == (3, 3, 6)

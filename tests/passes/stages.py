@@ -57,7 +57,7 @@ def run_cached(graph: fx.GraphModule, schema: CacheSchema, ids_T: Tensor, agent:
         k_base=tuple(torch.zeros(pages, b.kv_heads, PAGE, b.k_dim) for b in schema.base),
         v_base=tuple(torch.zeros(pages, b.kv_heads, PAGE, b.v_dim) for b in schema.base),
         low_rank=tuple(torch.zeros(s.elements("distinct", pages, PAGE)) for s in schema.low_rank),
-        tables=tuple(s.table("distinct", pages, PAGE) for s in schema.low_rank),
+        lr_directories=tuple(s.lr_directory("distinct", pages, PAGE) for s in schema.low_rank),
     )
     order = torch.arange(1, pages)
     rows = []

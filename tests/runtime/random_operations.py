@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import torch
 
 from lragent.errors import InternalError
-from lragent.runtime import Engine, Trajectory
+from lragent.runtime import Engine, EngineConfig, Trajectory
 from tests.runtime.toy_oracle import NAMES, OracleTrajectory
 from tests.runtime.toy_program import VOCAB, toy_model, toy_program
 
@@ -22,15 +23,9 @@ PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 2, 3, 4, 5, 6, 7, 8, 30], [1, 2,
 def toy_engine(scheme: str, pages: int = 500, page_size: int = 4, max_batch_tokens: int = 512) -> Engine:
     """An engine with that many pages that can be held, whose books are checked after every step."""
     program = toy_program("dense" if scheme in ("non_shared", "full_shared") else "split", MODEL)
-    one = Engine(program, scheme, page_size=page_size, kv_dtype=torch.float64, kv_memory="10MB")
-    engine = Engine(
-        program,
-        scheme,
-        page_size=page_size,
-        kv_dtype=torch.float64,
-        kv_memory=one.stats().page_bytes * (pages + 1),
-        max_batch_tokens=max_batch_tokens,
-    )
+    config = EngineConfig(scheme, "10MB", max_batch_tokens, page_size, torch.float64)
+    one = Engine(program, config)
+    engine = Engine(program, replace(config, kv_memory=one.stats().page_bytes * (pages + 1)))
     engine.on_step = SteadyCheck(engine)
     return engine
 

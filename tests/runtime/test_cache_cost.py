@@ -32,13 +32,13 @@ def test_columns_of_many_agents_pay_late() -> None:
     assert advice(sizes) == ""  # less than half of them
     late = _sizes(32, 24)
     assert break_even(late)["base_lr_shared"] == 26
-    assert "only once 26 of 32 agents have seen a token: 3200 bytes a token against 4096" in advice(late)
+    assert "only once 26 of 32 agents have seen a token: 3200 bytes per token against 4096" in advice(late)
 
 
 def test_columns_wider_than_the_base_never_pay() -> None:
     sizes = _sizes(4, 40)
     assert break_even(sizes)["base_lr_shared"] is None
-    assert "never: 768 bytes a token against 512" in advice(sizes)
+    assert "never: 768 bytes per token against 512" in advice(sizes)
 
 
 def test_a_shared_a_or_fewer_acting_agents_pay_early() -> None:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from lragent.errors import CacheMemoryError, RequestError
-from lragent.runtime import Engine, Trajectory, Turn
+from lragent.runtime import Engine, EngineConfig, Trajectory, Turn
 from lragent.runtime.schemes import SCHEMES as BY_NAME
 from tests.runtime.random_operations import MODEL, SCHEMES, assert_same, toy_engine
 from tests.runtime.toy_oracle import OracleTrajectory
@@ -112,14 +112,14 @@ def test_longer_than_the_models_positions() -> None:
 
 def test_no_page_fits() -> None:
     with pytest.raises(CacheMemoryError, match="at least 2"):
-        Engine(toy_program("split"), "base_lr_shared", kv_memory=100)
+        Engine(toy_program("split"), EngineConfig("base_lr_shared", kv_memory=100))
     with pytest.raises(RequestError, match="kv_memory"):
-        Engine(toy_program("split"), "base_lr_shared", kv_memory="lots")
+        Engine(toy_program("split"), EngineConfig("base_lr_shared", kv_memory="lots"))
 
 
 def test_more_than_the_system_gives() -> None:
     with pytest.raises(CacheMemoryError, match="can't be allocated"):
-        Engine(toy_program("split"), "base_lr_shared", kv_memory=1 << 60)
+        Engine(toy_program("split"), EngineConfig("base_lr_shared", kv_memory=1 << 60))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -1,4 +1,6 @@
 import asyncio
+from dataclasses import fields
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -6,30 +8,30 @@ import torch
 from lragent.errors import InternalError, RequestError
 from lragent.program.program import Program
 from lragent.program.step import CacheTensors, StepInputs
-from lragent.runtime import Engine, Segment, Turn
+from lragent.runtime import Engine, EngineConfig, Turn, TurnSegment
+from lragent.runtime.turn import TurnArguments, TurnOptions
 from tests.runtime.random_operations import toy_engine
 from tests.runtime.toy_program import AGENTS, toy_program
 from tests.runtime.toy_tokenizer import BOS, EOS, ToyTokenizer, piece_id
 
 
 def text_engine(sharing: str = "base_lr_shared", **options: object) -> Engine:
-    return Engine(
-        toy_program("split"),
+    config = EngineConfig(
         sharing,
-        tokenizer=ToyTokenizer(),
         kv_memory="1MB",
         kv_dtype=torch.float64,
         page_size=4,
         stop_token_ids=(EOS,),
         **options,  # type: ignore[arg-type]
     )
+    return Engine(toy_program("split"), config, tokenizer=ToyTokenizer())
 
 
 def test_special_tokens_come_with_the_start_only_and_pieces_stay_apart() -> None:
     with text_engine().trajectory("a") as t:
         t.append("b")
         assert t.token_ids == [BOS, piece_id(b"a"), piece_id(b"b")]
-        assert t.segments() == [Segment(None, 0, 2), Segment(None, 2, 3)]
+        assert t.segments() == [TurnSegment(None, 0, 2), TurnSegment(None, 2, 3)]
 
 
 def test_text_leaves_out_stop_string_but_the_trajectory_keeps_every_token() -> None:
@@ -42,7 +44,7 @@ def test_text_leaves_out_stop_string_but_the_trajectory_keeps_every_token() -> N
         assert middle not in stopped.text
         assert turn.text.startswith(stopped.text)
         assert stopped.token_ids == turn.token_ids[: len(stopped.token_ids)]
-        assert t.segments()[-1] == Segment("plan", len(t) - len(stopped.token_ids), len(t))
+        assert t.segments()[-1] == TurnSegment("plan", len(t) - len(stopped.token_ids), len(t))
         assert t.logprobs[-len(stopped.token_ids) :] == stopped.logprobs
         assert t.logprobs[0] is None
 
@@ -55,9 +57,8 @@ def test_stop_tokens_ignore_eos_and_given_ids() -> None:
         given = t.fork().generate("plan", max_new_tokens=8, ignore_eos=True, stop_token_ids=[stop])
         assert given.token_ids == plain.token_ids[: first + 1]
         assert given.finish_reason == "stop"
-    engine = Engine(
-        toy_program("split"), "base_lr_shared", kv_memory="1MB", kv_dtype=torch.float64, stop_token_ids=[stop]
-    )
+    config = EngineConfig("base_lr_shared", kv_memory="1MB", kv_dtype=torch.float64, stop_token_ids=[stop])
+    engine = Engine(toy_program("split"), config)
     with engine.trajectory([BOS, *ToyTokenizer().encode("abc", add_special_tokens=False)]) as t:
         assert t.fork().generate("plan", max_new_tokens=8).token_ids == given.token_ids
         assert t.generate("plan", max_new_tokens=8, ignore_eos=True).token_ids == plain.token_ids
@@ -130,7 +131,34 @@ def test_bad_calls() -> None:
 @pytest.mark.parametrize(("sharing", "layout"), [("full_shared", "split"), ("rebase_shared", "dense")])
 def test_a_program_of_the_wrong_layout(sharing: str, layout: str) -> None:
     with pytest.raises(RequestError, match=f"the program has {layout}"):
-        Engine(toy_program(layout), sharing)  # type: ignore[arg-type]
+        Engine(toy_program(layout), EngineConfig(sharing))  # type: ignore[arg-type]
+
+
+def test_turn_arguments_are_the_fields_of_turn_options() -> None:
+    assert TurnArguments.__annotations__.keys() == {field.name for field in fields(TurnOptions)}
+    assert get_type_hints(TurnArguments) == get_type_hints(TurnOptions)
+
+
+def test_an_unknown_turn_option_is_refused_with_the_known_ones() -> None:
+    with text_engine().trajectory("abc") as t:
+        with pytest.raises(RequestError, match=r"'top_k_'\nOptions are: max_new_tokens, stop, .*forced"):
+            t.generate("plan", top_k_=3)  # type: ignore[call-arg]
+        with pytest.raises(RequestError, match="'max_tokens'"):
+            asyncio.run(t.agenerate("plan", max_tokens=3))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sharing": "shared"}, "unknown sharing scheme 'shared'"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens is 0, must be at least 1"),
+        ({"page_size": 0}, "page_size is 0, must be at least 1"),
+        ({"threads": 0}, "threads is 0, must be from 1"),
+    ],
+)
+def test_bad_engine_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        EngineConfig(**options)
 
 
 def test_one_turn_at_a_time() -> None:
@@ -165,7 +193,7 @@ def test_a_cancelled_turn_leaves_the_trajectory_as_it_was() -> None:
             turn.cancel()
             await asyncio.gather(turn, return_exceptions=True)
             assert t.token_ids == [1, 2, 3]
-            assert t.segments() == [Segment(None, 0, 3)]
+            assert t.segments() == [TurnSegment(None, 0, 3)]
             again = await t.agenerate("act", max_new_tokens=4)
             with engine.trajectory([1, 2, 3]) as other:
                 assert again.token_ids == other.generate("act", max_new_tokens=4).token_ids
@@ -184,7 +212,7 @@ def test_an_error_of_the_program_ends_all_turns_and_not_the_engine() -> None:
         return plain.run(step, cache)
 
     program = Program(plain.schema, plain.agents, plain.max_positions, plain.vocab_size, run_or_fail, {})  # type: ignore[arg-type]
-    engine = Engine(program, "rebase_shared", kv_memory="1MB", kv_dtype=torch.float64, page_size=4)
+    engine = Engine(program, EngineConfig("rebase_shared", kv_memory="1MB", kv_dtype=torch.float64, page_size=4))
 
     async def run() -> list[object]:
         group = [engine.trajectory([1, 2, 3, i]) for i in range(3)]
@@ -212,7 +240,7 @@ def test_logits_that_are_nan_end_the_turn_and_no_other() -> None:
         return torch.where(step.token_ids[step.logits_rows, None] == 39, torch.nan, logits_RV)
 
     program = Program(plain.schema, plain.agents, plain.max_positions, plain.vocab_size, one_nan, {})
-    engine = Engine(program, "base_shared", kv_memory="1MB", kv_dtype=torch.float64, page_size=4)
+    engine = Engine(program, EngineConfig("base_shared", kv_memory="1MB", kv_dtype=torch.float64, page_size=4))
 
     async def run() -> list[object]:
         with engine.trajectory([1, 2, 39]) as broken, engine.trajectory([1, 2, 3]) as whole:

@@ -116,8 +116,8 @@ def toy_program(layout: Layout, model: ToyModel | None = None) -> Program:
                 k = add_delta(x, k, layer.a_k, layer.b_k, step.agent_ids)
                 v = add_delta(x, v, layer.a_v, layer.b_v, step.agent_ids)
             else:
-                write_columns(x, layer.a_k, 2 * index, step, cache)
-                write_columns(x, layer.a_v, 2 * index + 1, step, cache)
+                write_lr(x, layer.a_k, 2 * index, step, cache)
+                write_lr(x, layer.a_v, 2 * index + 1, step, cache)
             page_size = cache.k_base[index].shape[2]
             pages, offsets = step.base_slots // page_size, step.base_slots % page_size
             cache.k_base[index][pages, :, offsets] = k.view(-1, HEADS, HEAD_DIM)
@@ -154,15 +154,13 @@ def add_delta(x, out, a, b, agent_ids):  # type: ignore[no-untyped-def]
 def block(cache: CacheTensors, stream: int, agent: int) -> torch.Tensor:
     """An agent's column block, `[pages, P, r]`."""
     pages, _, page_size, _ = cache.k_base[0].shape
-    offset, rank, _, _ = cache.tables[stream][agent].tolist()
+    offset, rank, _, _ = cache.lr_directories[stream][agent].tolist()
     return cache.low_rank[stream][offset : offset + pages * page_size * rank].view(pages, page_size, rank)
 
 
-def write_columns(
-    x: torch.Tensor, a: tuple[torch.Tensor, ...], stream: int, step: StepInputs, cache: CacheTensors
-) -> None:
+def write_lr(x: torch.Tensor, a: tuple[torch.Tensor, ...], stream: int, step: StepInputs, cache: CacheTensors) -> None:
     for agent in range(1, len(AGENTS) + 1):
-        _, rank, _, writes = cache.tables[stream][agent].tolist()
+        _, rank, _, writes = cache.lr_directories[stream][agent].tolist()
         if writes and rank:
             block(cache, stream, agent).view(-1, rank)[step.lr_slots[agent - 1]] = x @ a[agent].T
 

@@ -68,7 +68,7 @@ def stack(
         columns `[sum of ranks]` (int64), route `[N + 1, sum of ranks]`, and ones `[R]` (None if no adapter has any).
     """
     sources = stream.source_columns()
-    distinct = [adapters[n] for i, n in enumerate(agents) if stream.ranks[i] and stream.group[i] == i]
+    distinct = [adapters[n] for i, n in enumerate(agents) if stream.ranks[i] and stream.shares_a_with[i] == i]
     own = [adapters[n] for i, n in enumerate(agents) if stream.ranks[i]]
     b_rows = [(adapter.b if adapter.gain is None else adapter.gain[:, None] * adapter.b).T for adapter in own]
     columns = [c for i, rank in enumerate(stream.ranks) for c in range(sources[i], sources[i] + rank)]

@@ -50,7 +50,7 @@ def join(streams: list[LowRankStream]) -> LowRankStream:
     """Ranks add up; agents are grouped if they are in every stream where they have columns."""
     agents = range(len(streams[0].ranks))
     ranks = tuple(sum(s.ranks[a] for s in streams) for a in agents)
-    same = [tuple((s.ranks[a], s.group[a] if s.ranks[a] else -1) for s in streams) for a in agents]
+    same = [tuple((s.ranks[a], s.shares_a_with[a] if s.ranks[a] else -1) for s in streams) for a in agents]
     group = tuple(next(b for b in agents if same[b] == same[a]) if ranks[a] else a for a in agents)
     return LowRankStream(" + ".join(s.module for s in streams), ranks, group)
 
@@ -59,7 +59,7 @@ def source_order(streams: list[LowRankStream], joined: LowRankStream) -> list[in
     """For each column of the joined stream, its place in the streams' columns side by side."""
     order: list[int] = []
     for agent, rank in enumerate(joined.ranks):
-        if rank == 0 or joined.group[agent] != agent:
+        if rank == 0 or joined.shares_a_with[agent] != agent:
             continue
         start = 0
         for stream in streams:

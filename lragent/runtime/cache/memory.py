@@ -1,7 +1,7 @@
-"""Cache memory: how many bytes a page takes, how many pages fit, the tensors themselves, and copies of pages.
+"""Cache memory: bytes per page, pages that fit, the cache tensors, and copies of pages.
 
-Legend: P = tokens a page, N = agents. An agent's column block is called by its agent id (row of the LR tables; base is
-0 and has none).
+Legend: P = tokens per page, N = agents. An LR block has the agent id of its owner (row of the LR directory); base is
+agent 0 and has no block.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lragent.errors import CacheMemoryError, InternalError, RequestError
-from lragent.program.cache_schema import CacheSchema, Columns
+from lragent.program.cache_schema import CacheSchema, LrBlocks
 from lragent.program.step import CacheTensors
 from lragent.runtime.cache import huge_pages
 
@@ -22,7 +22,7 @@ _UNITS = {**_DECIMAL, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_bytes(amount: int | str, called: str = "kv_memory") -> int:
-    """Bytes of `"2GiB"`, `"1.5 GB"` or a plain number; `called` is its name in errors.
+    """Bytes of `"2GiB"`, `"1.5 GB"` or a plain number; `called` is the option's name in errors.
 
     Raises:
         RequestError: not a number with a known unit.
@@ -39,27 +39,27 @@ def parse_bytes(amount: int | str, called: str = "kv_memory") -> int:
 
 @dataclass(frozen=True)
 class PageBytes:
-    """Bytes that one page id stands for, over all layers."""
+    """Bytes of one page, over all layers."""
 
     base: int
-    low_rank: tuple[int, ...]  # [N + 1] by agent id: the column block that this agent owns
+    low_rank: tuple[int, ...]  # [N + 1] by agent id, the LR block that this agent owns
 
     @property
     def total(self) -> int:
         return self.base + sum(self.low_rank)
 
 
-def page_bytes(schema: CacheSchema, columns: Columns, page_size: int, dtype: torch.dtype) -> PageBytes:
+def page_bytes(schema: CacheSchema, lr_blocks: LrBlocks, page_size: int, dtype: torch.dtype) -> PageBytes:
     scale = page_size * dtype.itemsize
-    blocks = (schema.lr_numbers_per_token(agent, columns) for agent in range(len(schema.agents)))
+    blocks = (schema.lr_numbers_per_token(agent, lr_blocks) for agent in range(len(schema.agents)))
     return PageBytes(schema.base_numbers_per_token() * scale, (0, *(numbers * scale for numbers in blocks)))
 
 
 def pages_that_fit(kv_memory: int | str, page: PageBytes) -> int:
-    """Pages in `kv_memory`, the scratch page included.
+    """Number of pages in `kv_memory`, the scratch page included.
 
     Raises:
-        CacheMemoryError: not even the scratch page and one more.
+        CacheMemoryError: fewer than two pages, since one is the scratch page.
     """
     pages = parse_bytes(kv_memory) // page.total
     if pages < 2:
@@ -71,17 +71,17 @@ def pages_that_fit(kv_memory: int | str, page: PageBytes) -> int:
 
 
 @dataclass(frozen=True)
-class Cache:
-    """The cache tensors with what is needed to copy pages of them."""
+class CacheMemory:
+    """The cache tensors and their layout, for copies of pages."""
 
     tensors: CacheTensors
     schema: CacheSchema
-    columns: Columns
+    lr_blocks: LrBlocks
     pages: int
     page_size: int
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copies whole pages, base and every LR block; a page may be source of one copy and target of another."""
+        """Copies whole pages, base and all LR blocks. A page may be a source and a target."""
         if not sources:
             return
         device = self.tensors.k_base[0].device
@@ -90,7 +90,7 @@ class Cache:
             tensor.index_copy_(0, target, tensor.index_select(0, source))
         for stream, flat in zip(self.schema.low_rank, self.tensors.low_rank, strict=True):
             offset = 0
-            for agent in stream.blocks(self.columns):
+            for agent in stream.block_owners(self.lr_blocks):
                 size = self.pages * self.page_size * stream.ranks[agent]
                 block = flat[offset : offset + size].view(self.pages, -1)
                 block.index_copy_(0, target, block.index_select(0, source))
@@ -98,12 +98,12 @@ class Cache:
 
 
 def allocate(
-    schema: CacheSchema, columns: Columns, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
-) -> Cache:
-    """All cache tensors, zeroed (the CPU commits their memory when it is first written).
+    schema: CacheSchema, lr_blocks: LrBlocks, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+) -> CacheMemory:
+    """All cache tensors, zeroed. On a CPU the system commits memory when it is first written.
 
     Raises:
-        CacheMemoryError: the system refuses so much memory.
+        CacheMemoryError: the system refuses that much memory.
     """
     if schema.layout == "dense" and schema.low_rank:
         raise InternalError("a dense cache schema must not name low-rank streams")
@@ -112,7 +112,7 @@ def allocate(
     shapes = [
         *((pages, layer.kv_heads, page_size, layer.k_dim) for layer in layers),
         *((pages, layer.kv_heads, page_size, layer.v_dim) for layer in layers),
-        *((stream.elements(columns, pages, page_size),) for stream in schema.low_rank),
+        *((stream.elements(lr_blocks, pages, page_size),) for stream in schema.low_rank),
     ]
     try:
         if device.type == "cpu":
@@ -123,9 +123,11 @@ def allocate(
             k_base=tuple(held[: len(layers)]),
             v_base=tuple(held[len(layers) : 2 * len(layers)]),
             low_rank=tuple(held[2 * len(layers) :]),
-            tables=tuple(stream.table(columns, pages, page_size).to(device) for stream in schema.low_rank),
+            lr_directories=tuple(
+                stream.lr_directory(lr_blocks, pages, page_size).to(device) for stream in schema.low_rank
+            ),
         )
     except (OSError, RuntimeError) as error:  # mmap, PyTorch
-        size = page_bytes(schema, columns, page_size, dtype).total * pages
+        size = page_bytes(schema, lr_blocks, page_size, dtype).total * pages
         raise CacheMemoryError(f"{size} bytes of cache can't be allocated: {error}", "Give less kv_memory.") from error
-    return Cache(tensors, schema, columns, pages, page_size)
+    return CacheMemory(tensors, schema, lr_blocks, pages, page_size)

@@ -1,33 +1,31 @@
 """Prefix reuse by content: keys of full pages, and the index from key to page.
 
-A key is a hash chain: a page's key depends on the page before it, on its token ids, and on whatever else its content
-is a function of in the sharing scheme (see `KeyRules`). Adapters go in by digest, never by name, so a key can't be
-right by accident.
+Keys form a hash chain. The key of a page depends on the key of the page before it, on its token ids, and on everything
+else that determines its content in the sharing scheme (see `KeyRules`). Adapters enter by digest, never by name.
 
-One page id holds base and LR columns, so one key has to cover both. `rebase_shared` could reuse base columns by token
-ids alone, under any writer; with one key for the whole page it doesn't. That is a deliberate simplification.
+One page id covers base and LR blocks, so one key must cover both. `rebase_shared` could reuse base K and V by token ids
+alone, whoever wrote them. It does not: one key for the whole page is simpler.
 """
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lragent.errors import InternalError
-from lragent.runtime.cache.write_log import Run, pieces
+from lragent.runtime.cache.write_log import WriteRange, ranges_within
 
 
 @dataclass(frozen=True)
 class KeyRules:
-    """What a page's content is a function of, apart from token ids.
+    """Inputs of a page's key besides token ids.
 
     Args:
-        root: start of the chain: scheme, and the agent's digest where every agent has its own pages.
-        tags: by agent id, what stands for a writer; None if writers don't matter.
-        turn_starts: whether the place where a writer's turn began matters.
+        root: start of the chain: the scheme, and the agent's digest if each agent has its own pages.
+        tags: by agent id, the tag of a writer; None if the content does not depend on writers.
+        turn_starts: True if the content depends on the position where a writer's turn began.
     """
 
     root: bytes
@@ -36,27 +34,27 @@ class KeyRules:
 
 
 def extend_keys(
-    keys: list[bytes], rules: KeyRules, tokens: Sequence[int], runs: Sequence[Run], end: int, page_size: int
+    keys: list[bytes], rules: KeyRules, tokens: Sequence[int], log: Sequence[WriteRange], end: int, page_size: int
 ) -> None:
-    """Appends the keys of all full pages below position `end` to `keys`, which holds those of the first pages."""
+    """Appends the missing keys of all full pages below position `end`; `keys` has those of the first pages."""
     while (len(keys) + 1) * page_size <= end:
         start = len(keys) * page_size
         chain = hashlib.blake2b(keys[-1] if keys else rules.root, digest_size=32)
         chain.update(array("q", tokens[start : start + page_size]).tobytes())
         if rules.tags is not None:
-            chain.update(_writers(rules, runs, start, start + page_size))
+            chain.update(_writers(rules, log, start, start + page_size))
         keys.append(chain.digest())
 
 
-def _writers(rules: KeyRules, runs: Sequence[Run], start: int, end: int) -> bytes:
-    """Who wrote the tokens of a page, as runs of equal tags with their lengths."""
+def _writers(rules: KeyRules, log: Sequence[WriteRange], start: int, end: int) -> bytes:
+    """Digest of the writers of a page's tokens: tags with run lengths."""
     if rules.tags is None:
         raise InternalError("keys of this scheme don't name writers")
     merged: list[tuple[bytes, int]] = []
-    for run, low, high in pieces(runs, start, end):
-        # `base` reads base columns only, which are final when it writes them: its turns have no visible start.
-        begins = rules.turn_starts and run.agent != 0 and run.start == low
-        tag = rules.tags[run.agent] + (b"+" if begins else b"-")
+    for written, low, high in ranges_within(log, start, end):
+        # `base` attends base K and V only, which are final once it wrote them: its content has no turn start.
+        begins = rules.turn_starts and written.agent != 0 and written.start == low
+        tag = rules.tags[written.agent] + (b"+" if begins else b"-")
         if merged and not begins and merged[-1][0][:-1] == tag[:-1]:
             merged[-1] = (merged[-1][0], merged[-1][1] + high - low)
         else:
@@ -65,22 +63,24 @@ def _writers(rules: KeyRules, runs: Sequence[Run], start: int, end: int) -> byte
 
 
 def open_key(key: bytes) -> bytes:
-    """Key of a page whose last turn has not been followed by its adapter-free pass yet (`rebase_shared`)."""
+    """Key of a page before the adapter-free forward of its last turn (`rebase_shared`)."""
     return hashlib.blake2b(key, digest_size=32, person=b"open").digest()
 
 
-def columns_key(key: bytes, agent: int) -> bytes:
-    """Names one agent's LR columns of a page (`base_shared`); only for telling who computes them at the moment."""
-    return hashlib.blake2b(key + agent.to_bytes(4, "big"), digest_size=32, person=b"columns").digest()
+def lr_key(key: bytes, agent: int) -> bytes:
+    """Key of one agent's LR values of a page (`base_shared`); used for claims only."""
+    return hashlib.blake2b(key + agent.to_bytes(4, "big"), digest_size=32, person=b"lr").digest()
 
 
 class PrefixIndex:
-    """Keys of pages, and the order in which pages without holders are evicted (least recently released first)."""
+    """Keys of pages and pages of keys. Pages leave it through `PagePool.forget` only."""
 
     def __init__(self) -> None:
         self.page_of: dict[bytes, int] = {}
         self.key_of: dict[int, bytes] = {}
-        self.cached: OrderedDict[int, None] = OrderedDict()  # indexed pages that nobody holds
+
+    def __contains__(self, page: object) -> bool:
+        return page in self.key_of
 
     def get(self, key: bytes) -> int | None:
         return self.page_of.get(key)
@@ -98,4 +98,3 @@ class PrefixIndex:
         key = self.key_of.pop(page, None)
         if key is not None:
             del self.page_of[key]
-        self.cached.pop(page, None)

@@ -1,7 +1,7 @@
-"""The record of a page table: which agent processed which tokens, in order.
+"""The write log of a page table: the agent that wrote each range of tokens, in order of position.
 
-It is what a replay after losing pages goes by, and part of the pages' keys. Passes that only follow from it (catch-up,
-adapter-free) are not written down: schemes.py derives them.
+A replay after lost pages follows the log, and page keys depend on it. Catch-up and adapter-free forwards are not
+logged: schemes.py derives them.
 """
 
 from __future__ import annotations
@@ -11,41 +11,43 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Run:
-    """Tokens `[start, end)` written by one agent (`rebase_shared`: in one turn)."""
+class WriteRange:
+    """Tokens `[start, end)` that one agent wrote (in `rebase_shared`: in one turn)."""
 
     agent: int
     start: int
     end: int
 
 
-def extent(runs: Sequence[Run]) -> int:
-    """Tokens that have been processed, whether or not their pages are still there."""
-    return runs[-1].end if runs else 0
+def log_end(log: Sequence[WriteRange]) -> int:
+    """Processed tokens, including those whose pages were lost."""
+    return log[-1].end if log else 0
 
 
-def extended(runs: Sequence[Run], agent: int, end: int, since: int) -> tuple[Run, ...]:
-    """The record after `agent` processed everything up to `end`.
+def extend_log(log: Sequence[WriteRange], agent: int, end: int, since: int) -> tuple[WriteRange, ...]:
+    """The log after `agent` wrote all tokens up to `end`.
 
     Args:
-        since: the last run grows only if it starts here or later; 0 where turns of one agent may merge.
+        since: the last range is extended only if it starts here or later; 0 if turns of one agent may merge.
     """
-    start = extent(runs)
+    start = log_end(log)
     if end <= start:
-        return tuple(runs)
-    if runs and runs[-1].agent == agent and (runs[-1].start >= since or agent == 0):
-        return (*runs[:-1], Run(agent, runs[-1].start, end))
-    return (*runs, Run(agent, start, end))
+        return tuple(log)
+    if log and log[-1].agent == agent and (log[-1].start >= since or agent == 0):
+        return (*log[:-1], WriteRange(agent, log[-1].start, end))
+    return (*log, WriteRange(agent, start, end))
 
 
-def cut(runs: Sequence[Run], length: int) -> tuple[Run, ...]:
-    """The record of the first `length` tokens."""
-    return tuple(Run(run.agent, run.start, min(run.end, length)) for run in runs if run.start < length)
+def cut_log(log: Sequence[WriteRange], length: int) -> tuple[WriteRange, ...]:
+    """The log of the first `length` tokens."""
+    return tuple(
+        WriteRange(written.agent, written.start, min(written.end, length)) for written in log if written.start < length
+    )
 
 
-def pieces(runs: Sequence[Run], start: int, end: int) -> Iterator[tuple[Run, int, int]]:
-    """The parts of runs inside `[start, end)`: run, first position, end."""
-    for run in runs:
-        low, high = max(run.start, start), min(run.end, end)
+def ranges_within(log: Sequence[WriteRange], start: int, end: int) -> Iterator[tuple[WriteRange, int, int]]:
+    """The parts of ranges inside `[start, end)`: the range, first position, end."""
+    for written in log:
+        low, high = max(written.start, start), min(written.end, end)
         if low < high:
-            yield run, low, high
+            yield written, low, high

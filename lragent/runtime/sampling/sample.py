@@ -1,8 +1,8 @@
 """Next tokens from logits, vectorised over the rows of a step.
 
-Legend: R = rows, V = vocabulary. What a row samples depends on its logits, its options, its seed and its position only:
-one uniform number is drawn from a hash of (seed, position) and looked up in the row's cumulative distribution, so the
-rest of the batch can't matter.
+Legend: R = rows, V = vocabulary. The sample of a row depends on its logits, options, seed and position only, never on
+the rest of the batch: one uniform number comes from a hash of (seed, position) and is looked up in the row's cumulative
+distribution.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """How one row is sampled; fields as in `turn.TurnOptions`.
+    """Sampling options of one row; fields as in `turn.TurnOptions`.
 
     Args:
-        position: of the token to be sampled in its trajectory.
-        forced: take this token.
+        position: position in the trajectory of the token to sample.
+        forced: token to take instead of a sample.
     """
 
     temperature: float
@@ -40,7 +40,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def log_probabilities(logits_RV: torch.Tensor, tokens_R: torch.Tensor) -> list[float]:
-    """Log-probability of one token a row, in float32, before temperature and filters."""
+    """Natural log-probability of one token per row, in float32, before temperature and filters."""
     logits_RV = logits_RV.float()
     chosen_R = logits_RV.gather(1, tokens_R[:, None])[:, 0]
     result: list[float] = (chosen_R - logits_RV.logsumexp(dim=1)).tolist()
@@ -74,14 +74,14 @@ def _draw(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     probs_RV = probs_RV.masked_fill(probs_RV < least_R1, 0.0)
     cumulative_RV = probs_RV.cumsum(dim=1)
     total_R1 = cumulative_RV[:, -1:]
-    # Rounding must not put the target at the total, past the last token that has any probability.
+    # Rounding must not move the target to the total, past the last token with nonzero probability.
     below_R1 = total_R1.nextafter(torch.zeros_like(total_R1))
     target_R1 = torch.minimum(column([uniform(row.seed, row.position) for row in rows]) * total_R1, below_R1)
     return torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0]
 
 
 def _top_filters(scaled_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """Sets to -inf what top-k, then top-p leaves out; the most likely token always stays."""
+    """Sets tokens that top-k, then top-p excludes to -inf; the most likely token always stays."""
     vocab = scaled_RV.shape[1]
     device = scaled_RV.device
     sorted_RV, order_RV = scaled_RV.sort(dim=1, descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""When a turn ends: stop token ids, and stop strings in the text as it grows."""
+"""Detects the end of a turn: stop token ids, and stop strings in the growing text."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterable, Sequence
 from lragent.errors import RequestError
 from lragent.runtime.sampling.tokenizer import Tokenizer
 
-# What a decoder puts where bytes don't form a character (yet).
+# A decoder's replacement for bytes that don't form a character (yet).
 _REPLACEMENT = "\ufffd"
-# A character has at most four bytes, so more trailing replacements than this aren't waiting for anything.
+# A character has at most four bytes: a longer run of trailing replacements is no incomplete character.
 _MOST_PENDING = 4
 
 
 class StopWatch:
     """Watches the sampled tokens of one turn.
 
-    Text is decoded in a window over the last tokens, and only up to the last complete character, so that a stop string
-    is found across token boundaries and inside multi-byte text, at a constant cost a token.
+    Text is decoded in a window over the last tokens, up to the last complete character. Stop strings are found across
+    token boundaries and in multi-byte text, at a constant cost per token.
 
     Args:
         tokenizer: needed for stop strings and for text.
-        stop: stop strings. One that is a single special token to the tokenizer also works, as a stop token id.
+        stop: stop strings. A string that is one special token of the tokenizer is also a stop token id.
         stop_token_ids: ids that end the turn.
 
     Raises:
@@ -46,7 +46,7 @@ class StopWatch:
         self._read = 0  # tokens whose text is in `_text`
 
     def push(self, token: int) -> bool:
-        """Takes the next token; True if the turn ends with it."""
+        """Adds the next token; True if the turn ends with it."""
         self._ids.append(token)
         if token in self._stop_ids:
             return True
@@ -69,7 +69,7 @@ class StopWatch:
             return ""
         text = self._decode(self._ids)
         if not any(stop in text for stop in self._stop) and any(stop in self._text for stop in self._stop):
-            text = self._text  # the window's text is what stopped the turn
+            text = self._text  # the stop string is in the window's text only
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         return text[: min(found)] if found else text
 

@@ -19,14 +19,14 @@ from lragent.runtime.schemes import Scheme, acting_span
 def take_logits(
     entries: Sequence[Entry], logits_RV: torch.Tensor, scheme: Scheme, agents: int, max_positions: int
 ) -> list[Request]:
-    """Hands every logits row to its request; returns the requests that are done with it.
+    """Samples or scores every logits row for its request; returns the requests that are done.
 
-    A request whose logits are NaN is done with an error: whatever token was taken from them would mean nothing.
+    A request whose logits are NaN is done with an error: a token taken from them would be meaningless.
 
     Args:
         logits_RV: rows in the order of the entries' `Piece.rows`.
         agents: N + 1.
-        max_positions: a turn ends when its trajectory has that many tokens.
+        max_positions: a turn ends when its trajectory has this many tokens.
     """
     wanted = [(entry.request, at) for entry in entries for piece in entry.pieces for at in piece.rows]
     if not wanted:
@@ -58,7 +58,7 @@ def _sampling_row(request: Request, position: int) -> SamplingRow:
     options = request.options
     forced: int | None = None
     if options.forced is not None:
-        # A score's tokens are in its trajectory already, all but the last.
+        # All tokens of a score but the last are in its trajectory already.
         first = request.prompt - options.length if request.score else request.prompt - 1
         forced = options.forced[position - first]
     return SamplingRow(
@@ -67,7 +67,7 @@ def _sampling_row(request: Request, position: int) -> SamplingRow:
 
 
 def _take_token(request: Request, token: int, scheme: Scheme, agents: int, max_positions: int) -> bool:
-    """Appends a sampled token and plans its decode; True if the turn ends with it."""
+    """Appends a sampled token and adds its decode span; True if the turn ends with it."""
     state, options = request.state, request.options
     if not request.token_ids:
         request.usage.ttft = time.perf_counter() - request.submitted

@@ -1,4 +1,4 @@
-"""Text to token ids and back: the interface that the runtime needs, and one over the `tokenizers` library."""
+"""Text to token ids and back: the interface that the runtime needs, and its form over the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lragent.errors import UserError
 
 
 class Tokenizer(Protocol):
-    """What the runtime asks of a tokenizer."""
+    """Interface of a tokenizer that the runtime needs."""
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -31,7 +31,7 @@ class TokenizerFile:
         path: the file.
 
     Raises:
-        UserError: it is missing or can't be read.
+        UserError: the file is missing or can't be read.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -1,6 +1,6 @@
-"""One step's work, and the step inputs built from it with few tensor operations.
+"""The work of one step, and the step inputs that are built from it with few tensor operations.
 
-Legend as in program/step.py: T = packed tokens, S = sequences, M = most pages of a sequence, N = agents.
+Legend as in program/step.py: T = packed tokens, S = sequences, M = pages per sequence, at most, N = agents.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class Piece:
 
     @property
     def rows(self) -> range:
-        """Positions whose logits are wanted."""
+        """Positions whose logits are needed."""
         return range(max(self.start, self.span.logits_from), self.end)
 
 
 @dataclass(eq=False)
 class Entry:
-    """What one request does in a step; pieces are contiguous in position.
+    """Work of one request in a step; pieces are contiguous in position.
 
     Args:
-        copies: (source, target) pages to copy before the step.
+        copies: (source, target) pages that are copied before the step.
     """
 
     request: Request
@@ -45,10 +45,10 @@ class Entry:
 
 
 def take(spans: Sequence[Span], budget: int, most_rows: int) -> list[Piece]:
-    """The next pieces of a plan, at most `budget` tokens and `most_rows` logits rows.
+    """The next pieces of spans, with at most `budget` tokens and `most_rows` logits rows.
 
-    Spans that follow each other in position may share a step, whatever their agents: in each layer all cache writes
-    come before the attention. A span that goes back (a replayed pass over tokens that the one before wrote) waits.
+    Spans that are contiguous in position may share a step, also with different agents: each layer writes the cache
+    before it attends. A span that goes back, over tokens of the span before it, waits for the next step.
     """
     taken: list[Piece] = []
     for span in spans:
@@ -67,7 +67,7 @@ def take(spans: Sequence[Span], budget: int, most_rows: int) -> list[Piece]:
 
 
 def _sequences(entry: Entry) -> list[tuple[int, int]]:
-    """(tokens, context length) of each sequence of an entry: neighbouring pieces of one agent make one sequence."""
+    """(tokens, context length) of each sequence of an entry; adjacent pieces of one agent form one sequence."""
     sequences: list[tuple[int, int]] = []
     agent: int | None = None
     for piece in entry.pieces:
@@ -83,7 +83,7 @@ def _sequences(entry: Entry) -> list[tuple[int, int]]:
 def build_step(entries: Sequence[Entry], agents: int, page_size: int) -> StepInputs:
     """Step inputs of all entries, packed in order; logits rows are those of `Piece.rows`, in order.
 
-    Without any wanted row the last token's is asked for: a program need not serve zero rows.
+    If no row is needed, the last token's row is computed: programs are exported for one row or more.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -105,7 +105,7 @@ def build_step(entries: Sequence[Entry], agents: int, page_size: int) -> StepInp
             slots += [pages[at // page_size] * page_size + at % page_size for at in range(piece.start, piece.end)]
             lengths.append(piece.end - piece.start)
             agent_ids.append(piece.span.agent)
-            flags.append((piece.span.writes_base, *piece.span.columns[1:]))
+            flags.append((piece.span.writes_base, *piece.span.lr_writers[1:]))
         for length, context in _sequences(entry):
             starts.append(starts[-1] + length)
             contexts.append(context)
@@ -116,7 +116,7 @@ def build_step(entries: Sequence[Entry], agents: int, page_size: int) -> StepInp
 
     repeats = tensor(lengths)
     writes_NT = torch.tensor(flags, dtype=torch.bool).repeat_interleave(repeats, dim=0).T
-    # Slot 0 lies in the scratch page: what lands there is not kept.
+    # Slots of the scratch page discard writes.
     kept_NT = torch.where(writes_NT, tensor(slots), SCRATCH_PAGE * page_size)
     width = max(map(len, tables))
     padded = chain.from_iterable((*table, *[SCRATCH_PAGE] * (width - len(table))) for table in tables)

@@ -1,33 +1,32 @@
-"""Which pages of a request's trajectory are there already: its own, or indexed ones of others with the same content.
+"""Finds pages that a request can reuse: its own pages, and indexed pages of other requests with the same content.
 
-The *wanted* content of a page is what it would be without any cache when the request has run its passes over it. In
-`rebase_shared` that is final content for tokens of earlier turns, and for the turn in progress content as its writer
-leaves it (an "open" page). Reusing final pages there would change what the turn's own tokens attend to, and with it the
-outputs. So open pages are indexed too, under a key of their own.
+A page matches if its content equals the content that this request would compute from scratch. In `rebase_shared` that
+is final content for tokens of earlier turns. For the turn in progress it is the writer's content, before the
+adapter-free forward (an *open* page): a final page would change what the turn's own tokens attend to. Open pages are
+therefore indexed under a key of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lragent.runtime.cache.page_pool import PagePool
 from lragent.runtime.cache.page_table import PageTable
-from lragent.runtime.cache.prefix_index import KeyRules, columns_key, extend_keys, open_key
-from lragent.runtime.cache.write_log import Run, extended
+from lragent.runtime.cache.prefix_index import extend_keys, lr_key, open_key
+from lragent.runtime.cache.shared_cache import SharedCache
+from lragent.runtime.cache.write_log import WriteRange, extend_log, log_end
 from lragent.runtime.request import Request
 from lragent.runtime.schemes import Scheme
 
 
 @dataclass(frozen=True)
 class Match:
-    """Result of a lookup; nothing has been changed by it.
+    """Result of a lookup, which changes nothing.
 
     Args:
         pages: page ids to use, from the table's first page on; some may be the table's own.
-        reach: tokens that the wanted content is there for.
-        keys: content keys of all full pages of the trajectory, as if the request had processed them.
-        blocked_on: key that another request is about to compute and that this one wants next.
+        reach: first tokens whose matching content is stored.
+        keys: content keys of all full pages of the trajectory, once the request has processed them.
+        blocked_on: key of the first missing page or LR values, if another request is about to compute them.
     """
 
     pages: list[int]
@@ -36,102 +35,96 @@ class Match:
     blocked_on: bytes | None
 
 
-def planned_runs(request: Request, scheme: Scheme) -> tuple[Run, ...]:
-    """The record as it will be when the request has processed all its tokens."""
+def log_after(request: Request, scheme: Scheme) -> tuple[WriteRange, ...]:
+    """The write log once the request has processed all its tokens."""
     if request.agent is None:
-        return request.table.runs
-    since = request.turn_start if scheme.adapter_free else 0
-    return extended(request.table.runs, request.agent, len(request.state.tokens), since)
+        return request.table.log
+    since = request.turn_start if scheme.adapter_free_forward else 0
+    return extend_log(request.table.log, request.agent, len(request.state.tokens), since)
 
 
 def wanted_key(key: bytes, page_end: int, request: Request, scheme: Scheme) -> bytes:
-    """Key of the content that this request wants in a page with content key `key`."""
-    in_turn = scheme.adapter_free and request.agent not in (None, 0) and page_end > request.turn_start
+    """Key of the content that this request needs in a page with content key `key`: open or final."""
+    in_turn = scheme.adapter_free_forward and request.agent not in (None, 0) and page_end > request.turn_start
     return open_key(key) if in_turn else key
 
 
-def find(
-    request: Request,
-    scheme: Scheme,
-    rules: KeyRules,
-    pool: PagePool,
-    claims: Mapping[bytes, Request],
-    page_size: int,
-) -> Match:
-    """Looks up the longest prefix of pages that has the wanted content."""
-    table = request.table
+def find(request: Request, scheme: Scheme, cache: SharedCache) -> Match:
+    """Looks up the longest prefix of matching pages."""
+    table, page_size = request.table, cache.page_size
     keys = list(table.keys)
-    runs = planned_runs(request, scheme)
-    extend_keys(keys, rules, request.state.tokens, runs, runs[-1].end if runs else 0, page_size)
+    log = log_after(request, scheme)
+    extend_keys(keys, table.rules, request.state.tokens, log, log_end(log), page_size)
     pages: list[int] = []
     blocked_on: bytes | None = None
-    own = table.settled // page_size if scheme.adapter_free else table.computed // page_size
+    own = table.settled // page_size if scheme.adapter_free_forward else table.computed // page_size
     for index, key in enumerate(keys):
         wanted = wanted_key(key, (index + 1) * page_size, request, scheme)
-        indexed = pool.index.get(wanted)
+        indexed = cache.index.get(wanted)
         page = table.pages[index] if index < own else indexed
         if page is None:
-            blocked_on = blocked_on or _claimed(wanted, claims, request)
+            blocked_on = blocked_on or _claimed(wanted, request, cache)
             break
-        if scheme.own_columns and request.agent:
-            page = _fuller(page, indexed, request.agent, pool)
-            if pool.filled(page, request.agent) < page_size:
-                blocked_on = blocked_on or _claimed(columns_key(key, request.agent), claims, request)
+        if scheme.own_lr_only and request.agent:
+            page = _fuller(page, indexed, request.agent, cache)
+            if cache.pool.filled(page, request.agent) < page_size:
+                blocked_on = blocked_on or _claimed(lr_key(key, request.agent), request, cache)
         pages.append(page)
     reach = len(pages) * page_size
-    if scheme.adapter_free:
-        reach = _without_half_turns(reach, request, runs)
+    if scheme.adapter_free_forward:
+        reach = _without_half_turns(reach, request, log)
     return Match(pages, reach, keys, blocked_on)
 
 
-def _claimed(key: bytes, claims: Mapping[bytes, Request], request: Request) -> bytes | None:
-    return key if claims.get(key, request) is not request else None
+def _claimed(key: bytes, request: Request, cache: SharedCache) -> bytes | None:
+    return key if cache.claims.claimed_by_other(key, request) else None
 
 
-def _fuller(own: int, other: int | None, agent: int, pool: PagePool) -> int:
-    """Of two pages with equal base content, the one with more of the agent's columns."""
-    return other if other is not None and pool.filled(other, agent) > pool.filled(own, agent) else own
+def _fuller(own: int, other: int | None, agent: int, cache: SharedCache) -> int:
+    """Of two pages with equal base content, the one with LR values of the agent for more tokens."""
+    filled = cache.pool.filled
+    return other if other is not None and filled(other, agent) > filled(own, agent) else own
 
 
-def _without_half_turns(reach: int, request: Request, runs: tuple[Run, ...]) -> int:
-    """Cuts `reach` back to where a replay can go on.
+def _without_half_turns(reach: int, request: Request, log: tuple[WriteRange, ...]) -> int:
+    """Moves `reach` back to a position from which a replay can continue.
 
-    In the middle of a finished turn that hasn't been replayed it can't: the rest of that turn attended to open pages,
-    and the pages found are final.
+    A replay can't continue inside a finished turn: the rest of that turn attended open pages, and the matched pages are
+    final.
     """
-    for run in runs:
-        in_progress = request.agent is not None and run.start >= request.turn_start
-        unfinished = run.start < reach < run.end and request.table.computed < run.end
-        if unfinished and run.agent != 0 and not in_progress:
-            return run.start
+    for written in log:
+        in_progress = request.agent is not None and written.start >= request.turn_start
+        unfinished = written.start < reach < written.end and request.table.computed < written.end
+        if unfinished and written.agent != 0 and not in_progress:
+            return written.start
     return reach
 
 
-def _swapped(match: Match, table: PageTable, page_size: int) -> int:
-    """How many pages of the match the table takes over.
+def _swapped(match: Match, table: PageTable, cache: SharedCache) -> int:
+    """Number of matched pages that the table takes over.
 
-    Behind `computed` only whole pages: the rest of the last one has other content in the table.
+    Up to `computed` these are whole pages only: the rest of a last page has other content in the table.
     """
-    return match.reach // page_size if match.reach <= table.computed else -(-match.reach // page_size)
+    return match.reach // cache.page_size if match.reach <= table.computed else cache.pages_for(match.reach)
 
 
-def new_pages(match: Match, table: PageTable, tokens: int, pool: PagePool, page_size: int) -> int:
-    """How many available pages the request takes in all: pages to compute, and matched ones that nobody holds yet."""
-    end = _swapped(match, table, page_size)
-    held = sum(1 for page in match.pages[:end] if pool.holders[page]) + len(table.pages[end:])
-    return -(-tokens // page_size) - held
+def new_pages(match: Match, table: PageTable, tokens: int, cache: SharedCache) -> int:
+    """Number of available pages that the request takes: pages to compute, and matched pages without holders."""
+    end = _swapped(match, table, cache)
+    held = sum(1 for page in match.pages[:end] if cache.pool.holders[page]) + len(table.pages[end:])
+    return cache.pages_for(tokens) - held
 
 
-def attach(match: Match, request: Request, scheme: Scheme, pool: PagePool, page_size: int) -> None:
-    """Makes the request's table use what was found."""
+def attach(match: Match, request: Request, scheme: Scheme, cache: SharedCache) -> None:
+    """Puts the matched pages into the request's page table."""
     table = request.table
-    for index in range(_swapped(match, table, page_size)):
+    for index in range(_swapped(match, table, cache)):
         if index >= len(table.pages) or table.pages[index] != match.pages[index]:
-            table.replace_page(index, match.pages[index], pool)
+            table.replace_page(index, match.pages[index], cache)
     if match.reach > table.computed and request.agent is not None:
-        since = request.turn_start if scheme.adapter_free else 0
-        table.runs = extended(table.runs, request.agent, match.reach, since)
+        since = request.turn_start if scheme.adapter_free_forward else 0
+        table.log = extend_log(table.log, request.agent, match.reach, since)
     table.computed = max(table.computed, match.reach)
     final = match.reach if request.agent in (None, 0) else min(match.reach, request.turn_start)
-    table.settled = max(table.settled, final) if scheme.adapter_free else table.computed
+    table.settled = max(table.settled, final) if scheme.adapter_free_forward else table.computed
     table.settled_before = max(table.settled_before, table.settled)

@@ -1,31 +1,31 @@
-"""Who runs in the next step: continuous batching, chunked prefill, admission by free pages, preemption.
+"""Chooses the work of the next step: continuous batching, chunked prefill, admission by free pages, preemption.
 
     submit -> waiting --admit--> running --finish--> done
                  ^                  |
                  +----- preempt ----+
 
-Both queues are in order of arrival. Pages run out: cached pages are evicted (page_pool.py), then tables that no running
-request uses are dropped, then the youngest running request is preempted; the oldest therefore always gets on.
-A request that waits for pages that another one is computing holds nothing that can't be taken from it.
+Both queues are in order of arrival. When pages run out, cached pages are evicted first (page_pool.py), then page tables
+that no running request uses are dropped, then the youngest running request is preempted. The oldest request therefore
+always makes progress. A request that waits for pages of another request can itself lose all its pages.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from lragent.errors import CacheMemoryError
-from lragent.runtime.cache.page_pool import PagePool
 from lragent.runtime.cache.page_table import PageTable
-from lragent.runtime.cache.prefix_index import KeyRules, columns_key
+from lragent.runtime.cache.prefix_index import lr_key
+from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.request import Request
 from lragent.runtime.scheduling import prefix_lookup as lookup
 from lragent.runtime.scheduling.batch import Entry, Piece, take
-from lragent.runtime.schemes import Scheme, View, plan
+from lragent.runtime.schemes import Scheme, View, spans_of_turn
 from lragent.runtime.trajectory_state import TrajectoryState
 
-# Logits rows that a score may ask for in one step: a row is a whole vocabulary of float32.
+# Limit of logits rows per request and step: a row is a whole vocabulary in float32.
 MOST_ROWS = 256
 
 
@@ -38,20 +38,15 @@ class Scheduler:
     """Queues and memory policy.
 
     Args:
-        rules: key rules for the pages that a request works on.
         states: all open trajectories; shared with the engine.
-        claims: keys of pages that running requests are about to compute.
     """
 
     scheme: Scheme
-    pool: PagePool
-    page_size: int
+    cache: SharedCache
     max_batch_tokens: int
-    rules: Callable[[Request], KeyRules]
     states: Collection[TrajectoryState]
     waiting: list[Request] = field(default_factory=list)
     running: list[Request] = field(default_factory=list)
-    claims: dict[bytes, Request] = field(default_factory=dict)
     preemptions: int = 0
     dropped_tables: int = 0
     arrivals: int = 0
@@ -62,9 +57,9 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> list[Entry]:
-        """The entries of the next step; their pages are held, and copied ones listed.
+        """The entries of the next step; their pages are held, and copies of pages are listed.
 
-        A request that can't ever get its pages is finished with an error.
+        A request whose pages can never fit is finished with an error.
         """
         entries: dict[Request, Entry] = {}
         budget = self.max_batch_tokens
@@ -75,18 +70,18 @@ class Scheduler:
         return list(entries.values())
 
     def leave(self, request: Request) -> None:
-        """Takes a request that is done out of the queues."""
+        """Removes a finished request from the queues."""
         for queue in (self.waiting, self.running):
             if request in queue:
                 queue.remove(request)
-        self._end_claims(request)
+        self.cache.claims.end_all(request)
         request.table.last_used = self.arrivals
 
     def _admit(self, budget: int, entries: dict[Request, Entry]) -> None:
         for request in list(self.waiting):
             if budget <= 0:
                 return
-            if request.blocked_on in self.claims or request not in self.waiting:
+            if request.blocked_on in self.cache.claims or request not in self.waiting:
                 continue
             match = self._match(request)
             request.blocked_on = match.blocked_on
@@ -94,73 +89,64 @@ class Scheduler:
                 continue
             found = self._match_with_room(request, match)
             if found is None:
-                return  # first come, first served: nobody overtakes for memory
+                return  # first come, first served, also for memory
             self._start(request, found)
             budget -= self._prepare(request, budget, entries)
 
     def _match(self, request: Request) -> lookup.Match:
-        return lookup.find(request, self.scheme, self.rules(request), self.pool, self.claims, self.page_size)
+        return lookup.find(request, self.scheme, self.cache)
 
     def _match_with_room(self, request: Request, match: lookup.Match) -> lookup.Match | None:
-        """Drops idle tables until the request and those that run have their pages; None if that isn't enough."""
+        """Drops idle tables until the request and all running ones have room; None if there is not enough."""
         while True:
             promised = sum(self._pages_to_come(other) for other in self.running)
-            need = lookup.new_pages(match, request.table, len(request.state.tokens), self.pool, self.page_size)
-            if need + promised <= self.pool.available:
+            need = lookup.new_pages(match, request.table, len(request.state.tokens), self.cache)
+            if need + promised <= self.cache.pool.available:
                 return match
             busy = {page for other in (*self.running, request) for page in other.table.pages}
-            if need + promised > self.pool.total - len(busy) or not self._drop_idle_table(keep=request.table):
+            if need + promised > self.cache.pool.total - len(busy) or not self._drop_idle_table(keep=request.table):
                 return None
             match = self._match(request)
 
     def _pages_to_come(self, request: Request) -> int:
-        return max(0, -(-len(request.state.tokens) // self.page_size) - len(request.table.pages))
+        return max(0, self.cache.pages_for(len(request.state.tokens)) - len(request.table.pages))
 
     def _start(self, request: Request, match: lookup.Match) -> None:
-        lookup.attach(match, request, self.scheme, self.pool, self.page_size)
-        request.spans = plan(self.scheme, self._view(request), request.logits_from)
-        if not request.planned and request.agent is not None:
+        pool, claims, page_size = self.cache.pool, self.cache.claims, self.cache.page_size
+        lookup.attach(match, request, self.scheme, self.cache)
+        request.spans = spans_of_turn(self.scheme, self._view(request), request.logits_from)
+        if not request.admitted and request.agent is not None:
             starts = [span.start for span in request.spans if not span.adapter_free]
             request.usage.reused = min([request.prompt, *starts])
-            request.planned = True
+            request.admitted = True
         self.waiting.remove(request)
         insort(self.running, request, key=_arrival)
         for index, key in enumerate(match.keys):
             if index >= len(match.pages):
-                wanted = lookup.wanted_key(key, (index + 1) * self.page_size, request, self.scheme)
-                self._claim(wanted, request)
-            if self.scheme.own_columns and request.agent:
+                wanted = lookup.wanted_key(key, (index + 1) * page_size, request, self.scheme)
+                claims.add(wanted, request)
+            if self.scheme.own_lr_only and request.agent:
                 page = match.pages[index] if index < len(match.pages) else None
-                if page is None or self.pool.filled(page, request.agent) < self.page_size:
-                    self._claim(columns_key(key, request.agent), request)
+                if page is None or pool.filled(page, request.agent) < page_size:
+                    claims.add(lr_key(key, request.agent), request)
 
     def _view(self, request: Request) -> View:
         table = request.table
         return View(
-            runs=table.runs,
+            log=table.log,
             computed=table.computed,
             settled=table.settled,
             settled_before=table.settled_before,
-            columns=table.columns(self.pool, self.page_size),
-            columns_before=tuple(table.columns_before),
+            lr_covered=table.lr_covered(self.cache),
+            lr_covered_before=tuple(table.lr_covered_before),
             tokens=len(request.state.tokens),
             prompt=request.prompt,
             agent=request.agent,
             turn_start=request.turn_start,
         )
 
-    def _claim(self, key: bytes, request: Request) -> None:
-        if key not in self.claims:
-            self.claims[key] = request
-            request.claims.add(key)
-
-    def _end_claims(self, request: Request) -> None:
-        for key in request.claims:
-            del self.claims[key]
-        request.claims.clear()
-
     def _prepare(self, request: Request, budget: int, entries: dict[Request, Entry]) -> int:
-        """Adds a request's next pieces to the step and gets their pages; returns their tokens, 0 if that failed."""
+        """Adds a request's next pieces to the step and takes their pages. Returns their tokens, 0 on failure."""
         pieces = take(request.spans, budget, MOST_ROWS)
         if not pieces:
             return 0
@@ -170,34 +156,34 @@ class Scheduler:
         return pieces[-1].end - pieces[0].start
 
     def _get_pages(self, entry: Entry, piece: Piece, entries: dict[Request, Entry]) -> bool:
-        """Makes the pages of a piece exist and be writable; False if the request was preempted or failed."""
+        """Makes the pages of a piece exist and writable; False if the request was preempted or failed."""
         if not piece.span.writes_base:
             return True
-        table = entry.request.table
-        for index in range(piece.start // self.page_size, -(-piece.end // self.page_size)):
+        table, pool = entry.request.table, self.cache.pool
+        for index in range(piece.start // self.cache.page_size, self.cache.pages_for(piece.end)):
             if index < len(table.pages) and self._own_page(table.pages[index]):
                 continue
             if not self._reserve_page(entry.request, entries):
                 return False
             if index == len(table.pages):
-                table.pages.append(self.pool.allocate())
-            elif not self.pool.is_exclusive(table.pages[index]):  # its other holder may just have been dropped
-                source, target = table.pages[index], self.pool.allocate()
-                self.pool.copy_columns(source, target)
-                self.pool.release([source])
+                table.pages.append(pool.allocate())
+            elif not pool.is_exclusive(table.pages[index]):  # its other holder may just have been dropped
+                source, target = table.pages[index], pool.allocate()
+                pool.copy_filled(source, target)
+                pool.release([source])
                 table.pages[index] = target
                 entry.copies.append((source, target))
         return True
 
     def _own_page(self, page: int) -> bool:
-        """Whether a page may be rewritten in place; where no page is left for a copy, the index gives it up."""
-        if self.pool.holders[page] == 1 and not self.pool.available:
-            self.pool.forget(page)
-        return self.pool.is_exclusive(page)
+        """True if a page may be rewritten in place. If no page is left for a copy, it is removed from the index."""
+        if self.cache.pool.holders[page] == 1 and not self.cache.pool.available:
+            self.cache.pool.forget(page)
+        return self.cache.pool.is_exclusive(page)
 
     def _reserve_page(self, request: Request, entries: dict[Request, Entry]) -> bool:
-        """Makes at least one page available; False if that cost the request its own place."""
-        while not self.pool.available:
+        """Makes at least one page available; False if the request itself was preempted or failed."""
+        while not self.cache.pool.available:
             if self._drop_idle_table(keep=request.table):
                 continue
             youngest = self.running[-1]
@@ -206,7 +192,7 @@ class Scheduler:
                 request.finish(
                     CacheMemoryError(
                         f"a trajectory of {len(request.state.tokens)} tokens doesn't fit: the cache has "
-                        f"{self.pool.total} pages of {self.page_size} tokens",
+                        f"{self.cache.pool.total} pages of {self.cache.page_size} tokens",
                         "Give a larger kv_memory, or keep the trajectory shorter.",
                     )
                 )
@@ -219,27 +205,29 @@ class Scheduler:
     def _preempt(self, request: Request, entries: dict[Request, Entry]) -> None:
         entries.pop(request, None)
         self.running.remove(request)
-        self._end_claims(request)
+        self.cache.claims.end_all(request)
         request.spans = []
-        request.table.drop(self.pool, self.page_size)
+        request.table.drop(self.cache)
         insort(self.waiting, request, key=_arrival)
         self.preemptions += 1
 
     def _drop_idle_table(self, keep: PageTable) -> bool:
         """Drops the pages of one table that no running request uses, the least recently used first.
 
-        Tables that share all their pages with others come last: dropping them gains nothing at once.
+        Tables that share all their pages with others come last: dropping them frees no page at once.
         """
         busy = {request.table for request in self.running} | {keep}
         queued = {request.table for request in self.waiting}
-        idle = [table for state in self.states for table in state.tables.values() if table.pages and table not in busy]
+        idle = [
+            table for state in self.states for table in state.page_tables.values() if table.pages and table not in busy
+        ]
         if not idle:
             return False
 
         def order(table: PageTable) -> tuple[bool, bool, int]:
-            gains = any(self.pool.holders[page] == 1 for page in table.pages)
+            gains = any(self.cache.pool.holders[page] == 1 for page in table.pages)
             return not gains, table in queued, table.last_used
 
-        min(idle, key=order).drop(self.pool, self.page_size)
+        min(idle, key=order).drop(self.cache)
         self.dropped_tables += 1
         return True

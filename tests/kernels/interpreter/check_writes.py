@@ -42,11 +42,11 @@ def test_write_kv(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", ["distinct", "per_agent"])
-def test_write_lr(columns: str, dtype: torch.dtype) -> None:
-    stream = LowRankStream("m", ranks=(3, 0, 3, 70), group=(0, 1, 0, 3))
-    table = stream.table(columns, PAGES, PAGE)  # type: ignore[arg-type]
-    found, expected = (torch.zeros(stream.elements(columns, PAGES, PAGE), dtype=dtype) for _ in range(2))  # type: ignore[arg-type]
+@pytest.mark.parametrize("lr_blocks", ["distinct", "per_agent"])
+def test_write_lr(lr_blocks: str, dtype: torch.dtype) -> None:
+    stream = LowRankStream("m", ranks=(3, 0, 3, 70), shares_a_with=(0, 1, 0, 3))
+    table = stream.lr_directory(lr_blocks, PAGES, PAGE)  # type: ignore[arg-type]
+    found, expected = (torch.zeros(stream.elements(lr_blocks, PAGES, PAGE), dtype=dtype) for _ in range(2))  # type: ignore[arg-type]
     lr = torch.randn(4, stream.width + 2)[:, 1:-1]
     slots = torch.tensor([[8, 9, 10, 39], [0, 0, 0, 0], [1, 9, 2, 39], [8, 3, 4, 38]])
     with shim.watched({"lr": lr, "cache": found, "table": table, "slots": slots}):

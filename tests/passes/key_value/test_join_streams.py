@@ -27,8 +27,8 @@ class Latent(tiny.TinyAttention):
 def test_agents_share_a_block_only_if_they_share_every_a() -> None:
     streams = [LowRankStream("a", (2, 2, 3), (0, 0, 2)), LowRankStream("b", (4, 4, 0), (0, 1, 2))]
     joined = join(streams)
-    assert (joined.module, joined.ranks, joined.group) == ("a + b", (6, 6, 3), (0, 1, 2))
-    assert join([streams[0], LowRankStream("b", (4, 4, 0), (0, 0, 2))]).group == (0, 0, 2)
+    assert (joined.module, joined.ranks, joined.shares_a_with) == ("a + b", (6, 6, 3), (0, 1, 2))
+    assert join([streams[0], LowRankStream("b", (4, 4, 0), (0, 0, 2))]).shares_a_with == (0, 0, 2)
 
 
 def test_order_puts_each_agents_columns_together() -> None:

@@ -3,12 +3,13 @@ import pytest
 from lragent.errors import InternalError
 from lragent.runtime.cache.memory import PageBytes
 from lragent.runtime.cache.page_pool import PagePool
+from lragent.runtime.cache.prefix_index import PrefixIndex
 
 SIZES = PageBytes(base=100, low_rank=(0, 10, 20))
 
 
-def pool(pages: int = 4, track_columns: bool = False) -> PagePool:
-    return PagePool(pages + 1, SIZES, track_columns)
+def pool(pages: int = 4, track_lr: bool = False) -> PagePool:
+    return PagePool(pages + 1, SIZES, PrefixIndex(), track_lr)
 
 
 def test_all_pages_but_scratch_are_handed_out_once() -> None:
@@ -36,14 +37,14 @@ def test_a_page_is_free_when_its_last_holder_lets_go() -> None:
 def test_indexed_pages_stay_cached_and_are_evicted_least_recently_released_first() -> None:
     p = pool(2)
     first, second = p.allocate(), p.allocate()
-    p.index.insert(b"first", first)
-    p.index.insert(b"second", second)
+    p._index.insert(b"first", first)
+    p._index.insert(b"second", second)
     p.release([second])
     p.release([first])
     assert p.cached == 2
     assert p.allocate() == second
-    assert p.index.get(b"second") is None
-    assert p.index.get(b"first") == first
+    assert p._index.get(b"second") is None
+    assert p._index.get(b"first") == first
     assert p.evictions == 1
     p.check([[second]])
 
@@ -51,7 +52,7 @@ def test_indexed_pages_stay_cached_and_are_evicted_least_recently_released_first
 def test_holding_a_cached_page_takes_it_out_of_eviction() -> None:
     p = pool(1)
     page = p.allocate()
-    p.index.insert(b"key", page)
+    p._index.insert(b"key", page)
     p.release([page])
     p.hold(page)
     assert p.available == 0
@@ -60,7 +61,7 @@ def test_holding_a_cached_page_takes_it_out_of_eviction() -> None:
 
 
 def test_held_bytes_count_columns_only_where_they_are_filled() -> None:
-    p = pool(track_columns=True)
+    p = pool(track_lr=True)
     page = p.allocate()
     assert p.held_bytes == 100
     p.fill(page, 2, 3)
@@ -75,10 +76,10 @@ def test_held_bytes_count_columns_only_where_they_are_filled() -> None:
 
 
 def test_a_copy_has_the_columns_of_its_source() -> None:
-    p = pool(track_columns=True)
+    p = pool(track_lr=True)
     source, target = p.allocate(), p.allocate()
     p.fill(source, 1, 2)
-    p.copy_columns(source, target)
+    p.copy_filled(source, target)
     p.clip(target, 0)
     assert (p.filled(source, 1), p.filled(target, 1)) == (2, 0)
     assert p.held_bytes == 210
@@ -95,8 +96,8 @@ def test_check_names_the_sum_that_fails(damage: str) -> None:
         p.holders[page] = 2
         expected = r"holder count 2 != 1"
     else:
-        p.index.insert(b"key", page)
-        del p.index.page_of[b"key"]
+        p._index.insert(b"key", page)
+        del p._index.page_of[b"key"]
         expected = "0 keys != 1 pages"
     with pytest.raises(InternalError, match=expected):
         p.check([[page]])

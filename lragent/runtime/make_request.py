@@ -1,0 +1,124 @@
+"""Makes the requests of an engine: names, token ids, text and lengths are checked here, before anything is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lragent.errors import CacheMemoryError, RequestError
+from lragent.program.program import Program
+from lragent.runtime.cache.prefix_index import KeyRules
+from lragent.runtime.cache.shared_cache import SharedCache
+from lragent.runtime.cache.write_log import log_end
+from lragent.runtime.request import Request
+from lragent.runtime.sampling.stop_watch import StopWatch
+from lragent.runtime.sampling.tokenizer import Tokenizer
+from lragent.runtime.schemes import Scheme
+from lragent.runtime.trajectory_state import TrajectoryState
+from lragent.runtime.turn import TurnOptions, as_ids
+
+
+@dataclass(frozen=True)
+class RequestMaker:
+    """Fixed facts of an engine that new requests depend on.
+
+    Args:
+        stop_token_ids: the model's own stop tokens.
+        rules: key rules by owner of page tables: by agent id in `non_shared`, else one under key 0.
+        names: agent names by agent id.
+        acting: names of agents that may act.
+    """
+
+    program: Program
+    scheme: Scheme
+    cache: SharedCache
+    tokenizer: Tokenizer | None
+    stop_token_ids: frozenset[int]
+    rules: tuple[KeyRules, ...]
+    names: tuple[str, ...]
+    acting: tuple[str, ...]
+
+    def ids(self, token_ids: Sequence[int]) -> list[int]:
+        """Token ids, checked against the vocabulary; RequestError for bad ones."""
+        return as_ids(token_ids, self.program.vocab_size)
+
+    def encode(self, piece: str | Sequence[int], special: bool) -> list[int]:
+        """Token ids of text, or given ones.
+
+        Args:
+            special: add the tokenizer's special tokens to text.
+
+        Raises:
+            RequestError: text without a tokenizer or that is no Unicode, or an id outside the vocabulary.
+        """
+        if not isinstance(piece, str):
+            return self.ids(piece)
+        if self.tokenizer is None:
+            raise RequestError("text needs a tokenizer, and this engine has none", "Pass token ids, or a tokenizer.")
+        try:
+            piece.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"character {error.start} of the text is half a surrogate pair") from error
+        return self.ids(self.tokenizer.encode(piece, add_special_tokens=special))
+
+    def agent_id(self, agent: str) -> int:
+        """Raises RequestError for an agent that is unknown or may not act."""
+        if agent not in self.acting:
+            raise RequestError(f"unknown agent {agent!r}", f"Agents are: {', '.join(self.acting)}.")
+        return self.names.index(agent)
+
+    def check_length(self, length: int) -> None:
+        """Raises RequestError or CacheMemoryError if no turn can begin with `length` tokens."""
+        most = self.program.max_positions
+        if length == 0:
+            raise RequestError("the trajectory is empty", "Append something before the first turn.")
+        if length > most:
+            raise RequestError(
+                f"the trajectory has {length} tokens, the model has {most} positions", "Truncate it, or start shorter."
+            )
+        pages, page_size = self.cache.pool.total, self.cache.page_size
+        if self.cache.pages_for(length) > pages:
+            raise CacheMemoryError(
+                f"a trajectory of {length} tokens can't ever fit: the cache has {pages} pages of {page_size} tokens",
+                "Give a larger kv_memory, or truncate the trajectory.",
+            )
+
+    def turn(self, state: TrajectoryState, agent: str, options: TurnOptions) -> Request:
+        """A turn of an agent.
+
+        Raises:
+            RequestError: stop strings without a tokenizer, or a forced id outside the vocabulary.
+        """
+        if options.forced is not None:
+            options = replace(options, forced=self.ids(options.forced))
+        stops = set(options.stop_token_ids)
+        if not options.ignore_eos:
+            stops |= self.stop_token_ids
+        return self._request(
+            state, self.agent_id(agent), options, StopWatch(self.tokenizer, options.stop_strings, stops)
+        )
+
+    def score(self, state: TrajectoryState, agent: str, token_ids: Sequence[int]) -> Request:
+        """A score of `token_ids` on a scratch fork; the fork gets all tokens but the last, which is never processed."""
+        first = len(state.tokens) - 1
+        ids = self.ids(token_ids)
+        state.add_tokens(ids[:-1], agent=None)
+        request = self._request(state, self.agent_id(agent), TurnOptions(forced=ids), StopWatch(self.tokenizer, (), ()))
+        request.score, request.logits_from = True, first
+        return request
+
+    def settling(self, state: TrajectoryState) -> Request | None:
+        """The adapter-free forward that is due before others may read the pages; None if none is due.
+
+        None is due where pages were lost: the next reader replays everything anyway.
+        """
+        table = state.page_tables.get(0)
+        if not self.scheme.adapter_free_forward or table is None or table.settled == table.computed:
+            return None
+        return self._request(state, None, TurnOptions(), StopWatch(None, (), ()))
+
+    def _request(self, state: TrajectoryState, agent: int | None, options: TurnOptions, watch: StopWatch) -> Request:
+        owner = agent if self.scheme.page_table_per_agent and agent is not None else 0
+        table = state.table_for(owner, len(self.names), self.rules[owner])
+        length = len(state.tokens)
+        return Request(state, table, agent, options, watch, length, log_end(table.log), logits_from=length - 1)
