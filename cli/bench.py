@@ -32,10 +32,9 @@ from .engine_options import (
 from .output import print_json, results
 from .roofline_table import NOTE, estimate_facts, estimate_table, shape_of
 from .scheme_runs import SchemeRun, comparison_table, run_scheme
-from .workflow_loading import Workflow
 
 if TYPE_CHECKING:
-    from lragent.runtime import RolloutResult
+    from lragent.runtime import RolloutResult, Workflow
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lragent.api import convert, inspect, load, optimize, update
+    from lragent.api import convert, inspect, load, optimize, rollout, update
     from lragent.artifact.build import ConvertReport
     from lragent.reports.inspection import Inspection
+    from lragent.rollouts.run import RolloutSummary
     from lragent.runtime.engine import Engine
     from lragent.runtime.task_loop import RolloutResult
     from lragent.runtime.trajectory import Trajectory
@@ -25,12 +26,14 @@ __all__ = [
     "Engine",
     "Inspection",
     "RolloutResult",
+    "RolloutSummary",
     "Trajectory",
     "Turn",
     "convert",
     "inspect",
     "load",
     "optimize",
+    "rollout",
     "update",
 ]
 
@@ -38,6 +41,7 @@ _HOMES = {
     "ConvertReport": "lragent.artifact.build",
     "Engine": "lragent.runtime.engine",
     "Inspection": "lragent.reports.inspection",
+    "RolloutSummary": "lragent.rollouts.run",
     "RolloutResult": "lragent.runtime.task_loop",
     "Trajectory": "lragent.runtime.trajectory",
     "Turn": "lragent.runtime.turn",

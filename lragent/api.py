@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from lragent.artifact.build import ConvertReport
     from lragent.program.cache_schema import Layout
     from lragent.reports.inspection import Inspection
+    from lragent.rollouts.jsonl import Existing
+    from lragent.rollouts.run import RolloutSummary
+    from lragent.runtime import RolloutResult, Workflow
     from lragent.runtime.engine import Engine
 
 
@@ -210,6 +214,36 @@ def optimize(
         threads=threads,
         saver=save,
     )
+
+
+def rollout(
+    engine: Engine,
+    workflow: Workflow | str,
+    tasks: str | Path,
+    out: str | Path,
+    existing: Existing = "refuse",
+    concurrency: int = 32,
+    on_result: Callable[[RolloutResult], None] | None = None,
+) -> RolloutSummary:
+    """Runs a workflow over a file of tasks; every finished task becomes one line of a result file at once.
+
+    Args:
+        workflow: `async def workflow(task, t) -> dict`, or "FILE.py:FUNC".
+        tasks: JSON lines, one object a task; "id" names the task, else its line number does.
+        out: JSON lines, one object a finished task.
+        existing: what happens to a file at `out`: "refuse" raises, "resume" keeps its results and runs the other
+            tasks, "overwrite" drops them.
+        concurrency: largest number of tasks in progress at a time.
+        on_result: called with every result after its line was written.
+
+    Raises:
+        RequestError, TaskFileError: say what was found, where, and what to do.
+    """
+    from lragent.rollouts.run import run_rollout
+    from lragent.rollouts.workflow_loading import open_workflow
+
+    with open_workflow(workflow) if isinstance(workflow, str) else nullcontext(workflow) as function:
+        return run_rollout(engine, function, Path(tasks), Path(out), existing, concurrency, on_result)
 
 
 def inspect(path: str | Path, adapters: Mapping[str, str | Path] | None = None) -> Inspection:
