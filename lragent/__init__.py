@@ -6,9 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lragent.api import convert, inspect, load, optimize, rollout, update
+    from lragent.api import convert, inspect, load, optimize, rollout, update, verify
     from lragent.artifact.build import ConvertReport
     from lragent.reports.inspection import Inspection
+    from lragent.reports.verification import Verification
     from lragent.rollouts.run import RolloutSummary
     from lragent.runtime.engine import Engine
     from lragent.runtime.task_loop import RolloutResult
@@ -29,12 +30,14 @@ __all__ = [
     "RolloutSummary",
     "Trajectory",
     "Turn",
+    "Verification",
     "convert",
     "inspect",
     "load",
     "optimize",
     "rollout",
     "update",
+    "verify",
 ]
 
 _HOMES = {
@@ -45,6 +48,7 @@ _HOMES = {
     "RolloutResult": "lragent.runtime.task_loop",
     "Trajectory": "lragent.runtime.trajectory",
     "Turn": "lragent.runtime.turn",
+    "Verification": "lragent.reports.verification",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lragent.artifact.build import ConvertReport
     from lragent.program.cache_schema import Layout
     from lragent.reports.inspection import Inspection
+    from lragent.reports.verification import Verification
     from lragent.rollouts.jsonl import Existing
     from lragent.rollouts.run import RolloutSummary
     from lragent.runtime import RolloutResult, Workflow
@@ -244,6 +246,46 @@ def rollout(
 
     with open_workflow(workflow) if isinstance(workflow, str) else nullcontext(workflow) as function:
         return run_rollout(engine, function, Path(tasks), Path(out), existing, concurrency, on_result)
+
+
+def verify(
+    path: str | Path,
+    model_dir: str | Path,
+    adapters: Mapping[str, str | Path],
+    prompts: Sequence[str] | None = None,
+    schemes: Sequence[str] = ("non_shared", "base_lr_shared"),
+    new_tokens: int = 32,
+    tolerance: float | None = None,
+    engine_for: Callable[[str], Engine] | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compares greedy turns of an artifact's agents with PEFT in float32, after a check of the files' hashes.
+
+    Args:
+        model_dir, adapters: the files from which the artifact was converted.
+        prompts: texts that the turns continue; None: three short ones.
+        new_tokens: tokens generated for each prompt.
+        tolerance: largest accepted difference of log-probabilities. None: 0.001; for an artifact of 16 bits, twice the
+            error of PEFT in that dtype if that is more.
+        engine_for: opens the artifact with a sharing scheme; None: `load` with its defaults.
+        progress: called with the name of each stage when it begins.
+
+    Raises:
+        AdapterError, ArtifactError, RequestError: say what was found, where, and what to do.
+    """
+    from lragent.reports import verification
+
+    return verification.verify(
+        Path(path),
+        Path(model_dir),
+        {name: Path(folder) for name, folder in adapters.items()},
+        engine_for or partial(load, path),
+        prompts=verification.PROMPTS if prompts is None else prompts,
+        schemes=schemes,
+        new_tokens=new_tokens,
+        tolerance=tolerance,
+        progress=progress,
+    )
 
 
 def inspect(path: str | Path, adapters: Mapping[str, str | Path] | None = None) -> Inspection:
