@@ -52,7 +52,7 @@ def convert(
     Raises:
         UserError: one of its kinds, which says what was found, where, and what to do; nothing is left behind.
     """
-    from lragent.artifact.build import build
+    from lragent.artifact.build import BuildOptions, build
     from lragent.compile.compile import require_unit
     from lragent.kernels.dispatch import require_attention, resolve
     from lragent.loading.agent_slots import fit, slots_of
@@ -63,14 +63,15 @@ def convert(
             raise RequestError(f"unknown layout {layout!r}", f"Use {' or '.join(LAYOUTS)}.")
     require_unit(unit)
     require_attention(attention, "cpu")
-    now = layouts if compiled else ()
+    now = tuple(layouts) if compiled else ()
     if now:
         attention = resolve(attention, "cpu")
     stages = Stages(progress)
     loaded = stages.run("load", lambda: load_directories(model_dir, adapters, dtype))
     if spare > 0:
         loaded = fit(loaded, slots_of(loaded, spare))
-    return build(loaded, Path(out), now, attention, overwrite, stages, layouts, unit)
+    options = BuildOptions(compiled=now, attention=attention, unit=unit, overwrite=overwrite)
+    return build(loaded, Path(out), options=options, stages=stages, wanted=layouts)
 
 
 def update(
@@ -178,7 +179,7 @@ def optimize(
     Raises:
         UserError: one of its kinds, which says what was found, where, and what to do.
     """
-    from lragent.artifact.build import rewrite, write
+    from lragent.artifact.build import BuildOptions, write
     from lragent.artifact.open import resolve_backend
     from lragent.artifact.tokenizer import tokenizer_from
     from lragent.compile.compile import require_unit
@@ -186,6 +187,7 @@ def optimize(
     from lragent.compile.live_program import program_of_model
     from lragent.kernels.dispatch import resolve
     from lragent.loading.model import load_live
+    from lragent.passes.pipeline import rewrite
     from lragent.program.step import PAGE_SIZE
     from lragent.runtime.engine import Engine
     from lragent.runtime.schemes import scheme_named
@@ -201,7 +203,8 @@ def optimize(
 
     def save(out: Path) -> None:
         compiled = (layout,) if backend == "compiled" else ()
-        write(loaded, rewritten, out, compiled, chosen, False, Stages(), unit)
+        options = BuildOptions(compiled=compiled, attention=chosen, unit=unit)
+        write(loaded, rewritten, out, options=options, stages=Stages())
 
     return Engine(
         program_of_model(loaded, rewritten.programs[layout], backend, chosen, loaded.dtype, unit),
