@@ -26,10 +26,11 @@ from torch._inductor.utils import fresh_cache
 import lragent
 from benchmarks.step import runner, step_inputs
 from benchmarks.timing import in_turn
-from lragent.artifact.build import rewrite, write
+from lragent.artifact.build import BuildOptions, write
 from lragent.compile.compile import UNITS
 from lragent.loading.model import load_directories
 from lragent.loading.stages import Stages
+from lragent.passes.pipeline import rewrite
 from lragent.program.program import Program
 from tests.models import write_model
 
@@ -57,7 +58,7 @@ def convert(model_dir: Path, adapters: Mapping[str, Path], dtype: str, out: Path
     with fresh_cache():
         loaded = stages.run("load", lambda: load_directories(model_dir, adapters, dtype))
         rewritten = rewrite(loaded, ("split",), stages)
-        write(loaded, rewritten, out, ("split",), "auto", False, stages, unit)
+        write(loaded, rewritten, out, options=BuildOptions(compiled=("split",), unit=unit), stages=stages)
     clock("")
     return clock.seconds
 

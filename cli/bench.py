@@ -1,11 +1,10 @@
-"""`lragent bench`: a synthetic multi-agent workload on an artifact, under chosen sharing schemes."""
+"""`lragent bench`: times a synthetic workload of several agents on an artifact, under chosen sharing schemes."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,17 +29,15 @@ from .engine_options import (
     parse_schemes,
 )
 from .output import print_json, results
-from .roofline_table import NOTE, estimate_facts, estimate_table, shape_of
 from .scheme_runs import SchemeRun, comparison_table, run_scheme
-from .workflow_loading import Workflow
 
 if TYPE_CHECKING:
-    from lragent.runtime import RolloutResult
+    from lragent.runtime import RolloutResult, Workflow
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Trajectories in which agents take turns over random tokens: every scheme does the same work."""
+    """Trajectories in which agents take turns over random tokens. The tokens are the same under every scheme."""
 
     trajectories: int
     turns: int
@@ -73,10 +70,10 @@ def bench(
     artifact: ArtifactArgument,
     schemes: Schemes = ALL_SCHEMES,
     trajectories: Annotated[int, typer.Option(min=1)] = 8,
-    turns: Annotated[int, typer.Option(min=1, help="Turns a trajectory; agents take them one after the other.")] = 6,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each trajectory; agents alternate.")] = 6,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated in a turn.")] = 16,
-    observation_tokens: Annotated[int, typer.Option(min=0, help="Tokens appended after a turn.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated in each turn.")] = 16,
+    observation_tokens: Annotated[int, typer.Option(min=0, help="Tokens appended after each turn.")] = 64,
     concurrency: Concurrency = 8,
     kv_memory: KvMemory = KV_MEMORY,
     max_batch_tokens: MaxBatchTokens = 2048,
@@ -85,23 +82,12 @@ def bench(
     device: Device = "cpu",
     threads: Threads = None,
     allow_compiled: AllowCompiled = True,
-    roofline: Annotated[
-        bool, typer.Option("--roofline", help="Run nothing; estimate a decode step on a GPU. Takes a MODEL_DIR, too.")
-    ] = False,
-    gpu: Annotated[str, typer.Option(help="With --roofline: GPU by name.")] = "h100",
-    context: Annotated[int, typer.Option(min=1, help="With --roofline: tokens of each trajectory.")] = 4096,
-    decoding: Annotated[int, typer.Option(min=1, help="With --roofline: agents of a trajectory in one step.")] = 1,
-    agents: Annotated[int, typer.Option(min=1, help="With --roofline of a MODEL_DIR: agents.")] = 3,
-    rank: Annotated[int, typer.Option(min=1, help="With --roofline of a MODEL_DIR: rank of their adapters.")] = 16,
     as_json: AsJson = False,
 ) -> None:
-    """Time a synthetic workload: forced random tokens, the same ones under every scheme.
+    """Time a synthetic workload of forced random tokens, which are the same under every scheme.
 
     The exit code is 1 if a trajectory failed.
     """
-    if roofline:
-        _estimate(artifact, schemes, gpu, (trajectories, decoding, context), (agents, rank), as_json)
-        return
     workload = Workload(trajectories, turns, prompt_tokens, new_tokens, observation_tokens)
     options = EngineOptions(kv_memory, max_batch_tokens, backend, attention, device, threads, allow_compiled)
     runs: list[SchemeRun] = []
@@ -126,28 +112,13 @@ def bench(
         results.print(comparison_table(runs, f"{artifact} ({', '.join(facts.values())})"))
     if failed:
         raise RequestError(
-            f"{len(failed)} of {len(runs) * trajectories} trajectories failed, so these figures compare nothing; the "
-            f"first one with {failed[0]}",
-            "Ask for fewer tokens or turns, or for more cache (--kv-memory).",
+            f"{len(failed)} of {len(runs) * trajectories} trajectories failed, so the figures can't be compared; the "
+            f"first error is {failed[0]}",
+            "Choose fewer tokens or turns, or more cache (--kv-memory).",
         )
 
 
-def _estimate(
-    source: Path, schemes: str, gpu_name: str, load: tuple[int, int, int], imagined: tuple[int, int], as_json: bool
-) -> None:
-    """`--roofline`; load: trajectories, agents of each that decode, context; imagined: agents and rank for a model."""
-    from lragent.reports.roofline import Load, estimate, gpu_named
-
-    chosen, gpu, shape = Load(*load), gpu_named(gpu_name), shape_of(source, *imagined)
-    estimates = [estimate(shape, gpu, chosen, sharing) for sharing in parse_schemes(schemes)]
-    facts = estimate_facts(gpu_name, gpu, shape, chosen)
-    if as_json:
-        print_json({"note": NOTE, **facts, "estimates": [row.to_dict() for row in estimates]})
-    else:
-        results.print(estimate_table(estimates, facts))
-
-
 def warm_up(engine: Any, workload: Workload) -> None:
-    """One short turn, so that the first measured one doesn't pay for what is set up once."""
+    """Runs one short turn, so that the first measured turn includes no one-time setup."""
     with engine.trajectory([0] * min(16, workload.prompt_tokens)) as t:
         t.generate(engine.agents[-1], max_new_tokens=2, ignore_eos=True)

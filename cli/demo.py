@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lragent.errors import TaskFileError
 from lragent.program.defaults import KV_MEMORY
+from lragent.rollouts.jsonl import ResultFile
+from lragent.rollouts.result_lines import result_line, with_json_result
+from lragent.rollouts.workflow_loading import open_workflow
 
 from .demo_artifact import ensure_artifact, ensure_model
 from .engine_options import (
@@ -24,10 +27,10 @@ from .engine_options import (
     parse_schemes,
 )
 from .output import print_json, results
-from .result_lines import result_line
 from .scheme_runs import SchemeRun, comparison_table, run_scheme
-from .task_files import ResultFile
-from .workflow_loading import Workflow, load_workflow
+
+if TYPE_CHECKING:
+    from lragent.runtime import RolloutResult, Workflow
 
 FACT_WORLD = Path(__file__).resolve().parent.parent / "examples" / "fact_world"
 
@@ -35,12 +38,8 @@ FACT_WORLD = Path(__file__).resolve().parent.parent / "examples" / "fact_world"
 def demo(
     tasks: Annotated[int, typer.Option(min=1, help="Held-out questions for each scheme.")] = 12,
     schemes: Schemes = ALL_SCHEMES,
-    work: Annotated[Path, typer.Option(metavar="DIR", help="Where model, artifact and results are kept.")] = Path(
-        ".demo"
-    ),
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="SmolLM2-135M-Instruct, if it is there already.")
-    ] = None,
+    work: Annotated[Path, typer.Option(metavar="DIR", help="Folder for model, artifact and results.")] = Path(".demo"),
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="SmolLM2-135M-Instruct, if you have it.")] = None,
     world: Annotated[Path, typer.Option(metavar="DIR", help="The fact_world example.")] = FACT_WORLD,
     concurrency: Concurrency = 8,
     kv_memory: KvMemory = KV_MEMORY,
@@ -58,11 +57,11 @@ def demo(
     runs: list[SchemeRun] = []
     for sharing in chosen:
         with ResultFile(work / f"results-{sharing}.jsonl", "overwrite") as file:
-            engine = options.load(artifact, sharing)
-            runs.append(
-                run_scheme(engine, workflow, questions, concurrency, lambda outcome: file.write(result_line(outcome)))
-            )
-            del engine
+
+            def keep(outcome: RolloutResult, file: ResultFile = file) -> None:
+                file.write(result_line(with_json_result(outcome)))
+
+            runs.append(run_scheme(options.load(artifact, sharing), workflow, questions, concurrency, keep))
     if as_json:
         print_json({"tasks": tasks, "runs": [run.to_dict() for run in runs]})
         return
@@ -74,11 +73,11 @@ def load_world(world: Path, tasks: int) -> tuple[Workflow, list[dict[str, Any]]]
     """The workflow of the example, and its first held-out tasks.
 
     Raises:
-        TaskFileError: the example isn't there.
+        TaskFileError: the example doesn't exist.
     """
     if not (world / "workflow.py").is_file():
-        raise TaskFileError(f"no fact_world example in {world}", "Run it in a checkout, or give --world DIR.")
-    workflow = load_workflow(f"{world / 'workflow.py'}:workflow")
-    package = workflow.__module__.rpartition(".")[0]
-    questions: list[dict[str, Any]] = importlib.import_module(f"{package}.world").make_tasks("test", tasks)
-    return workflow, questions
+        raise TaskFileError(f"no fact_world example in {world}", "Run the demo in a checkout, or give --world DIR.")
+    with open_workflow(f"{world / 'workflow.py'}:workflow") as workflow:
+        package = workflow.__module__.rpartition(".")[0]
+        questions: list[dict[str, Any]] = importlib.import_module(f"{package}.world").make_tasks("test", tasks)
+        return workflow, questions

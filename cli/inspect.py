@@ -63,7 +63,7 @@ def print_facts(inspection: Inspection) -> None:
         f"{show_count(inspection.max_positions)} positions"
     ]
     lines += [
-        f"agent {agent.name}: rank {agent.rank} on {agent.modules} modules, weights sha256 {agent.digest[:12]}"
+        f"agent {agent.name}: rank {agent.rank} on {len(agent.targets)} modules, weights sha256 {agent.digest[:12]}"
         for agent in inspection.agents
     ]
     lines += [f"compiled for {target}: {', '.join(found)}" for target, found in inspection.compiled.items()]

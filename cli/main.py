@@ -19,6 +19,7 @@ from .convert import convert
 from .demo import demo
 from .inspect import inspect
 from .rollout import rollout
+from .roofline import roofline
 from .verify import verify
 
 
@@ -59,7 +60,7 @@ def lragent(
     """Agents as LoRA adapters on one model, sharing one KV cache."""
 
 
-for command in (convert, inspect, rollout, verify, bench, demo):
+for command in (convert, inspect, rollout, verify, bench, roofline, demo):
     app.command()(command)
 
 

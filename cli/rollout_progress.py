@@ -1,4 +1,4 @@
-"""The progress bar of runs over tasks: tasks done and failed, tokens a second, cache in use."""
+"""The progress bar of a run over tasks: tasks done and failed, tokens a second, cache in use."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lragent.rollouts.result_lines import generated_tokens
+
 from .output import progress
 from .quantities import show_bytes
-from .result_lines import generated_tokens
 
 if TYPE_CHECKING:
     from lragent.runtime import Engine, RolloutResult
@@ -22,8 +23,8 @@ class RolloutProgress:
     """Follows an engine while it runs tasks.
 
     Attributes:
-        done, failed, tokens: finished tasks (failed ones included), failed ones, tokens generated in finished tasks.
-        seconds: since it was entered.
+        done, failed, tokens: finished tasks (failed ones included), failed tasks, tokens generated in finished tasks.
+        seconds: time since the bar was entered.
     """
 
     def __init__(self, engine: Engine, total: int, title: str) -> None:
@@ -46,10 +47,10 @@ class RolloutProgress:
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
-    def count(self, outcome: RolloutResult, failed: bool) -> None:
-        """Books a finished task."""
+    def count(self, outcome: RolloutResult) -> None:
+        """Counts a finished task."""
         self.done += 1
-        self.failed += failed
+        self.failed += outcome.error is not None
         self.tokens += generated_tokens(outcome)
         self._show()
 

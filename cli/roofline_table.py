@@ -1,4 +1,4 @@
-"""What `lragent bench --roofline` prints."""
+"""The facts and the table that `lragent roofline` prints."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ NOTE = (
 
 
 def shape_of(source: Path, agents: int, rank: int) -> ModelShape:
-    """Of an artifact, or of a model directory with imagined adapters."""
+    """The shape of an artifact, or of a model directory with `agents` adapters of one rank on every K and V."""
     from lragent.reports.roofline import shape_of_artifact, shape_of_model
 
     return shape_of_model(source, agents, rank) if (source / "config.json").is_file() else shape_of_artifact(source)
 
 
 def estimate_facts(name: str, gpu: Gpu, shape: ModelShape, load: Load) -> dict[str, Any]:
-    """What the estimates were made for."""
+    """Facts about GPU, model and load that belong to the estimates."""
     return {
         "gpu": name,
         "gb_per_second": gpu.bandwidth / 1e9,
@@ -40,7 +40,7 @@ def estimate_facts(name: str, gpu: Gpu, shape: ModelShape, load: Load) -> dict[s
 
 
 def estimate_table(estimates: Sequence[StepEstimate], facts: dict[str, Any]) -> Table:
-    """A row a scheme."""
+    """One row a scheme."""
     title = (
         f"estimated decode step, {facts['gpu']} at {facts['gb_per_second']:.0f} GB/s: {facts['trajectories']} "
         f"trajectories of {facts['context']} tokens, {facts['decoding']} of {facts['agents']} agents decode in each"

@@ -1,4 +1,4 @@
-"""One workflow over the same tasks under several sharing schemes, and the table that sets them side by side."""
+"""Runs one workflow over the same tasks under several sharing schemes, and compares them in a table."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from lragent.rollouts.jsonl import Task
+from lragent.rollouts.result_lines import generated_tokens
+
 from .quantities import show_bytes, show_count, show_seconds
-from .result_lines import generated_tokens
 from .rollout_progress import RolloutProgress
-from .task_files import Task
-from .workflow_loading import Workflow
 
 if TYPE_CHECKING:
-    from lragent.runtime import Engine, RolloutResult, Turn
+    from lragent.runtime import Engine, RolloutResult, Turn, Workflow
 
 
 @dataclass(frozen=True)
 class SchemeRun:
-    """What one run measured.
+    """Measurements of one run.
 
     Args:
-        exact_match: share of tasks whose result says "exact_match"; None if no result says so.
+        exact_match: fraction of tasks whose result has a true "exact_match"; None if no result has that entry.
         generated: tokens that agents wrote.
         prefill, decode, catch_up, adapter_free, replay, rerun: computed tokens by kind of pass.
-        reused: tokens that a turn found in the cache.
-        peak_cache_bytes: of pages held by trajectories, at most.
-        switch_ttft: seconds to the first token, summed over turns whose agent isn't that of the turn before.
+        reused: tokens that turns found in the cache.
+        peak_cache_bytes: largest number of bytes in pages that trajectories held.
+        switch_ttft: seconds to the first token, summed over turns that follow a turn of another agent.
         seconds: from the first task to the last result.
     """
 
@@ -54,20 +54,21 @@ class SchemeRun:
 
 
 class SwitchTimes:
-    """Adds up the time to first token of turns that follow a turn of another agent."""
+    """Sums the time to first token of turns that follow a turn of another agent."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def watch(self, workflow: Workflow) -> Workflow:
         async def watched(task: dict[str, Any], t: Any) -> dict[str, Any]:
-            return await workflow(task, _WatchedTrajectory(t, self))
+            trajectory: Any = _WatchedTrajectory(t, self)
+            return await workflow(task, trajectory)
 
         return watched
 
 
 class _WatchedTrajectory:
-    """A trajectory whose turns are reported."""
+    """A trajectory that reports its turns to `SwitchTimes`."""
 
     def __init__(self, trajectory: Any, times: SwitchTimes) -> None:
         self._trajectory = trajectory
@@ -92,14 +93,14 @@ def run_scheme(
     concurrency: int,
     keep: Callable[[RolloutResult], None] | None = None,
 ) -> SchemeRun:
-    """Runs all tasks and measures; `keep` gets every result."""
+    """Runs all tasks and measures; `keep` is called with every result."""
     before = dataclasses.asdict(engine.stats().tokens)
     times = SwitchTimes()
     generated = 0
     matches: list[bool] = []
     with RolloutProgress(engine, len(tasks), engine.sharing) as bar:
         for outcome in engine.run(times.watch(workflow), tasks, concurrency=concurrency):
-            bar.count(outcome, failed=outcome.error is not None)
+            bar.count(outcome)
             generated += generated_tokens(outcome)
             if outcome.result is not None and "exact_match" in outcome.result:
                 matches.append(bool(outcome.result["exact_match"]))
@@ -121,7 +122,7 @@ def run_scheme(
 
 
 def comparison_table(runs: Sequence[SchemeRun], title: str) -> Table:
-    """A column a scheme; rows in which nothing happened under any scheme are left out, but for the kinds of pass."""
+    """One column a scheme. Rows without information are left out: matches, failures and repeated passes."""
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for run in runs:

@@ -6,9 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lragent.api import convert, inspect, load, optimize, update
+    from lragent.api import convert, inspect, load, optimize, rollout, update, verify
     from lragent.artifact.build import ConvertReport
     from lragent.reports.inspection import Inspection
+    from lragent.reports.verification import Verification
+    from lragent.rollouts.run import RolloutSummary
     from lragent.runtime.engine import Engine
     from lragent.runtime.task_loop import RolloutResult
     from lragent.runtime.trajectory import Trajectory
@@ -25,22 +27,28 @@ __all__ = [
     "Engine",
     "Inspection",
     "RolloutResult",
+    "RolloutSummary",
     "Trajectory",
     "Turn",
+    "Verification",
     "convert",
     "inspect",
     "load",
     "optimize",
+    "rollout",
     "update",
+    "verify",
 ]
 
 _HOMES = {
     "ConvertReport": "lragent.artifact.build",
     "Engine": "lragent.runtime.engine",
     "Inspection": "lragent.reports.inspection",
+    "RolloutSummary": "lragent.rollouts.run",
     "RolloutResult": "lragent.runtime.task_loop",
     "Trajectory": "lragent.runtime.trajectory",
     "Turn": "lragent.runtime.turn",
+    "Verification": "lragent.reports.verification",
 }
 
 

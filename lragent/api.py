@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from lragent.artifact.build import ConvertReport
     from lragent.program.cache_schema import Layout
     from lragent.reports.inspection import Inspection
+    from lragent.reports.verification import Verification
+    from lragent.rollouts.jsonl import Existing
+    from lragent.rollouts.run import RolloutSummary
+    from lragent.runtime import RolloutResult, Workflow
     from lragent.runtime.engine import Engine
 
 
@@ -47,7 +53,7 @@ def convert(
     Raises:
         UserError: one of its kinds, which says what was found, where, and what to do; nothing is left behind.
     """
-    from lragent.artifact.build import build
+    from lragent.artifact.build import BuildOptions, build
     from lragent.compile.compile import require_unit
     from lragent.kernels.dispatch import require_attention, resolve
     from lragent.loading.agent_slots import fit, slots_of
@@ -58,14 +64,15 @@ def convert(
             raise RequestError(f"unknown layout {layout!r}", f"Use {' or '.join(LAYOUTS)}.")
     require_unit(unit)
     require_attention(attention, "cpu")
-    now = layouts if compiled else ()
+    now = tuple(layouts) if compiled else ()
     if now:
         attention = resolve(attention, "cpu")
     stages = Stages(progress)
     loaded = stages.run("load", lambda: load_directories(model_dir, adapters, dtype))
     if spare > 0:
         loaded = fit(loaded, slots_of(loaded, spare))
-    return build(loaded, Path(out), now, attention, overwrite, stages, layouts, unit)
+    options = BuildOptions(compiled=now, attention=attention, unit=unit, overwrite=overwrite)
+    return build(loaded, Path(out), options=options, stages=stages, wanted=layouts)
 
 
 def update(
@@ -166,7 +173,7 @@ def optimize(
     Raises:
         UserError: one of its kinds, which says what was found, where, and what to do.
     """
-    from lragent.artifact.build import rewrite, write
+    from lragent.artifact.build import BuildOptions, write
     from lragent.artifact.open import resolve_backend
     from lragent.artifact.tokenizer import tokenizer_from
     from lragent.compile.compile import require_unit
@@ -174,6 +181,7 @@ def optimize(
     from lragent.compile.live_program import program_of_model
     from lragent.kernels.dispatch import resolve
     from lragent.loading.model import load_live
+    from lragent.passes.pipeline import rewrite
     from lragent.runtime.config import EngineConfig
     from lragent.runtime.engine import Engine
 
@@ -187,13 +195,84 @@ def optimize(
 
     def save(out: Path) -> None:
         compiled = (layout,) if backend == "compiled" else ()
-        write(loaded, rewritten, out, compiled, chosen, False, Stages(), unit)
+        options = BuildOptions(compiled=compiled, attention=chosen, unit=unit)
+        write(loaded, rewritten, out, options=options, stages=Stages())
 
     return Engine(
         program_of_model(loaded, rewritten.programs[layout], backend, chosen, loaded.dtype, unit),
         replace(config, kv_dtype=loaded.dtype, stop_token_ids=tuple(loaded.stop_token_ids)),
         tokenizer_from(tokenizer),
         save,
+    )
+
+
+def rollout(
+    engine: Engine,
+    workflow: Workflow | str,
+    tasks: str | Path,
+    out: str | Path,
+    existing: Existing = "refuse",
+    concurrency: int = 32,
+    on_result: Callable[[RolloutResult], None] | None = None,
+) -> RolloutSummary:
+    """Runs a workflow over a file of tasks; every finished task becomes one line of a result file at once.
+
+    Args:
+        workflow: `async def workflow(task, t) -> dict`, or "FILE.py:FUNC".
+        tasks: JSON lines, one object a task; "id" names the task, else its line number does.
+        out: JSON lines, one object a finished task.
+        existing: what happens to a file at `out`: "refuse" raises, "resume" keeps its results and runs the other
+            tasks, "overwrite" drops them.
+        concurrency: largest number of tasks in progress at a time.
+        on_result: called with every result after its line was written.
+
+    Raises:
+        RequestError, TaskFileError: say what was found, where, and what to do.
+    """
+    from lragent.rollouts.run import run_rollout
+    from lragent.rollouts.workflow_loading import open_workflow
+
+    with open_workflow(workflow) if isinstance(workflow, str) else nullcontext(workflow) as function:
+        return run_rollout(engine, function, Path(tasks), Path(out), existing, concurrency, on_result)
+
+
+def verify(
+    path: str | Path,
+    model_dir: str | Path,
+    adapters: Mapping[str, str | Path],
+    prompts: Sequence[str] | None = None,
+    schemes: Sequence[str] = ("non_shared", "base_lr_shared"),
+    new_tokens: int = 32,
+    tolerance: float | None = None,
+    engine_for: Callable[[str], Engine] | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compares greedy turns of an artifact's agents with PEFT in float32, after a check of the files' hashes.
+
+    Args:
+        model_dir, adapters: the files from which the artifact was converted.
+        prompts: texts that the turns continue; None: three short ones.
+        new_tokens: tokens generated for each prompt.
+        tolerance: largest accepted difference of log-probabilities. None: 0.001; for an artifact of 16 bits, twice the
+            error of PEFT in that dtype if that is more.
+        engine_for: opens the artifact with a sharing scheme; None: `load` with its defaults.
+        progress: called with the name of each stage when it begins.
+
+    Raises:
+        AdapterError, ArtifactError, RequestError: say what was found, where, and what to do.
+    """
+    from lragent.reports import verification
+
+    return verification.verify(
+        Path(path),
+        Path(model_dir),
+        {name: Path(folder) for name, folder in adapters.items()},
+        engine_for or partial(load, path),
+        prompts=verification.PROMPTS if prompts is None else prompts,
+        schemes=schemes,
+        new_tokens=new_tokens,
+        tolerance=tolerance,
+        progress=progress,
     )
 
 

@@ -1,4 +1,4 @@
-"""`LoadedModel -> artifact directory`: capture, rewrite for both layouts, save, compile for this machine."""
+"""`LoadedModel -> artifact directory`: rewrite for both layouts, save, compile for this machine."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lragent.artifact.compiled_files import compiled_file, place_compiled, unit_of
+from lragent.artifact.compiled_files import CompiledKey, compiled_file, place_compiled, unit_of
 from lragent.artifact.directory import new_directory, open_artifact, require_free
-from lragent.artifact.manifest import AgentEntry, LayerEntry, LayoutEntry, Manifest, write_manifest
+from lragent.artifact.manifest import LayoutEntry, Manifest, write_manifest
 from lragent.artifact.misses import misses_by_layout
 from lragent.artifact.tokenizer import write_tokenizer
 from lragent.artifact.weights import write_weights
-from lragent.capture.capture import capture
 from lragent.compile.compile import compile_graph, require_compiler, target_name
 from lragent.compile.export import export_graph, save_without_weights, tensors_of
 from lragent.compile.fingerprint import fingerprint
-from lragent.errors import ArtifactError, Miss, SplitRefused
+from lragent.errors import ArtifactError, Miss
 from lragent.files.checked_file import FileEntry, describe_file
 from lragent.kernels.dispatch import graphs, resolve
 from lragent.loading.agent_slots import slots_of
 from lragent.loading.model import LoadedModel
 from lragent.loading.stages import Stages
-from lragent.passes.pipeline import Transformed, lower, transform
+from lragent.passes.pipeline import Rewritten, Transformed, lower, rewrite
 from lragent.program.cache_schema import Layout
-from lragent.program.dtypes import LAYOUTS, dtype_name
+from lragent.program.dtypes import dtype_name
 from lragent.program.step import PAGE_SIZE
 from lragent.runtime.cache_cost import advice, bytes_per_token
 
@@ -39,12 +38,35 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ConvertReport:
-    """What `convert` did: seconds by stage, compiled packages, why split layout was refused ("" if it was not),
-    what to think of before sharing (`runtime/cache_cost.py`), and why unit "layer" became "model" ("" if it did not).
+class BuildOptions:
+    """Options for writing an artifact.
 
-    `misses`: layout -> every place where a pass did not match, the layers that don't run the chosen attention
-    implementation among them, or every place for which the layout was refused; layouts without misses are left out.
+    Args:
+        compiled: layouts that are compiled for this machine.
+        attention: the implementation with which they are compiled (`lragent.kernels.dispatch.resolve`), or "auto".
+        unit: the unit in which they are compiled (`lragent.compile.compile.UNITS`).
+        overwrite: True replaces an artifact of the same name.
+    """
+
+    compiled: tuple[Layout, ...] = ()
+    attention: str = "auto"
+    unit: str = "model"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """A report on an artifact that was written or updated.
+
+    Args:
+        seconds: wall time by stage.
+        compiled: keys of the packages that were compiled now.
+        refusal: reason for which split layout was refused; "" if it was not.
+        advice: a note on cache memory (`lragent.runtime.cache_cost.advice`); "" if there is none.
+        unit_refusal: reason for which unit "layer" became "model"; "" if it did not.
+        misses: layout -> every place where a pass did not match. That includes layers that don't run the chosen
+            attention implementation, and every place for which the layout was refused. Layouts without misses are
+            left out.
     """
 
     out: Path
@@ -57,108 +79,72 @@ class ConvertReport:
     misses: Mapping[str, tuple[Miss, ...]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Rewritten:
-    """A model's programs by layout, and why split layout was refused: in words ("" if it was not), and every place."""
-
-    programs: Mapping[Layout, Transformed]
-    refusal: str = ""
-    refused: tuple[Miss, ...] = ()
-
-
-def rewrite(loaded: LoadedModel, wanted: Sequence[Layout], stages: Stages) -> Rewritten:
-    """Captures the model and rewrites it for every layout that its graph allows.
-
-    Raises:
-        SplitRefused: a layout in `wanted` is refused.
-    """
-    captured = stages.run("capture", lambda: capture(loaded))
-    programs: dict[Layout, Transformed] = {}
-    refusal: SplitRefused | None = None
-    for layout in LAYOUTS:
-        try:
-            programs[layout] = stages.run(f"rewrite {layout}", partial(transform, captured, layout))
-        except SplitRefused as error:
-            if layout in wanted or layout == "dense":
-                raise
-            refusal = error
-    return Rewritten(programs) if refusal is None else Rewritten(programs, refusal.message, refusal.misses)
-
-
 def build(
     loaded: LoadedModel,
     out: Path,
-    compile_layouts: Sequence[Layout],
-    attention: str,
-    overwrite: bool,
+    *,
+    options: BuildOptions,
     stages: Stages,
     wanted: Sequence[Layout] | None = None,
-    unit: str = "model",
 ) -> ConvertReport:
-    """Captures a loaded model and writes its artifact.
+    """Rewrites a loaded model and writes its artifact.
 
     Args:
-        compile_layouts: layouts compiled for this machine.
-        attention: the implementation that they are compiled with (`lragent.kernels.dispatch.resolve`).
-        unit: what is compiled at once (`lragent.compile.compile.UNITS`).
-        wanted: layouts that must not be refused; `compile_layouts` if None.
+        wanted: layouts that must not be refused; None: those that are compiled.
 
     Raises:
         UserError: a kind that says what was found; nothing is left behind.
     """
-    require_free(out, overwrite)
-    if compile_layouts:
+    require_free(out, options.overwrite)
+    if options.compiled:
         require_compiler()
-    rewritten = rewrite(loaded, compile_layouts if wanted is None else wanted, stages)
-    return write(loaded, rewritten, out, compile_layouts, attention, overwrite, stages, unit)
+    rewritten = rewrite(loaded, options.compiled if wanted is None else wanted, stages)
+    return write(loaded, rewritten, out, options=options, stages=stages)
 
 
 def write(
-    loaded: LoadedModel,
-    rewritten: Rewritten,
-    out: Path,
-    compile_layouts: Sequence[Layout],
-    attention: str,
-    overwrite: bool,
-    stages: Stages,
-    unit: str,
+    loaded: LoadedModel, rewritten: Rewritten, out: Path, *, options: BuildOptions, stages: Stages
 ) -> ConvertReport:
-    """Writes rewritten programs as an artifact and compiles some of them for this machine."""
-    names = graphs(resolve(attention, "cpu")) if compile_layouts else ()
-    with new_directory(out, overwrite) as directory:
-        manifest = replace(write_programs(loaded, rewritten, directory, stages), unit=unit)
-        if overwrite:
+    """Writes rewritten programs as an artifact and compiles some of them for this machine.
+
+    Raises:
+        ArtifactError, CompilerMissing: say what was found; nothing is left behind.
+    """
+    names = graphs(resolve(options.attention, "cpu")) if options.compiled else ()
+    with new_directory(out, options.overwrite) as directory:
+        manifest = replace(write_programs(loaded, rewritten, directory, stages), unit=options.unit)
+        if options.overwrite:
             _keep_packages(out, manifest, directory)
         packages: dict[str, FileEntry] = {}
         unit_refusal = ""
         kept = manifest.compiled.get(target_name(), {})
-        for layout in compile_layouts:
+        for layout in options.compiled:
             for name in names:
-                key = f"{layout}-{name}-{dtype_name(loaded.dtype)}"
-                if key not in kept:
-                    work = partial(_compile, rewritten.programs[layout], loaded.dtype, name, directory, key, unit)
+                key = CompiledKey(layout, name, loaded.dtype)
+                if str(key) not in kept:
+                    work = partial(_compile, rewritten.programs[layout], directory, key, options.unit)
                     stage = f"compile {layout}" if len(names) == 1 else f"compile {layout} ({name})"
-                    packages[key], refused = stages.run(stage, work)
+                    packages[str(key)], refused = stages.run(stage, work)
                     unit_refusal = unit_refusal or refused
         if packages:
             manifest.compiled[target_name()] = {**kept, **packages}
         write_manifest(manifest, directory)
-    agents = tuple(agent.name for agent in loaded.agents if agent.digest)
+    agents = tuple(agent.name for agent in loaded.agents if not agent.spare)
     sizes = bytes_per_token({n: e.schema for n, e in manifest.layouts.items()}, agents, manifest.dtype)
     return ConvertReport(
-        out,
-        agents,
-        dict(stages.seconds),
-        tuple(packages),
-        rewritten.refusal,
-        advice(sizes),
-        unit_refusal,
-        misses_by_layout(manifest.layouts.items(), rewritten.refused, names or graphs(attention)),
+        out=out,
+        agents=agents,
+        seconds=dict(stages.seconds),
+        compiled=tuple(packages),
+        refusal=rewritten.refusal,
+        advice=advice(sizes),
+        unit_refusal=unit_refusal,
+        misses=misses_by_layout(manifest.layouts.items(), rewritten.refused, names or graphs(options.attention)),
     )
 
 
 def write_programs(loaded: LoadedModel, rewritten: Rewritten, directory: Path, stages: Stages) -> Manifest:
-    """Writes programs, weights and tokenizer; returns the manifest, which is not written yet."""
+    """Writes programs, weights and tokenizer; returns the manifest, which is still to be written."""
     tensors: dict[str, Tensor] = {}
     slots = slots_of(loaded, spare=0)
     layouts: dict[str, LayoutEntry] = {}
@@ -170,9 +156,7 @@ def write_programs(loaded: LoadedModel, rewritten: Rewritten, directory: Path, s
         layouts[layout] = LayoutEntry(
             program=describe_file(directory, relative),
             schema=program.schema,
-            layers=tuple(
-                LayerEntry(layer.index, layer.k_module, layer.v_module, layer.key_transform) for layer in program.layers
-            ),
+            layers=program.layers,
             misses=program.misses,
             fallbacks=dict(program.fallbacks),
             fingerprint=fingerprint(program.graph, program.schema),
@@ -187,7 +171,7 @@ def write_programs(loaded: LoadedModel, rewritten: Rewritten, directory: Path, s
         stop_token_ids=loaded.stop_token_ids,
         dtype=dtype_name(loaded.dtype),
         page_size=PAGE_SIZE,
-        agents=agent_entries(loaded),
+        agents=loaded.agents,
         layouts=layouts,
         refusal=rewritten.refusal,
         refused=rewritten.refused,
@@ -200,21 +184,16 @@ def write_programs(loaded: LoadedModel, rewritten: Rewritten, directory: Path, s
 
 
 def adapter_constants(loaded: LoadedModel, tensors: Mapping[str, Tensor]) -> frozenset[str]:
-    """Names of the constants that adapters became; all others are the base model's."""
+    """Names of the constants that come from adapters; all others are the base model's."""
     model_names = {f"model.{name}" for name, _ in loaded.model.named_parameters(remove_duplicate=False)}
     return frozenset(name for name in tensors if name not in model_names and name.startswith(("lora_", "up_")))
 
 
-def agent_entries(loaded: LoadedModel) -> tuple[AgentEntry, ...]:
-    return tuple(
-        AgentEntry(agent.name, agent.digest, agent.rank, _scalings(loaded, agent.name), agent.targets)
-        for agent in loaded.agents
-    )
-
-
 def _keep_packages(old: Path, manifest: Manifest, directory: Path) -> None:
-    """Takes over packages of the artifact that is replaced, for any target, whose programs (and versions of
-    what compiled them, and unit) are the same."""
+    """Copies compiled files from the artifact that is replaced, for all targets.
+
+    A file is kept if versions, unit and program are the same in both artifacts.
+    """
     if not old.exists():
         return
     try:
@@ -223,29 +202,23 @@ def _keep_packages(old: Path, manifest: Manifest, directory: Path) -> None:
             return
         for target, packages in replaced.manifest.compiled.items():
             for key, entry in packages.items():
-                layout = key.partition("-")[0]
+                layout = CompiledKey.parse(key).layout
                 before, now = replaced.manifest.layouts.get(layout), manifest.layouts.get(layout)
                 alike = manifest.unit in (replaced.manifest.unit, unit_of(entry))
                 if alike and before is not None and now is not None and before.fingerprint == now.fingerprint:
-                    kept = place_compiled(compiled_file(replaced, entry), directory, target, key)
+                    kept = place_compiled(compiled_file(replaced, entry), directory, target, CompiledKey.parse(key))
                     manifest.compiled.setdefault(target, {})[key] = kept
     except ArtifactError as error:
         log.warning("packages of the artifact that is replaced are not kept: %s", error.message)
-
-
-def _scalings(loaded: LoadedModel, agent: str) -> tuple[float, ...]:
-    return tuple(sorted({by_agent[agent].scaling for by_agent in loaded.lora.values() if agent in by_agent}))
 
 
 def _export(program: Transformed, dtype: torch.dtype, path: Path) -> None:
     save_without_weights(export_graph(program.graph, program.schema, dtype), path)
 
 
-def _compile(
-    program: Transformed, dtype: torch.dtype, graph_name: str, directory: Path, key: str, unit: str
-) -> tuple[FileEntry, str]:
-    """What was compiled, and why not by layer although that was asked for ("": it was, or was not asked for)."""
+def _compile(program: Transformed, directory: Path, key: CompiledKey, unit: str) -> tuple[FileEntry, str]:
+    """Compiles a program into an artifact; returns the file to load and `lragent.compile.compile.Compiled.refusal`."""
     with tempfile.TemporaryDirectory() as scratch:
-        lowered = lower(program.graph, graph_name).graph
-        built = compile_graph(lowered, program.schema, dtype, graph_name, unit, Path(scratch))
+        lowered = lower(program.graph, key.graph).graph
+        built = compile_graph(lowered, program.schema, key.kv_dtype, key.graph, unit, Path(scratch))
         return place_compiled(built.file, directory, target_name(), key), built.refusal

@@ -1,4 +1,4 @@
-"""`manifest.json` of an artifact: what is in the directory, for which versions, and how to read it."""
+"""`manifest.json` of an artifact: agents, layouts, files with their hashes, and the versions that wrote them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any
 
 from lragent.errors import ArtifactError, Miss
 from lragent.files.checked_file import FileEntry
+from lragent.program.agent import Agent
 from lragent.program.cache_schema import BaseStreams, CacheSchema, Layout, LowRankStream
+from lragent.program.layer_facts import LayerFacts
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -20,37 +22,17 @@ SEAL = "seal"  # sha256 of the other entries
 
 
 @dataclass(frozen=True)
-class AgentEntry:
-    """One agent: sha256 of its adapter weights, largest rank, scalings in use, adapted modules."""
-
-    name: str
-    digest: str
-    rank: int
-    scalings: tuple[float, ...]
-    targets: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class LayerEntry:
-    """One attention op: the projections whose LR columns it reads (None: no adapter) and its key transform."""
-
-    index: int
-    k_module: str | None
-    v_module: str | None
-    key_transform: str
-
-
-@dataclass(frozen=True)
 class LayoutEntry:
     """One rewritten program and its cache schema.
 
-    `misses`, `fallbacks`: see `lragent.passes.pipeline.Transformed`. `fingerprint`: what packages compiled from it
-    depend on (`lragent.compile.fingerprint`).
+    Args:
+        misses, fallbacks: see `lragent.passes.pipeline.Transformed`.
+        fingerprint: a hash of everything that packages compiled from it depend on (`lragent.compile.fingerprint`).
     """
 
     program: FileEntry
     schema: CacheSchema
-    layers: tuple[LayerEntry, ...]
+    layers: tuple[LayerFacts, ...]
     misses: tuple[Miss, ...]
     fallbacks: dict[str, tuple[Miss, ...]]
     fingerprint: str
@@ -58,11 +40,16 @@ class LayoutEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """See the field names.
+    """Everything that is known of an artifact without reading its other files.
 
-    `refused`: every place for which split layout was refused; `refusal` names the first few.
-    `compiled`: target -> "layout-attention-kvdtype" -> package, or plan where it is compiled by layer. `unit`: how it
-    is compiled for another machine ("model" or "layer"). `slot_ranks`, `slot_groups`: see `loading/agent_slots.py`.
+    Args:
+        dtype: of weights and computation; page_size: tokens a page.
+        refusal, refused: message and every place of a refused split layout; empty if it was not refused.
+        weights: weight files; aliases: name of a tied tensor -> name under which it is stored.
+        tokenizer: True if the artifact holds one.
+        slot_ranks, slot_groups: see `lragent.loading.agent_slots.Slots`.
+        compiled: target -> `CompiledKey` as text -> the file to load (`lragent.artifact.compiled_files`).
+        unit: "model" or "layer", used when the artifact is compiled for another machine.
     """
 
     versions: dict[str, str]
@@ -72,7 +59,7 @@ class Manifest:
     stop_token_ids: tuple[int, ...]
     dtype: str
     page_size: int
-    agents: tuple[AgentEntry, ...]
+    agents: tuple[Agent, ...]
     layouts: dict[str, LayoutEntry]
     refusal: str
     refused: tuple[Miss, ...]
@@ -86,7 +73,7 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """With a seal over everything else, so that a manifest that was changed by hand or by accident is found."""
+        """All entries, and a seal over them by which later changes are found."""
         raw = dataclasses.asdict(self)
         return json.dumps({**raw, SEAL: seal_of(raw)}, indent=1)
 
@@ -97,7 +84,7 @@ def seal_of(raw: Mapping[str, Any]) -> str:
 
 
 def write_manifest(manifest: Manifest, directory: Path) -> None:
-    """Replaces the manifest in one step. Nobody else may write it meanwhile: see `lragent.files.locks`."""
+    """Replaces the manifest in one step. The caller holds the artifact's lock (`lragent.files.locks`)."""
     temporary = directory / f".{MANIFEST}.new"
     temporary.write_text(manifest.to_json(), encoding="utf-8")
     temporary.replace(directory / MANIFEST)
@@ -107,8 +94,8 @@ def read_manifest(directory: Path) -> Manifest:
     """Reads and checks `manifest.json`.
 
     Raises:
-        ArtifactError: no artifact there, another format version (names both), or a manifest that is damaged, changed,
-            or without its seal or another entry.
+        ArtifactError: there is no artifact, its format version is another one, or the manifest was damaged or changed
+            or lacks an entry.
     """
     file = directory / MANIFEST
     if not directory.is_dir():
@@ -127,9 +114,9 @@ def read_manifest(directory: Path) -> Manifest:
         )
     seal = raw.pop(SEAL, None)
     if seal is None:
-        raise ArtifactError(f"{file} has no {SEAL}", "Put it back as it was, or convert the model again.")
+        raise ArtifactError(f"{file} has no {SEAL}", "Restore the file, or convert the model again.")
     if seal != seal_of(raw):
-        raise ArtifactError(f"{file} is not as it was written", "Put it back as it was, or convert the model again.")
+        raise ArtifactError(f"{file} was changed after it was written", "Restore the file, or convert the model again.")
     try:
         return _from_json(raw)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -159,15 +146,15 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
 
 
 def _require_entries(raw: Mapping[str, Any], kind: type[Manifest] | type[LayoutEntry]) -> None:
-    """Raises ValueError unless a JSON object has exactly the entries of a dataclass, those with a default too."""
+    """Raises ValueError unless a JSON object has exactly the fields of a dataclass, those with defaults included."""
     known = {field.name for field in dataclasses.fields(kind)}
     for found, names in (("unknown", set(raw) - known), ("missing", known - set(raw))):
         if names:
             raise ValueError(f"{found} entries {sorted(names)}")
 
 
-def _agent(raw: dict[str, Any]) -> AgentEntry:
-    return AgentEntry(**{**raw, "scalings": tuple(raw["scalings"]), "targets": tuple(raw["targets"])})
+def _agent(raw: dict[str, Any]) -> Agent:
+    return Agent(**{**raw, "scalings": tuple(raw["scalings"]), "targets": tuple(raw["targets"])})
 
 
 def _misses(raw: list[dict[str, str]]) -> tuple[Miss, ...]:
@@ -189,7 +176,7 @@ def _layout(raw: dict[str, Any]) -> LayoutEntry:
                 for entry in schema["low_rank"]
             ),
         ),
-        layers=tuple(LayerEntry(**entry) for entry in raw["layers"]),
+        layers=tuple(LayerFacts(**entry) for entry in raw["layers"]),
         misses=_misses(raw["misses"]),
         fallbacks={name: _misses(entries) for name, entries in raw["fallbacks"].items()},
         fingerprint=raw["fingerprint"],

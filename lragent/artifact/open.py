@@ -1,18 +1,18 @@
-"""Artifact or live model -> `Engine`: picks the program of the sharing scheme, its weights and its compiled package."""
+"""Artifact -> `Program`: picks the program of a layout, its weights and its compiled files."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lragent.artifact.compiled_files import compiled_file, keep_compiled
+from lragent.artifact.compiled_files import CompiledKey, compiled_file, keep_compiled
 from lragent.artifact.directory import Artifact
 from lragent.artifact.manifest import LayoutEntry
 from lragent.artifact.package_probe import Probe, require_runs
@@ -22,7 +22,7 @@ from lragent.compile.export import load_with_weights
 from lragent.errors import Miss, RequestError
 from lragent.kernels.dispatch import graphs
 from lragent.program.dtypes import dtype_name, dtype_named
-from lragent.program.program import AgentFacts, Program
+from lragent.program.program import Program
 
 if TYPE_CHECKING:
     from lragent.passes.pipeline import Lowered
@@ -60,25 +60,27 @@ def program_of_artifact(
 
     Args:
         backend: "compiled" or "eager" (see `resolve_backend`).
+        allow_compiled: False compiles again instead of loading compiled files of the artifact, and keeps nothing.
 
     Raises:
         ArtifactError: a file is missing or damaged, or a package crashes on a device of a kind in `PROBED`.
         CompilerMissing: a package is missing and can't be compiled.
     """
+    manifest = artifact.manifest
     weights = moved(artifact.weights(), device)
     calls: dict[str, Callable[..., Tensor]] = {}
     fallback: dict[str, Miss] = {}  # by layer
     for name in graphs(attention):
+        wanted = _Wanted(artifact, entry, weights, attention, CompiledKey(entry.schema.layout, name, kv_dtype), device)
         if backend == "eager":
-            lowered = _lowered(artifact, entry, weights, name, device)
+            lowered = _lower(wanted)
             calls[name], misses = eager_call(lowered.graph), lowered.fallback
         else:
-            calls[name], misses = _compiled(artifact, entry, weights, attention, name, kv_dtype, allow_compiled, device)
+            calls[name], misses = _compiled(wanted, allow_compiled)
         fallback.update({miss.where: miss for miss in misses})
-    manifest = artifact.manifest
     facts = ProgramFacts(
         schema=entry.schema,
-        agents=tuple(AgentFacts(agent.name, agent.digest) for agent in manifest.agents),
+        agents=manifest.agents,
         max_positions=manifest.max_positions,
         vocab_size=manifest.vocab_size,
         dtype=dtype_named(manifest.dtype),
@@ -88,53 +90,78 @@ def program_of_artifact(
     return program(join(calls), facts, backend, device)
 
 
-def _lowered(
-    artifact: Artifact, entry: LayoutEntry, weights: Mapping[str, Tensor], graph_name: str, device: torch.device
-) -> Lowered:
-    """A program of the artifact, lowered now, on `device`."""
+@dataclass(frozen=True)
+class _Wanted:
+    """One graph of an artifact that is to run on a device.
+
+    Args:
+        weights: all weights by name, on `device`.
+        attention: the implementation to which the graph `key.graph` belongs.
+    """
+
+    artifact: Artifact
+    entry: LayoutEntry
+    weights: Mapping[str, Tensor]
+    attention: str
+    key: CompiledKey
+    device: torch.device
+
+
+def _compiled(wanted: _Wanted, allow_compiled: bool) -> tuple[Callable[..., Tensor], tuple[Miss, ...]]:
+    """The compiled graph, and its layers that run another attention implementation.
+
+    The compiled file is the artifact's. If it has none for this machine, or `allow_compiled` is False, the graph is
+    lowered and compiled now.
+    """
+    held = _held(wanted) if allow_compiled else None
+    if held is not None:
+        return _load(wanted, held), wanted.entry.fallbacks.get(wanted.key.graph, ())
+    lowered = _lower(wanted)
+    with tempfile.TemporaryDirectory(prefix="lragent-") as scratch:
+        built = _compile(wanted, lowered, Path(scratch))
+        call = _load(wanted, built)
+        if allow_compiled:
+            _keep(wanted, built)
+        return call, lowered.fallback
+
+
+def _held(wanted: _Wanted) -> Path | None:
+    """The artifact's compiled file for this machine, checked; None if it has none."""
+    entry = wanted.artifact.manifest.compiled.get(target_name(wanted.device), {}).get(str(wanted.key))
+    return None if entry is None else compiled_file(wanted.artifact, entry)
+
+
+def _lower(wanted: _Wanted) -> Lowered:
+    """Lowers the artifact's program for the graph, with its weights on the device."""
     from lragent.passes.pipeline import lower
 
-    lowered = lower(load_with_weights(artifact.file(entry.program), weights), graph_name)
-    return replace(lowered, graph=placed(lowered.graph, device))
+    source = load_with_weights(wanted.artifact.file(wanted.entry.program), wanted.weights)
+    lowered = lower(source, wanted.key.graph)
+    return replace(lowered, graph=placed(lowered.graph, wanted.device))
 
 
-def _compiled(
-    artifact: Artifact,
-    entry: LayoutEntry,
-    weights: Mapping[str, Tensor],
-    attention: str,
-    graph_name: str,
-    kv_dtype: torch.dtype,
-    allow_compiled: bool,
-    device: torch.device,
-) -> tuple[Callable[..., Tensor], tuple[Miss, ...]]:
-    """The compiled graph for a device of this machine, and its layers that run another attention implementation.
-
-    The package is the artifact's, or one lowered now and kept there.
-    """
-    key, target = f"{entry.schema.layout}-{graph_name}-{dtype_name(kv_dtype)}", target_name(device)
-    held = artifact.manifest.compiled.get(target, {}).get(key)
-
-    def probe(package: Path) -> None:
-        if device.type in PROBED:
-            layout, dtype = entry.schema.layout, dtype_name(kv_dtype)
-            where, used_on = str(artifact.directory), str(device)
-            require_runs(Probe(where, layout, str(package), attention, graph_name, dtype, used_on))
-
-    if held is not None and allow_compiled:
-        package = compiled_file(artifact, held)
-        probe(package)
-        return load_compiled(package, entry.schema, weights, device), entry.fallbacks.get(graph_name, ())
+def _compile(wanted: _Wanted, lowered: Lowered, directory: Path) -> Path:
+    """Compiles a lowered graph into `directory`; returns the file to load."""
+    key, unit = wanted.key, wanted.artifact.manifest.unit
+    target = target_name(wanted.device)
     log.warning("compiling %s for %s; this takes a minute or more for a real model", key, target)
-    lowered = _lowered(artifact, entry, weights, graph_name, device)
-    with tempfile.TemporaryDirectory(prefix="lragent-") as scratch:
-        unit = artifact.manifest.unit
-        built = compile_graph(lowered.graph, entry.schema, kv_dtype, graph_name, unit, Path(scratch), device).file
-        probe(built)
-        if allow_compiled:
-            try:
-                keep_compiled(artifact, target, key, built)
-            except OSError as error:
-                where = artifact.directory
-                log.warning("the package can't be kept in %s (%s): the next load compiles again", where, error)
-        return load_compiled(built, entry.schema, weights, device), lowered.fallback
+    schema = wanted.entry.schema
+    return compile_graph(lowered.graph, schema, key.kv_dtype, key.graph, unit, directory, wanted.device).file
+
+
+def _load(wanted: _Wanted, file: Path) -> Callable[..., Tensor]:
+    """Loads a compiled file, after a run in a child process on devices of the kinds in `PROBED`."""
+    if wanted.device.type in PROBED:
+        key, where = wanted.key, str(wanted.artifact.directory)
+        dtype, device = dtype_name(key.kv_dtype), str(wanted.device)
+        require_runs(Probe(where, key.layout, str(file), wanted.attention, key.graph, dtype, device))
+    return load_compiled(file, wanted.entry.schema, wanted.weights, wanted.device)
+
+
+def _keep(wanted: _Wanted, file: Path) -> None:
+    """Adds a compiled file to the artifact; logs a warning if that is impossible."""
+    try:
+        keep_compiled(wanted.artifact, target_name(wanted.device), wanted.key, file)
+    except OSError as error:
+        where = wanted.artifact.directory
+        log.warning("the package can't be kept in %s (%s): the next load compiles again", where, error)

@@ -5,32 +5,25 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lragent.artifact.directory import Artifact
 from lragent.errors import ModelError, RequestError, UserError, shortened
 from lragent.loading.checkpoint import find_checkpoint
 from lragent.runtime.sampling.tokenizer import Tokenizer, TokenizerFile
 
-if TYPE_CHECKING:
-    pass
-
-
-TOKENIZER = "tokenizer"
-
-
+TOKENIZER = "tokenizer"  # folder in an artifact
 FAST_TOKENIZER = "tokenizer.json"
-
-
-TOKENIZER_FILES = (FAST_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (FAST_TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja")
 
 
 def write_tokenizer(source: str | None, directory: Path) -> bool:
-    """Saves the model's tokenizer; False if it has none.
+    """Saves the model's tokenizer; returns False if it has none.
 
-    A `tokenizer.json` is copied as it is, with the files that belong to it: reading and saving it again could change it
-    (transformers rebuilds some models' tokenizers from their vocabulary). Older files are converted to one, and so is
-    what a GGUF file holds if no `tokenizer.json` lies beside it.
+    A `tokenizer.json` is copied with the files that belong to it. Reading and saving it again could change it, because
+    transformers rebuilds some tokenizers from their vocabulary. Older files, and a tokenizer inside a GGUF file, are
+    converted to a `tokenizer.json`.
 
     Raises:
         ModelError: there are tokenizer files, but they can't be read.
@@ -39,7 +32,7 @@ def write_tokenizer(source: str | None, directory: Path) -> bool:
     if checkpoint is None:
         return False
     folder, target = checkpoint.directory, directory / TOKENIZER
-    if not any((folder / name).is_file() for name in ("tokenizer_config.json", FAST_TOKENIZER)) and not checkpoint.gguf:
+    if not any((folder / name).is_file() for name in (TOKENIZER_CONFIG, FAST_TOKENIZER)) and not checkpoint.gguf:
         return False
     try:
         if (folder / FAST_TOKENIZER).is_file():
@@ -53,16 +46,19 @@ def write_tokenizer(source: str | None, directory: Path) -> bool:
 
             AutoTokenizer.from_pretrained(folder, **checkpoint.arguments).save_pretrained(target)
     except Exception as error:
-        remedy = "Put the model's tokenizer.json beside it." if checkpoint.gguf else "Mend it, or remove its files."
+        remedy = (
+            f"Put the model's {FAST_TOKENIZER} beside it." if checkpoint.gguf else "Repair it, or remove its files."
+        )
         reason = error.message if isinstance(error, UserError) else shortened(error)
         raise ModelError(f"the tokenizer in {source} can't be read: {reason}", remedy) from error
     return (target / FAST_TOKENIZER).is_file()
 
 
 def tokenizer_of(artifact: Artifact) -> Tokenizer | None:
+    """The artifact's tokenizer; None if it has none."""
     if not artifact.manifest.tokenizer:
         return None
-    return TokenizerFile(artifact.directory / TOKENIZER / "tokenizer.json")
+    return TokenizerFile(artifact.directory / TOKENIZER / FAST_TOKENIZER)
 
 
 def tokenizer_from(source: Any) -> Tokenizer | None:
@@ -70,10 +66,10 @@ def tokenizer_from(source: Any) -> Tokenizer | None:
     if source is None:
         return None
     if isinstance(source, (str, Path)):
-        file = Path(source) / "tokenizer.json"
+        file = Path(source) / FAST_TOKENIZER
         if not file.is_file():
-            raise RequestError(f"no tokenizer.json in {source}", "Give a folder saved with save_pretrained.")
+            raise RequestError(f"no {FAST_TOKENIZER} in {source}", "Give a folder saved with save_pretrained.")
         return TokenizerFile(file)
     with tempfile.TemporaryDirectory() as scratch:
         source.save_pretrained(scratch)
-        return TokenizerFile(Path(scratch) / "tokenizer.json")
+        return TokenizerFile(Path(scratch) / FAST_TOKENIZER)

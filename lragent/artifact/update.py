@@ -1,8 +1,8 @@
-"""`convert --update`: other adapters in an artifact whose compiled programs stay.
+"""`convert --update`: puts other adapters into an artifact and keeps its compiled programs.
 
-The model is loaded, captured and rewritten again with the new adapters in the artifact's slots; where that gives the
-same programs, only their adapter weights differ. These are written beside the old ones, then the manifest is replaced
-in one step: whenever the update is cut off, the artifact is the old one or the new one.
+The model is loaded, captured and rewritten again with the new adapters in the artifact's slots. The programs must stay
+the same; then only adapter weights differ. They are written beside the old ones, and the manifest is replaced in one
+step. If the update is interrupted, the artifact is the old one or the new one.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lragent.artifact.build import ConvertReport, adapter_constants, agent_entries, rewrite
+from lragent.artifact.build import ConvertReport, adapter_constants
 from lragent.artifact.directory import cannot_write, open_artifact, place
 from lragent.artifact.manifest import read_manifest, write_manifest
 from lragent.artifact.misses import misses_by_layout
-from lragent.artifact.weights import ADAPTER_FILES, save_tensors, stored_once
+from lragent.artifact.weights import ADAPTER_FILES, ADAPTER_WEIGHTS, save_tensors, stored_once
 from lragent.compile.export import tensors_of
 from lragent.compile.fingerprint import fingerprint
 from lragent.errors import ArtifactError
@@ -29,10 +29,11 @@ from lragent.files.locks import directory_lock
 from lragent.loading.agent_slots import Slots, assign, fit
 from lragent.loading.model import load_directories
 from lragent.loading.stages import Stages
+from lragent.passes.pipeline import rewrite
 from lragent.program.dtypes import LAYOUTS
 from lragent.runtime.cache_cost import advice, bytes_per_token
 
-_ANEW = "Convert anew."
+_AGAIN = "Convert the model again."
 _SCRATCH = ".update-"
 
 
@@ -40,11 +41,11 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
     """Gives an artifact other adapters.
 
     Args:
-        adapters: all agents that there are afterwards; one that is not named gives its slot back.
+        adapters: all agents of the artifact after the update; the slot of an agent that is left out becomes spare.
 
     Raises:
-        AdapterError: an adapter that does not fit the artifact's slots; names agent, module and sizes.
-        ArtifactError: another base model or version, or programs that differ; says in what.
+        AdapterError: an adapter does not fit the artifact's slots; names agent, module and sizes.
+        ArtifactError: base model, version or programs differ; names the first difference.
     """
     artifact = open_artifact(path)
     manifest = artifact.manifest
@@ -60,27 +61,26 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
     for layout, program in programs.items():
         before = layouts.get(layout)
         if before is None or fingerprint(program.graph, program.schema) != before.fingerprint:
-            raise ArtifactError(f"the {layout} program of {path} would change: {_difference(tensors, held)}", _ANEW)
+            raise ArtifactError(f"the {layout} program of {path} would change: {_difference(tensors, held)}", _AGAIN)
         layouts[layout] = dataclasses.replace(before, schema=program.schema)
     stored, aliases = stored_once(tensors)
     names = adapter_constants(loaded, tensors)
     for name, tensor in stored.items():
         if name not in names and not (name in held and torch.equal(held[name], tensor)):
-            raise ArtifactError(f"{path} was made from another base model: {name} differs", _ANEW)
+            raise ArtifactError(f"{path} was made from another base model: {name} differs", _AGAIN)
     base = tuple(entry for entry in manifest.weights if not entry.path.startswith(ADAPTER_FILES))
-    agents = agent_entries(loaded)
-    acting = tuple(agent.name for agent in agents if agent.digest)
+    acting = tuple(agent.name for agent in loaded.agents if not agent.spare)
 
     def write(weights: dict[str, Tensor]) -> None:
         with directory_lock(path):
             written = _write_adapters(path, weights)
             updated = dataclasses.replace(
                 manifest,
-                agents=agents,
+                agents=loaded.agents,
                 weights=(*base, written),
                 aliases=aliases,
                 layouts=layouts,
-                compiled=read_manifest(path).compiled,  # a package may have come meanwhile
+                compiled=read_manifest(path).compiled,  # another process may have added a package
             )
             write_manifest(updated, path)
             _remove_others(path, written)
@@ -95,23 +95,23 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
 
 
 def _write_adapters(path: Path, tensors: dict[str, Tensor]) -> FileEntry:
-    """Writes the adapters' file under a name of its own."""
-    for left in path.glob(f"{_SCRATCH}*"):  # of an update that was killed
+    """Writes the adapters' file under a name that holds its hash."""
+    for left in path.glob(f"{_SCRATCH}*"):  # left by an update that was killed
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=path) as scratch:
-        built = save_tensors(Path(scratch), "adapters.safetensors", tensors)
+        built = save_tensors(Path(scratch), Path(ADAPTER_WEIGHTS).name, tensors)
         return place(Path(scratch) / built.path, path, f"{ADAPTER_FILES}-{built.sha256[:12]}.safetensors")
 
 
 def _remove_others(path: Path, written: FileEntry) -> None:
-    """Removes adapters' files but the one that the manifest names."""
+    """Removes the adapter files that the manifest does not name."""
     for file in path.glob(f"{ADAPTER_FILES}*"):
         if file != path / written.path:
             file.unlink()
 
 
 def _difference(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> str:
-    """The first constant that has another form, in words."""
+    """Describes the first constant whose form differs."""
     for name, tensor in tensors.items():
         if name not in held:
             return f"it needs {name} {list(tensor.shape)}, which the artifact lacks"

@@ -20,14 +20,15 @@ from lragent.compile.aoti_package import Run, open_package, write_package
 from lragent.compile.export import CPU, export_graph
 from lragent.compile.gpu.cuda_graphs import DeviceSteps
 from lragent.compile.segments.compile_segments import compile_segments
-from lragent.compile.segments.plan import PLAN
+from lragent.compile.segments.plan import is_plan
 from lragent.compile.segments.run import load_segments
 from lragent.compile.segments.shapes import CannotCut
 from lragent.compile.split_step import homogeneous_call
 from lragent.errors import CompilerMissing, Miss, RequestError
 from lragent.kernels.dispatch import FALLBACK
+from lragent.program.agent import Agent
 from lragent.program.cache_schema import CacheSchema
-from lragent.program.program import AgentFacts, Program, run_flat
+from lragent.program.program import Program, run_flat
 from lragent.program.step import STEP_INPUTS, StepKind, cache_input_names
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class ProgramFacts:
     """
 
     schema: CacheSchema
-    agents: tuple[AgentFacts, ...]
+    agents: tuple[Agent, ...]
     max_positions: int
     vocab_size: int
     dtype: torch.dtype
@@ -148,7 +149,7 @@ def load_compiled(
     Raises:
         ArtifactError: the plan of a graph that was compiled in segments is damaged.
     """
-    if file.name == PLAN:
+    if is_plan(file):
         return load_segments(file, weights, (*STEP_INPUTS, *cache_input_names(schema)))
     return _PackageCall(open_package(file, weights, device), weights)
 

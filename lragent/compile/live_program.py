@@ -15,7 +15,7 @@ from lragent.compile.compile import ProgramFacts, compile_graph, eager_call, joi
 from lragent.compile.export import CPU, tensors_of
 from lragent.errors import Miss
 from lragent.kernels.dispatch import graphs
-from lragent.program.program import AgentFacts, Program
+from lragent.program.program import Program
 
 if TYPE_CHECKING:
     from lragent.loading.model import LoadedModel
@@ -50,7 +50,7 @@ def program_of_model(
             calls[name] = load_compiled(built.file, transformed.schema, tensors_of(transformed.graph), CPU)
     facts = ProgramFacts(
         schema=transformed.schema,
-        agents=tuple(AgentFacts(agent.name, agent.digest) for agent in loaded.agents),
+        agents=loaded.agents,
         max_positions=loaded.max_positions,
         vocab_size=loaded.vocab_size,
         dtype=loaded.dtype,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lragent.errors import AdapterError
 from lragent.loading.adapter_weights import LoraWeights
-from lragent.loading.model import Agent, LoadedModel
+from lragent.loading.model import LoadedModel
+from lragent.program.agent import Agent
 
 SPARE = "~"  # first letter of a spare slot's name; agents' names have none
 
@@ -84,7 +85,7 @@ def fit(loaded: LoadedModel, slots: Slots) -> LoadedModel:
             if rank:
                 lora[module][name] = _filled(by_agent.get(name), shapes, rank)
         _share(lora[module], slots, module, by_agent)
-    agents = tuple(present.get(name) or Agent(name, "", 0, (), "") for name in slots.names)
+    agents = tuple(present.get(name) or Agent(name) for name in slots.names)
     return dataclasses.replace(loaded, agents=agents, lora=lora, groups=slots.groups)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from lragent.loading.peft_layers import Adapted, add_biases, put_hooks, take_apa
 from lragent.probing.mask_limits import mask_reach
 from lragent.probing.position_offset import position_offset
 from lragent.probing.rotary_limits import position_reach
+from lragent.program.agent import Agent
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -35,17 +36,6 @@ log = logging.getLogger(__name__)
 BASE_AGENT = "base"
 INTERNAL = "adapter"  # PEFT's name of the adapter that is being read; agents' names may hold dots, PEFT's may not
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Agent:
-    """One named adapter: `targets` are FQNs of the modules it adapts; `rank` its largest; digest: sha256 of weights."""
-
-    name: str
-    digest: str
-    rank: int
-    targets: tuple[str, ...]
-    source: str
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,7 @@ def load_directories(model_dir: str | Path, adapters: Mapping[str, str | Path], 
             _inject(model, name, path, configs[name], files[name].tensors)
         take_apart(model, {name: INTERNAL}, adapted)
         add_biases(model, name, files[name].biases, adapted)
-    return _describe(model, adapted, {name: str(path) for name, path in paths.items()}, str(model_dir))
+    return _describe(model, adapted, tuple(paths), str(model_dir))
 
 
 def load_live(peft_model: Any, tokenizer_source: str | None = None) -> LoadedModel:
@@ -129,7 +119,7 @@ def load_live(peft_model: Any, tokenizer_source: str | None = None) -> LoadedMod
     adapted = Adapted()
     causal_lm = model.get_base_model() if names else model
     take_apart(causal_lm, {name: name for name in names}, adapted)
-    return _describe(causal_lm, adapted, dict.fromkeys(names, "live model"), tokenizer_source)
+    return _describe(causal_lm, adapted, names, tokenizer_source)
 
 
 def check_agent_names(names: Mapping[str, object] | list[str]) -> None:
@@ -172,17 +162,15 @@ def _inject(model: Any, name: str, path: Path, config: Mapping[str, Any], tensor
         )
 
 
-def _describe(
-    causal_lm: Any, adapted: Adapted, sources: Mapping[str, str], tokenizer_source: str | None
-) -> LoadedModel:
-    """Collects the facts of a model; `sources`: agent name -> where its adapter is from."""
+def _describe(causal_lm: Any, adapted: Adapted, names: Sequence[str], tokenizer_source: str | None) -> LoadedModel:
+    """Collects the facts of a model and of the agents `names`."""
     put_hooks(causal_lm, adapted)
     causal_lm.eval()
     for parameter in causal_lm.parameters():
         parameter.requires_grad_(False)
     config: PretrainedConfig = causal_lm.config.get_text_config()
     agents = []
-    for name, source in sources.items():
+    for name in names:
         lora = {m: by_agent[name] for m, by_agent in adapted.lora.items() if name in by_agent}
         rows = {m: by_agent[name] for m, by_agent in adapted.rows.items() if name in by_agent}
         for held in (lora, rows):
@@ -195,8 +183,8 @@ def _describe(
                 name=name,
                 digest=digest(lora, rows),
                 rank=max((weights.rank for weights in lora.values()), default=0),
+                scalings=tuple(sorted({weights.scaling for weights in lora.values()})),
                 targets=(*lora, *(m for m in rows if m not in lora)),
-                source=source,
             )
         )
     offset = position_offset(causal_lm, int(config.vocab_size))

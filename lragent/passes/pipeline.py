@@ -1,4 +1,4 @@
-"""Runs the passes: `Captured -> Transformed`, and a transformed graph -> one that is lowered for a target."""
+"""Runs the passes: a loaded model -> one program for each layout, and a program -> one lowered for a target."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx
 
-from lragent.capture.capture import Captured
+from lragent.capture.capture import Captured, capture
 from lragent.errors import InternalError, Miss, SplitRefused
 from lragent.graph.quiet_export import without_exporter_noise
 from lragent.loading.adapter_hook import HOOK_SCALING
 from lragent.loading.adapter_weights import LoraWeights
 from lragent.loading.model import LoadedModel
+from lragent.loading.stages import Stages
 from lragent.passes import LOWER, REWRITE
 from lragent.passes.contract import (
     Adapter,
@@ -30,20 +32,12 @@ from lragent.passes.contract import (
 )
 from lragent.passes.lower_attention import LOWER_ATTENTION, TARGETS, fallback_layers
 from lragent.program.cache_schema import CacheSchema, Layout
+from lragent.program.dtypes import LAYOUTS
+from lragent.program.layer_facts import LayerFacts
 
 log = logging.getLogger(__name__)
 
 MOST_MISSES = 4  # named in the message of SplitRefused
-
-
-@dataclass(frozen=True)
-class LayerFacts:
-    """One attention op, for reports: which projections' LR columns it reads, and its key transform."""
-
-    index: int
-    k_module: str | None
-    v_module: str | None
-    key_transform: str
 
 
 @dataclass(frozen=True)
@@ -69,6 +63,20 @@ class Transformed:
 
 
 @dataclass(frozen=True)
+class Rewritten:
+    """A model's programs by layout.
+
+    Args:
+        refusal: the message of the error that refused split layout; "" if there was none.
+        refused: every place for which it was refused.
+    """
+
+    programs: Mapping[Layout, Transformed]
+    refusal: str = ""
+    refused: tuple[Miss, ...] = ()
+
+
+@dataclass(frozen=True)
 class Lowered:
     """A graph lowered to an attention implementation, and the report of each lowering pass by its name."""
 
@@ -79,6 +87,25 @@ class Lowered:
     def fallback(self) -> tuple[Miss, ...]:
         """The layers that run `dispatch.FALLBACK` instead of the chosen implementation."""
         return self.reports[LOWER_ATTENTION.name].misses
+
+
+def rewrite(loaded: LoadedModel, wanted: Sequence[Layout], stages: Stages) -> Rewritten:
+    """Captures a model and rewrites it for every layout that its graph allows.
+
+    Raises:
+        SplitRefused: a layout in `wanted` is refused, or dense layout is.
+    """
+    captured = stages.run("capture", lambda: capture(loaded))
+    programs: dict[Layout, Transformed] = {}
+    refusal: SplitRefused | None = None
+    for layout in LAYOUTS:
+        try:
+            programs[layout] = stages.run(f"rewrite {layout}", partial(transform, captured, layout))
+        except SplitRefused as error:
+            if layout in wanted or layout == "dense":
+                raise
+            refusal = error
+    return Rewritten(programs) if refusal is None else Rewritten(programs, refusal.message, refusal.misses)
 
 
 def transform(captured: Captured, layout: Layout) -> Transformed:

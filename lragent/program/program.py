@@ -1,4 +1,4 @@
-"""A lowered model that the runtime can run, and its agents."""
+"""A lowered model that the runtime can run."""
 
 from __future__ import annotations
 
@@ -7,20 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lragent.program.agent import Agent
 from lragent.program.cache_schema import CacheSchema
 from lragent.program.step import CacheTensors, StepInputs
-
-
-@dataclass(frozen=True)
-class AgentFacts:
-    """What the runtime must know of an agent: its name and the sha256 of its adapter weights ("": a spare slot)."""
-
-    name: str
-    digest: str
-
-    @property
-    def spare(self) -> bool:
-        return not self.digest
 
 
 @dataclass(frozen=True)
@@ -32,7 +21,7 @@ class Program:
     """
 
     schema: CacheSchema
-    agents: tuple[AgentFacts, ...]
+    agents: tuple[Agent, ...]
     max_positions: int
     vocab_size: int
     run: Callable[[StepInputs, CacheTensors], torch.Tensor]

@@ -1,4 +1,4 @@
-"""What an artifact holds, or what a model with adapters would become: agents, streams, bytes, refusals."""
+"""Describes an artifact, or the artifact that a model with adapters would give: agents, streams, bytes, misses."""
 
 from __future__ import annotations
 
@@ -11,24 +11,19 @@ from typing import Any
 from lragent.artifact.directory import open_artifact
 from lragent.artifact.misses import misses_by_layout
 from lragent.errors import Miss
+from lragent.program.agent import Agent
 from lragent.program.cache_schema import CacheSchema
 from lragent.program.dtypes import dtype_name
+from lragent.program.layer_facts import LayerFacts
 from lragent.runtime.cache_cost import break_even, bytes_per_token
 
 
 @dataclass(frozen=True)
-class AgentLine:
-    """An agent, its largest rank, and how many modules it adapts."""
-
-    name: str
-    rank: int
-    modules: int
-    digest: str
-
-
-@dataclass(frozen=True)
 class LayerGroup:
-    """Consecutive attention ops that are alike: shapes, LR columns of K and V, key transform."""
+    """Consecutive attention ops with equal shapes, numbers of LR columns of K and V, and key transforms.
+
+    `shares_columns`: K and V read the same LR columns.
+    """
 
     first: int
     last: int
@@ -43,19 +38,24 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class Inspection:
-    """See the field names.
+    """A report on an artifact or a model.
 
-    `bytes_per_token`: scheme -> bytes of cache that one token takes once 1, 2, ... all agents have seen it, over all
-    layers, in the dtype of the cache. A scheme that is refused is missing. `spare`: slots without agent. `misses`:
-    layout -> every place where a pass did not match, or for which the layout was refused; layers that an attention
-    implementation can't run are listed for each implementation.
+    Args:
+        source: its path.
+        bytes_per_token: scheme -> bytes of cache of one token, over all layers, in the artifact's dtype, after 1, 2,
+            ... all agents have seen it. A refused scheme is missing.
+        refusal: reason for which split layout was refused; "" if it was not.
+        compiled: target -> keys of its compiled files.
+        spare: number of slots without agent.
+        misses: layout -> every place where a pass did not match, or for which the layout was refused. Layers that an
+            attention implementation can't run are listed for each implementation.
     """
 
     source: str
     architecture: str
     dtype: str
     max_positions: int
-    agents: tuple[AgentLine, ...]
+    agents: tuple[Agent, ...]
     layers: tuple[LayerGroup, ...]
     bytes_per_token: Mapping[str, tuple[int, ...]]
     refusal: str
@@ -65,11 +65,11 @@ class Inspection:
 
     @property
     def break_even(self) -> dict[str, int | None]:
-        """Split scheme -> how many agents must see a token so that it takes less than in `non_shared`; None: never."""
+        """Split scheme -> smallest number of agents at which a token takes less than in `non_shared`; None: never."""
         return break_even(self.bytes_per_token)
 
     def tokens_that_fit(self, memory: int) -> dict[str, tuple[int, ...]]:
-        """Scheme -> tokens that `memory` bytes of cache hold, by number of agents that have seen them."""
+        """Scheme -> number of tokens in `memory` bytes of cache, by number of agents that have seen them."""
         return {name: tuple(memory // b for b in by_agents) for name, by_agents in self.bytes_per_token.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,37 +77,38 @@ class Inspection:
 
 
 def inspect_artifact(path: Path) -> Inspection:
-    """Reads the manifest only."""
+    """Reads an artifact's manifest, and no other file."""
     manifest = open_artifact(path).manifest
     entry = manifest.layouts.get("split") or manifest.layouts["dense"]
+    acting = tuple(agent for agent in manifest.agents if not agent.spare)
     return Inspection(
         source=str(path),
         architecture=manifest.architecture,
         dtype=manifest.dtype,
         max_positions=manifest.max_positions,
-        agents=tuple(AgentLine(a.name, a.rank, len(a.targets), a.digest) for a in manifest.agents if a.digest),
+        agents=acting,
         layers=_groups(entry.schema, entry.layers),
         bytes_per_token=bytes_per_token(
             {name: e.schema for name, e in manifest.layouts.items()},
-            tuple(a.name for a in manifest.agents if a.digest),
+            tuple(agent.name for agent in acting),
             manifest.dtype,
         ),
         refusal=manifest.refusal,
         compiled={target: tuple(packages) for target, packages in manifest.compiled.items()},
-        spare=sum(not a.digest for a in manifest.agents),
+        spare=len(manifest.agents) - len(acting),
         misses=misses_by_layout(manifest.layouts.items(), manifest.refused),
     )
 
 
 def inspect_model(model_dir: Path, adapters: Mapping[str, str | Path]) -> Inspection:
-    """Loads, captures and rewrites, but writes and compiles nothing.
+    """Loads, captures and rewrites a model; nothing is compiled or written.
 
     Raises:
         SplitRefused: no layout is possible; `misses` holds every refused place.
     """
-    from lragent.artifact.build import rewrite
     from lragent.loading.model import load_directories
     from lragent.loading.stages import Stages
+    from lragent.passes.pipeline import rewrite
 
     loaded = load_directories(model_dir, adapters)
     rewritten = rewrite(loaded, (), Stages())
@@ -118,7 +119,7 @@ def inspect_model(model_dir: Path, adapters: Mapping[str, str | Path]) -> Inspec
         architecture=loaded.architecture,
         dtype=dtype_name(loaded.dtype),
         max_positions=loaded.max_positions,
-        agents=tuple(AgentLine(a.name, a.rank, len(a.targets), a.digest) for a in loaded.agents),
+        agents=loaded.agents,
         layers=_groups(shown.schema, shown.layers),
         bytes_per_token=bytes_per_token(
             {name: p.schema for name, p in programs.items()},
@@ -131,7 +132,7 @@ def inspect_model(model_dir: Path, adapters: Mapping[str, str | Path]) -> Inspec
     )
 
 
-def _groups(schema: CacheSchema, layers: tuple[Any, ...]) -> tuple[LayerGroup, ...]:
+def _groups(schema: CacheSchema, layers: tuple[LayerFacts, ...]) -> tuple[LayerGroup, ...]:
     widths = {stream.module: stream.width for stream in schema.low_rank}
     groups: list[LayerGroup] = []
     for base in schema.base:

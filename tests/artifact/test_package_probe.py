@@ -16,7 +16,7 @@ from torch import Tensor
 import lragent
 from lragent.artifact import open as open_engine
 from lragent.artifact import package_probe as probe_package
-from lragent.artifact.compiled_files import keep_compiled
+from lragent.artifact.compiled_files import CompiledKey, keep_compiled
 from lragent.artifact.directory import open_artifact
 from lragent.artifact.manifest import read_manifest, write_manifest
 from lragent.artifact.open import resolve_backend
@@ -110,7 +110,7 @@ def test_a_package_of_the_artifact_that_crashes_does_not_end_the_process(
 ) -> None:
     monkeypatch.setattr(open_engine, "PROBED", ("cpu",))
     (key,) = open_artifact(artifact).manifest.compiled[target_name()]
-    keep_compiled(open_artifact(artifact), target_name(), key, aborting)
+    keep_compiled(open_artifact(artifact), target_name(), CompiledKey.parse(key), aborting)
     with pytest.raises(ArtifactError, match="SIGABRT"):
         lragent.load(artifact, kv_memory="1MiB")
 

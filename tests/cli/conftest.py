@@ -1,20 +1,16 @@
-"""The command line as a user calls it, and an artifact that needs no C++ compiler."""
+"""The command line as a user calls it."""
 
 from __future__ import annotations
 
 import io
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-import lragent
 from lragent_cli.main import app
 from tests.models import WrittenModel
 
@@ -51,18 +47,5 @@ def adapters_option(written: WrittenModel) -> str:
 
 
 @pytest.fixture(autouse=True)
-def forget_workflows(tmp_path: Path) -> Iterator[None]:
-    """Modules that a test wrote and imported are gone afterwards, as they are for every run of the command."""
-    path = list(sys.path)
-    yield
-    sys.path[:] = path
-    written = [name for name, module in sys.modules.items() if str(tmp_path) in str(getattr(module, "__file__", ""))]
-    for name in written:
-        del sys.modules[name]
-
-
-@pytest.fixture(scope="session")
-def eager_artifact(tiny_llama: WrittenModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("cli") / "tiny.lragent"
-    lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, out, compiled=False)
-    return out
+def _each_call_imports_anew(forget_workflows: None) -> None:
+    """Every call of the command imports its workflow, as in a process of its own."""

@@ -1,7 +1,6 @@
 from pathlib import Path
 
 from tests.cli.conftest import EAGER, call
-from tests.models import WrittenModel
 
 SMALL = ("--trajectories", 2, "--turns", 4, "--prompt-tokens", 20, "--new-tokens", 3, "--observation-tokens", 5)
 
@@ -34,19 +33,3 @@ def test_trajectories_that_fail_are_no_success(eager_artifact: Path) -> None:
     outcome = call("bench", eager_artifact, *SMALL, *EAGER, "--schemes", "non_shared", "--prompt-tokens", 100_000)
     assert outcome.code == 1
     assert "2 of 2 trajectories failed" in outcome.err and "tasks failed" in outcome.out
-
-
-def test_roofline_of_an_artifact_says_that_it_is_an_estimate(eager_artifact: Path) -> None:
-    outcome = call("bench", eager_artifact, "--roofline", "--gpu", "h100", "--context", 8192, "--decoding", 3)
-    assert outcome.code == 0, outcome.err
-    for text in ("estimated decode step", "An estimate, not a measurement", "base_lr_shared", "8192 tokens", " ms"):
-        assert text in outcome.out
-
-
-def test_roofline_of_a_model_directory(tiny_llama: WrittenModel) -> None:
-    outcome = call("bench", tiny_llama.model_dir, "--roofline", "--agents", 5, "--json")
-    assert outcome.code == 0, outcome.err
-    found = outcome.json()
-    times = {row["sharing"]: row["seconds_once"] for row in found["estimates"]}
-    assert found["agents"] == 5 and len(times) == 5 and "estimate" in found["note"]
-    assert times["full_shared"] <= times["base_lr_shared"]

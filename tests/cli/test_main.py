@@ -75,7 +75,7 @@ def test_the_version_is_that_of_the_package() -> None:
 
 def test_help_names_every_command() -> None:
     shown = call("--help").out
-    for command in ("convert", "inspect", "rollout", "verify", "bench", "demo"):
+    for command in ("convert", "inspect", "rollout", "verify", "bench", "roofline", "demo"):
         assert command in shown
 
 

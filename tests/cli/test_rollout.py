@@ -115,7 +115,7 @@ def test_an_existing_output_is_an_error_unless_overwritten(workplace: Workplace)
     refused = workplace.rollout()
     assert refused.code == 1
     assert refused.err == (
-        f"error: {workplace.out} is there already\nhint: Go on with it with --resume, or start anew with --overwrite.\n"
+        f"error: {workplace.out} exists\nhint: Go on with it (--resume), or replace it (--overwrite).\n"
     )
     assert workplace.out.read_text() == '{"id": "old"}\n'
     assert workplace.rollout("--overwrite").code == 0

@@ -4,9 +4,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-import lragent
 from lragent.errors import TaskFileError
-from lragent_cli.verify import PROMPTS, read_prompts
+from lragent_cli.verify import read_prompts
 from tests.cli.conftest import adapters_option, call
 from tests.models import WrittenModel
 
@@ -42,39 +41,21 @@ def test_another_adapter_is_not_equal(eager_artifact: Path, tiny_llama: WrittenM
     assert code == 1 and found["equal"] is False
 
 
-def test_16_bits_may_err_as_peft_does_in_them(tiny_llama: WrittenModel, tmp_path: Path) -> None:
-    artifact = tmp_path / "half.lragent"
-    lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, artifact, dtype="bfloat16", compiled=False)
-    code, found = verify(artifact, tiny_llama)
-    comparisons = found["comparisons"]
-    assert isinstance(comparisons, list)
-    assert code == 0 and found["equal"] is True
-    assert found["tolerance"] == 2 * max(row["own"] for row in comparisons) > 1e-3
-    code, found = verify(artifact, tiny_llama, "--tolerance", 1e-6)
-    assert code == 1 and found["equal"] is False and found["tolerance"] == 1e-6
+def test_the_tolerance_may_be_given(tiny_llama: WrittenModel, eager_artifact: Path) -> None:
+    code, found = verify(eager_artifact, tiny_llama, "--tolerance", 1e-12)
+    assert code == 1 and found["equal"] is False and found["tolerance"] == 1e-12
 
 
-def test_all_agents_must_be_named(eager_artifact: Path, tiny_llama: WrittenModel) -> None:
+def test_agents_that_are_not_named_are_an_error(eager_artifact: Path, tiny_llama: WrittenModel) -> None:
     fewer = {name: path for name, path in tiny_llama.adapters.items() if name != "action"}
     code, found = verify(eager_artifact, WrittenModel(tiny_llama.model_dir, fewer))
     assert code == 1 and "differ in action" in str(found["error"])
 
 
-def test_changed_weights_are_found_before_anything_runs(
-    eager_artifact: Path, tiny_llama: WrittenModel, tmp_path: Path
-) -> None:
-    damaged = tmp_path / "m.lragent"
-    shutil.copytree(eager_artifact, damaged)
-    file = damaged / "weights" / "base.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    code, found = verify(damaged, tiny_llama)
-    assert code == 1 and "sha256" in str(found["error"])
-
-
-def test_prompts_come_from_a_file_or_from_us(tmp_path: Path) -> None:
-    assert read_prompts(None) == list(PROMPTS)
+def test_prompts_come_from_a_file(tmp_path: Path) -> None:
+    assert read_prompts(None) is None
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+    assert read_prompts(tmp_path / "prompts.txt") == ("one", "two")
     with pytest.raises(TaskFileError, match="can't be read"):
         read_prompts(tmp_path / "none.txt")
     (tmp_path / "empty.txt").write_text("\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lragent
-from lragent.artifact.build import build
+from lragent.artifact.build import BuildOptions, build
 from lragent.loading.model import load_live
 from lragent.loading.stages import Stages
 from lragent.program.cache_schema import Layout
@@ -51,7 +51,7 @@ def test_compiled_artifact_equals_peft(kind: str, tmp_path: Path) -> None:
 def _compare(kind: str, scheme: str, directory: Path) -> None:
     model = adapted_model(kind)
     out = directory / "m.lragent"
-    report = build(load_live(model), out, (LAYOUTS[scheme],), "auto", False, Stages())
+    report = build(load_live(model), out, options=BuildOptions((LAYOUTS[scheme],)), stages=Stages())
     assert len(report.compiled) == 1
     engine = lragent.load(out, sharing=scheme, kv_memory="4MiB")
     assert engine.program.facts["backend"] == "compiled"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import lragent
-from lragent.artifact.build import ConvertReport, build
+from lragent.artifact.build import BuildOptions, ConvertReport, build
 from lragent.errors import Miss
 from lragent.kernels import cpp_library
 from lragent.loading.model import load_live
@@ -31,7 +31,10 @@ def wide_norm() -> Any:
 @pytest.fixture(scope="module")
 def artifact(wide_norm: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[ConvertReport, Path]:
     out = tmp_path_factory.mktemp("wide") / "m.lragent"
-    return build(load_live(wide_norm), out, (), "cpp", False, Stages(), ("split",)), out
+    return (
+        build(load_live(wide_norm), out, options=BuildOptions(attention="cpp"), stages=Stages(), wanted=("split",)),
+        out,
+    )
 
 
 def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -93,7 +96,7 @@ def test_near_miss_all_layers_run_the_chosen_implementation(
 def test_a_compiled_package_says_so(wide_norm: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Opening a package lowers nothing: the manifest holds the layers."""
     out = tmp_path / "m.lragent"
-    report = build(load_live(wide_norm), out, ("split",), "cpp", False, Stages())
+    report = build(load_live(wide_norm), out, options=BuildOptions(("split",), attention="cpp"), stages=Stages())
     assert report.compiled == ("split-cpp-float32",)
     engine = lragent.load(out, kv_memory="4MiB", attention="cpp")
     assert (engine.program.facts["backend"], engine.program.facts["attention"]) == ("compiled", FACT)

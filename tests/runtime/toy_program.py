@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lragent.program.agent import Agent
 from lragent.program.cache_schema import BaseStreams, CacheSchema, Layout, LowRankStream
-from lragent.program.program import AgentFacts, Program
+from lragent.program.program import Program
 from lragent.program.step import CacheTensors, StepInputs
 
 AGENTS = ("plan", "act", "reflect")
@@ -125,7 +126,7 @@ def toy_program(layout: Layout, model: ToyModel | None = None) -> Program:
             x = toy.after_attention(layer, x, attention(q, layer, index, layout, step, cache))
         return (x[step.logits_rows] @ toy.head).float()
 
-    agents = tuple(AgentFacts(name, f"digest of {name}") for name in AGENTS)
+    agents = tuple(Agent(name, f"digest of {name}") for name in AGENTS)
     return Program(schema(layout), agents, POSITIONS, VOCAB, run, {"backend": "toy"})
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from lragent.errors import ArtifactError
 from lragent.files.checked_file import FileEntry
@@ -35,6 +35,11 @@ class Plan:
     calls: tuple[Call, ...]
     result: str
     format: int = FORMAT
+
+
+def is_plan(file: PurePath) -> bool:
+    """True for the plan of a graph that was compiled in segments, False for a package."""
+    return file.name == PLAN
 
 
 def write_plan(plan: Plan, directory: Path) -> Path:

@@ -1,7 +1,7 @@
-"""Task files in, result files out: one JSON object a line.
+"""Task files and result files: one JSON object a line.
 
-Tasks are checked line by line before anything runs, then read again lazily. Every result is one write of one line, so
-that a killed run leaves whole lines and at most one torn one, which has no newline.
+All tasks are checked before the first one runs. They are read again, one at a time, while the run goes on. Every result
+is one write of one line. A killed run therefore leaves whole lines and at most one torn line, which has no newline.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHOWN = 60
 
 
 def read_tasks(path: Path) -> Iterator[Task]:
-    """Tasks of a file, one at a time; a task without an "id" gets its line number as one.
+    """Yields the tasks of a file. A task without an "id" gets its line number as its id.
 
     Raises:
         TaskFileError: the file can't be read; a line is no JSON object, or its id is no string or whole number.
@@ -38,13 +38,13 @@ def check_tasks(path: Path) -> list[TaskId]:
         TaskFileError: as `read_tasks`; two tasks have one id; the file has no task, or is a pipe.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise TaskFileError(f"{path} is no regular file", "Tasks are read twice: write them to a file.")
+        raise TaskFileError(f"{path} is no regular file", "Tasks are read twice. Write them to a file.")
     line_of: dict[TaskId, int] = {}
     for number, task in _numbered_tasks(path):
         if task["id"] in line_of:
             raise TaskFileError(
                 f"{path} lines {line_of[task['id']]} and {number} have the same id {json.dumps(task['id'])}",
-                "Give every task an id of its own, so that results can be told apart.",
+                "Give every task its own id, so that results can be matched to tasks.",
             )
         line_of[task["id"]] = number
     if not line_of:
@@ -53,47 +53,47 @@ def check_tasks(path: Path) -> list[TaskId]:
 
 
 def pending_tasks(path: Path, finished: Set[TaskId]) -> Iterator[Task]:
-    """Tasks whose id isn't among the finished ones."""
+    """Yields the tasks that have no result yet."""
     return (task for task in read_tasks(path) if task["id"] not in finished)
 
 
 def read_results(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines of a result file; a torn last line (no newline) is left out."""
+    """Yields the whole lines of a result file; a torn last line (no newline) is left out."""
     for number, line in _lines(path):
         if line.endswith(b"\n"):
             yield _parse_object(path, number, line)
 
 
 def finished_ids(path: Path, existing: Existing) -> set[TaskId]:
-    """Ids of the results that a run leaves as they are: those of a file that it resumes.
+    """Ids of the results that a run keeps: those of a file that it resumes, none otherwise.
 
     Raises:
-        TaskFileError: the file is there and may not be, or has an unreadable whole line.
+        TaskFileError: the file exists and `existing` is "refuse", or a whole line of it can't be read.
     """
     if existing == "overwrite" or not path.exists():
         return set()
     if existing == "refuse":
-        raise TaskFileError(f"{path} is there already", "Go on with it with --resume, or start anew with --overwrite.")
+        raise TaskFileError(f"{path} exists", "Go on with it (--resume), or replace it (--overwrite).")
     return _ids(path)
 
 
 def _ids(path: Path) -> set[TaskId]:
-    """Ids in a result file; what has none, or no task's, is somebody's own line and stays as it is."""
+    """Ids in a result file. Lines without a valid id are the user's own; they are kept and ignored."""
     found = (result.get("id") for result in read_results(path))
     return {each for each in found if isinstance(each, str | int)}
 
 
 class ResultFile:
-    """Appends results to a file; every line is with the operating system before the next task ends.
+    """Appends results to a file. Every line is written before `write` returns.
 
-    The file is locked until it is closed, so that no two runs write it.
+    The file is locked until it is closed: two runs can't write it at once.
 
     Args:
-        existing: what to do with a file that is there: "refuse" raises, "resume" drops a torn last line and keeps
-            the rest, "overwrite" empties it.
+        existing: applies if the file exists: "refuse" raises, "resume" drops a torn last line and keeps the others,
+            "overwrite" empties it.
 
     Attributes:
-        finished: ids that were there when it was opened and that stay.
+        finished: ids of the results that the file had when it was opened and that stay.
 
     Raises:
         TaskFileError: the file can't be written, or another run writes it.
@@ -103,15 +103,15 @@ class ResultFile:
         self._path = path
         self.finished: set[TaskId] = set()
         try:
-            # Not emptied on opening: it may be the file of a run that is in progress.
+            # The file is not emptied when it is opened: another run may hold its lock.
             self._file = path.open("xb" if existing == "refuse" else "ab", buffering=0)
         except OSError as error:
-            raise TaskFileError(f"{path} can't be written: {error.strerror}", "Choose another --out.") from error
+            raise TaskFileError(f"{path} can't be written: {error.strerror}", "Choose another file (--out).") from error
         if not path.is_file():  # a pipe, a terminal
             return
         if not try_lock(self._file.fileno()):
             self._file.close()
-            raise TaskFileError(f"another run is writing {path}", "Wait for it, or choose another --out.")
+            raise TaskFileError(f"another run is writing {path}", "Wait for it, or choose another file (--out).")
         if existing == "overwrite":
             self._file.truncate(0)
         elif existing == "resume":
@@ -122,17 +122,17 @@ class ResultFile:
         """Appends one line.
 
         Raises:
-            TaskFileError: the disk is full, for one; the file keeps the lines before.
+            TaskFileError: the line can't be written, for example because the disk is full; earlier lines stay.
         """
         line = (json.dumps(result, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
         left = memoryview(line)
         try:
-            while left:  # a disk that fills up takes a part
+            while left:  # a disk that is nearly full takes a part of the line
                 left = left[self._file.write(left) or 0 :]
         except OSError as error:
             raise TaskFileError(
                 f"{self._path} can't be written: {error.strerror}",
-                "Its whole lines are kept: make room and go on with --resume.",
+                "Its whole lines stay. Make room, then go on with it (--resume).",
             ) from error
 
     def __enter__(self) -> ResultFile:
@@ -151,13 +151,13 @@ def _numbered_tasks(path: Path) -> Iterator[tuple[int, Task]]:
         if not isinstance(task["id"], str | int) or isinstance(task["id"], bool):
             raise TaskFileError(
                 f'{path} line {number}: "id" is {_shorten(json.dumps(task["id"]))}, not a string or a whole number',
-                "Give every task an id of its own, or none.",
+                "Give every task its own id, or give none an id.",
             )
         yield number, task
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Line numbers and lines, blank ones left out."""
+    """Yields line numbers and lines; blank lines are left out."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -178,7 +178,7 @@ def _parse_object(path: Path, number: int, line: bytes) -> dict[str, Any]:
         ) from error
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply; ValueError: too long a number
+    except (ValueError, RecursionError) as error:  # a number that is too long; objects that are nested too deeply
         what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise TaskFileError(f"{path} line {number}: not JSON ({what}): {_shorten(text)}", hint) from error
     if not isinstance(value, dict):
@@ -192,7 +192,7 @@ def _shorten(text: str) -> str:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cuts the file after its last newline."""
+    """Cuts a file after its last newline."""
     with path.open("r+b") as file:
         end = file.seek(0, 2)
         block = 1 << 16

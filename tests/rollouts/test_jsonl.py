@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lragent.errors import TaskFileError
-from lragent_cli.task_files import ResultFile, check_tasks, finished_ids, pending_tasks, read_results, read_tasks
+from lragent.rollouts.jsonl import ResultFile, check_tasks, finished_ids, pending_tasks, read_results, read_tasks
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -122,7 +122,7 @@ def test_an_existing_file_is_refused_and_left_alone(results: Path) -> None:
     write(results, '{"id": "a"}\n')
     with pytest.raises(TaskFileError) as raised:
         finished_ids(results, "refuse")
-    assert "is there already" in raised.value.message
+    assert "exists" in raised.value.message
     assert "--resume" in raised.value.hint and "--overwrite" in raised.value.hint
     with pytest.raises(TaskFileError, match="can't be written: File exists"):
         ResultFile(results)
@@ -192,7 +192,7 @@ def test_a_file_cut_anywhere_is_completed_by_resume(tmp_path: Path, cut: int, co
 
 def test_a_killed_process_loses_nothing_that_was_written(results: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from lragent_cli.task_files import ResultFile\n"
+        "import sys, time; from pathlib import Path; from lragent.rollouts.jsonl import ResultFile\n"
         "out = ResultFile(Path(sys.argv[1]))\n"
         "out.write({'id': 'a'}); out.write({'id': 'b'}); print('written', flush=True); time.sleep(60)\n"
     )
@@ -232,7 +232,7 @@ def test_a_file_that_another_run_writes_is_left_alone(results: Path) -> None:
 def test_a_full_disk_keeps_whole_lines(results: Path) -> None:
     """A limit of the file's size stands for the disk: the line that passes it is written in part."""
     program = (
-        "import sys, resource, signal; from pathlib import Path; from lragent_cli.task_files import ResultFile\n"
+        "import sys, resource, signal; from pathlib import Path; from lragent.rollouts.jsonl import ResultFile\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "with ResultFile(Path(sys.argv[1])) as out:\n"
         "    [out.write({'id': i, 'text': 'x' * 280}) for i in range(9)]\n"

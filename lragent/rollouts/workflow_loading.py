@@ -3,35 +3,64 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lragent.errors import TaskFileError
 
-Workflow = Callable[[dict[str, Any], Any], Awaitable[dict[str, Any]]]
+if TYPE_CHECKING:
+    from lragent.runtime import Workflow
 
 SIGNATURE = "async def workflow(task, t) -> dict"
 
 
-def load_workflow(spec: str) -> Workflow:
-    """The function that `FILE.py:FUNC` names.
+@contextmanager
+def open_workflow(spec: str) -> Iterator[Workflow]:
+    """Imports the function that `FILE.py:FUNC` names, and yields it.
+
+    The file's folder (for a module of a package, the folder above the package) is on `sys.path` until the block ends,
+    because a workflow may import its neighbours while it runs.
 
     Raises:
-        TaskFileError: no such file or function, the file can't be imported, or the function isn't a workflow.
+        TaskFileError: there is no such file or function, the import fails, or the function isn't a workflow.
     """
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py") or not name.isidentifier():
         raise TaskFileError(f"workflow {spec!r} isn't FILE.py:FUNC", "For example workflows/qa.py:workflow.")
     path = Path(file)
     if not path.is_file():
-        raise TaskFileError(f"workflow file {path} isn't there", "Check the path before the colon.")
-    module = _import_file(path)
+        raise TaskFileError(f"workflow file {path} doesn't exist", "Check the path before the colon.")
+    root, module_name = _module_name(path.resolve())
+    with _on_path(root):
+        yield _function(_import_file(path, module_name), path, name)
+
+
+@contextmanager
+def _on_path(folder: Path) -> Iterator[None]:
+    """Puts a folder first on `sys.path` until the block ends, unless it is there already."""
+    entry = str(folder)
+    added = entry not in sys.path
+    if added:
+        sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        if added and entry in sys.path:
+            sys.path.remove(entry)
+
+
+def _function(module: ModuleType, path: Path, name: str) -> Workflow:
+    """A module's workflow by name.
+
+    Raises:
+        TaskFileError: there is no such function, or it isn't a workflow.
+    """
     function = getattr(module, name, None)
     if function is None:
         found = [n for n, value in vars(module).items() if inspect.iscoroutinefunction(value)]
@@ -52,17 +81,18 @@ def load_workflow(spec: str) -> Workflow:
     return workflow
 
 
-def _import_file(path: Path) -> ModuleType:
-    """Imports a file by its place in its package, or by itself if its folder is none."""
-    root, name = _module_name(path.resolve())
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
+def _import_file(path: Path, name: str) -> ModuleType:
+    """Imports a file by its dotted name.
+
+    Raises:
+        TaskFileError: the import fails, or Python has another module of this name.
+    """
     try:
         module = importlib.import_module(name)
     except (Exception, SystemExit) as error:
         raise TaskFileError(
             f"{path}{_line_in(path, error)} raised {type(error).__name__} when imported: {error}",
-            "Mend the file and try again.",
+            "Repair the file and try again.",
         ) from error
     if Path(module.__file__ or "").resolve() != path.resolve():
         raise TaskFileError(
@@ -73,7 +103,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _module_name(path: Path) -> tuple[Path, str]:
-    """Folder that has to be on `sys.path`, and the dotted name below it."""
+    """The folder that must be on `sys.path`, and the file's dotted name below it."""
     root, parts = path.parent, [path.stem]
     while (root / "__init__.py").is_file():
         parts.insert(0, root.name)
@@ -82,7 +112,7 @@ def _module_name(path: Path) -> tuple[Path, str]:
 
 
 def _line_in(path: Path, error: BaseException) -> str:
-    """The innermost line of the file that the error passed through, as a remark."""
+    """The innermost line of the file in an error's traceback, as text; "" if there is none."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename) == path.resolve()]
     return f" line {lines[-1]}" if lines else ""

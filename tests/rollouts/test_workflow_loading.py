@@ -1,10 +1,13 @@
 import asyncio
+import sys
 from pathlib import Path
 
 import pytest
 
 from lragent.errors import TaskFileError
-from lragent_cli.workflow_loading import load_workflow
+from lragent.rollouts.workflow_loading import open_workflow
+
+pytestmark = pytest.mark.usefixtures("forget_workflows")
 
 
 def write(path: Path, text: str) -> Path:
@@ -18,8 +21,23 @@ def test_a_workflow_beside_its_modules(tmp_path: Path) -> None:
     file = write(
         tmp_path / "flow.py", "import flow_tools\nasync def go(task, t):\n    return {'a': flow_tools.ANSWER}\n"
     )
-    workflow = load_workflow(f"{file}:go")
-    assert asyncio.run(workflow({}, None)) == {"a": 42}  # type: ignore[arg-type]
+    with open_workflow(f"{file}:go") as workflow:
+        assert asyncio.run(workflow({}, None)) == {"a": 42}  # type: ignore[arg-type]
+
+
+def test_its_folder_is_importable_while_it_runs_and_no_longer(tmp_path: Path) -> None:
+    write(tmp_path / "late_tools.py", "ANSWER = 42\n")
+    file = write(
+        tmp_path / "late.py",
+        "async def go(task, t):\n    import late_tools\n    return {'a': late_tools.ANSWER}\n",
+    )
+    before = list(sys.path)
+    with open_workflow(f"{file}:go") as workflow:
+        assert asyncio.run(workflow({}, None)) == {"a": 42}  # type: ignore[arg-type]
+    assert sys.path == before
+    with pytest.raises(TaskFileError), open_workflow(f"{file}:other"):
+        pass
+    assert sys.path == before
 
 
 def test_a_workflow_inside_a_package(tmp_path: Path) -> None:
@@ -30,26 +48,28 @@ def test_a_workflow_inside_a_package(tmp_path: Path) -> None:
         tmp_path / "outer/inner/flow.py",
         "from outer.names import NAME\nasync def go(task, t, rounds=3):\n    return {'n': NAME}\n",
     )
-    workflow = load_workflow(f"{file}:go")
-    assert workflow.__module__ == "outer.inner.flow"
-    assert asyncio.run(workflow({}, None)) == {"n": "x"}  # type: ignore[arg-type]
+    with open_workflow(f"{file}:go") as workflow:
+        assert workflow.__module__ == "outer.inner.flow"
+        assert asyncio.run(workflow({}, None)) == {"n": "x"}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("spec", ["flow.py", "flow:go", "flow.py:", ":go", "flow.py:go there"])
 def test_a_spec_of_another_form_is_refused(spec: str) -> None:
-    with pytest.raises(TaskFileError, match=r"isn't FILE\.py:FUNC"):
-        load_workflow(spec)
+    with pytest.raises(TaskFileError, match=r"isn't FILE\.py:FUNC"), open_workflow(spec):
+        pass
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TaskFileError, match=r"nowhere\.py isn't there"):
-        load_workflow(f"{tmp_path / 'nowhere.py'}:go")
+    missing = tmp_path / "nowhere.py"
+    with pytest.raises(TaskFileError, match=r"nowhere\.py doesn't exist"), open_workflow(f"{missing}:go"):
+        pass
 
 
 def test_a_missing_function_lists_those_there(tmp_path: Path) -> None:
     file = write(tmp_path / "flow.py", "async def one(task, t): ...\nasync def two(task, t): ...\ndef three(): ...\n")
-    with pytest.raises(TaskFileError, match=r"has no 'four'\nAsync functions there: one, two\."):
-        load_workflow(f"{file}:four")
+    found = r"has no 'four'\nAsync functions there: one, two\."
+    with pytest.raises(TaskFileError, match=found), open_workflow(f"{file}:four"):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -64,8 +84,8 @@ def test_a_missing_function_lists_those_there(tmp_path: Path) -> None:
 )
 def test_what_is_no_workflow_is_refused(tmp_path: Path, text: str, found: str) -> None:
     file = write(tmp_path / "flow.py", text)
-    with pytest.raises(TaskFileError, match=found):
-        load_workflow(f"{file}:go")
+    with pytest.raises(TaskFileError, match=found), open_workflow(f"{file}:go"):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -79,11 +99,11 @@ def test_what_is_no_workflow_is_refused(tmp_path: Path, text: str, found: str) -
 )
 def test_an_import_that_raises_is_shown(tmp_path: Path, text: str, found: str) -> None:
     file = write(tmp_path / "flow.py", text)
-    with pytest.raises(TaskFileError, match=found):
-        load_workflow(f"{file}:go")
+    with pytest.raises(TaskFileError, match=found), open_workflow(f"{file}:go"):
+        pass
 
 
 def test_a_file_named_like_a_loaded_module_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "json.py", "async def go(task, t): ...\n")
-    with pytest.raises(TaskFileError, match="Python has another module named 'json'"):
-        load_workflow(f"{file}:go")
+    with pytest.raises(TaskFileError, match="Python has another module named 'json'"), open_workflow(f"{file}:go"):
+        pass

@@ -1,4 +1,4 @@
-"""Plain PEFT on a model directory: what `lragent verify` compares an artifact with."""
+"""Plain PEFT on a model directory, the reference of `verification.py`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 @dataclass(frozen=True)
 class Scored:
-    """PEFT's view of a continuation, one entry a token.
+    """PEFT's scores of a continuation, one entry a token.
 
     Args:
-        logprobs: of the tokens given.
-        behind: by how much the most likely token is ahead of the one given; 0 where greedy decoding agrees.
+        logprobs: log-probabilities of the continuation's tokens.
+        behind: log-probability of the most likely token minus that of the continuation's; 0 where they are the same.
     """
 
     logprobs: list[float]
@@ -24,13 +24,13 @@ class Scored:
 
 
 class PeftReference:
-    """The model with one adapter at a time, run token by token as transformers and PEFT do it.
+    """The model with one adapter at a time, run by transformers and PEFT.
 
-    An agent's adapter is loaded alone on a fresh base when the agent changes: PEFT can't hold adapters of all variants
-    beside each other, and a trained bias would change the base under the others.
+    When the agent changes, its adapter is loaded alone on a fresh base. PEFT can't hold adapters of all variants in one
+    model, and a trained bias would change the base of the other agents.
 
     Args:
-        dtype: name of a torch dtype, that of the artifact.
+        dtype: name of the torch dtype in which the model runs.
     """
 
     def __init__(self, model: Path, adapters: Mapping[str, Path], dtype: str) -> None:
@@ -41,7 +41,7 @@ class PeftReference:
         if self._loaded is None or self._loaded[0] != agent:
             from lragent.loading.checkpoint import read_base
 
-            self._loaded = None  # frees the last one first
+            self._loaded = None  # frees the previous model before the next one is read
             model = read_base(self._path, self._dtype)
             if agent in self._adapters:
                 from peft import PeftModel
@@ -51,7 +51,7 @@ class PeftReference:
         return self._loaded[1]
 
     def score(self, agent: str, prompt: list[int], continuation: list[int]) -> Scored:
-        """Log-probabilities of a continuation by an agent; `base` is the model without adapter."""
+        """Scores a continuation in one forward pass; the agent `base` is the model without adapter."""
         ids = torch.tensor([prompt + continuation])
         with torch.no_grad():
             logits = self._acting(agent)(ids, use_cache=False).logits
