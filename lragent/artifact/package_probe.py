@@ -1,4 +1,4 @@
-"""Runs a compiled package in a child process first: a package that crashes ends the child, which becomes an error.
+"""Runs a compiled package in a child process first. If the package crashes, only the child ends.
 
     python -m lragent.artifact.package_probe ARTIFACT LAYOUT PACKAGE ATTENTION GRAPH KV_DTYPE DEVICE
 
@@ -25,18 +25,18 @@ from lragent.kernels.dispatch import resolve
 from lragent.program.dtypes import dtype_named
 from lragent.program.step import StepKind
 
-SECONDS = 600  # to load the weights and run a step
+SECONDS = 600  # time limit of the child, which loads the weights and runs one step
 # Sequences and tokens of each; `example_cache` has pages for two sequences.
 _SIZES: dict[StepKind, tuple[int, int]] = {"any": (2, 3), "decode": (2, 1), "prefill": (1, 3)}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A package to run; all fields are text because they are the child's arguments.
+    """A package to run. All fields are text, because they are the child's arguments.
 
     Args:
-        package: path of the package, or of the plan of several; it need not be in the artifact yet.
-        graph: name of the graph that it was compiled from (`lragent.kernels.dispatch.graphs`).
+        package: path of the package, or of a plan; it may lie outside the artifact.
+        graph: name of the graph from which it was compiled (`lragent.kernels.dispatch.graphs`).
     """
 
     artifact: str
@@ -52,7 +52,8 @@ def require_runs(probe: Probe) -> None:
     """Runs a package in a child process. The child needs room on the device for a second copy of the weights.
 
     Raises:
-        ArtifactError: the child died, failed or hung; says package, device, signal or exit code, and its last lines.
+        ArtifactError: the child crashed, failed or hung; names package, device, signal or exit code, and the child's
+            last output.
     """
     command = [sys.executable, "-m", __name__, *astuple(probe)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
