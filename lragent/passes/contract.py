@@ -108,8 +108,7 @@ class RewriteContext:
     Args:
         agents: names in order; agent id = index + 1.
         adapters: projection FQN -> agent name -> weights.
-        lora_parameters: FQN of a captured lora_A / lora_B weight -> (projection FQN, "a" or "b").
-        captured_scaling: projection FQN -> scalings that may stand in its captured chains.
+        embeddings: FQN of each adapted embedding -> how many tokens it has.
         rows: projection FQN -> agent name -> outputs (of an embedding: tokens) with weights of the agent's own.
         groups: projection FQN -> for each agent, the first agent whose A it shares; empty: whoever has an equal A.
     """
@@ -117,19 +116,11 @@ class RewriteContext:
     layout: Layout
     agents: tuple[str, ...]
     adapters: Mapping[str, Mapping[str, Adapter]]
-    lora_parameters: Mapping[str, tuple[str, str]]
-    captured_scaling: Mapping[str, frozenset[float]]
     max_positions: int
+    embeddings: Mapping[str, int] = field(default_factory=dict)
     rows: Mapping[str, Mapping[str, ReplacedRows]] = field(default_factory=dict)
     groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     state: PassState = field(default_factory=PassState)
-
-    def lora_role(self, node: object) -> tuple[str, str] | None:
-        """(projection FQN, "a" or "b") of a `get_attr` node of a captured adapter weight; None for any other node."""
-        if not isinstance(node, fx.Node) or node.op != "get_attr":
-            return None
-        # Names in the graph are those of the model, under the attribute of the exported wrapper.
-        return self.lora_parameters.get(str(node.target).partition(".")[2])
 
 
 @dataclass(frozen=True)
