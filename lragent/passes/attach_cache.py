@@ -20,8 +20,9 @@ from torch import fx
 
 from lragent.graph.attention_marker import has_slopes, marker_nodes
 from lragent.graph.fx_tools import add_constant, add_shared_constant, placeholder
+from lragent.graph.passes import Pass, PassReport
 from lragent.kernels.ops import SLOPE_CHANNELS, with_slopes
-from lragent.passes.contract import Pass, PassReport, RewriteContext, RoutedLinear, SplitStream
+from lragent.passes.contract import RewriteContext, RoutedLinear, SplitStream
 from lragent.program.cache_schema import BaseStreams, CacheSchema, LowRankStream
 from lragent.program.step import STEP_INPUTS, cache_input_names
 

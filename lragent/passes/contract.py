@@ -1,24 +1,14 @@
-"""The contract of a pass: what it gets, what it reports, how it finds and adds things in a graph."""
+"""What rewriting and lowering passes read, and what they hand to each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 from torch import Tensor, fx
 
-from lragent.errors import Miss
 from lragent.loading.adapter_weights import ReplacedRows
 from lragent.program.cache_schema import BaseStreams, Layout, LowRankStream
-
-
-@dataclass(frozen=True)
-class PassReport:
-    """The result of a pass: how many places it changed, and the places where it did not match."""
-
-    changed: int
-    misses: tuple[Miss, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,24 +118,6 @@ class LowerContext:
     """Facts that lowering passes read: the name of the graph of an attention implementation (`dispatch.graphs`)."""
 
     attention: str
-
-
-Context = TypeVar("Context", RewriteContext, LowerContext)
-
-
-@dataclass(frozen=True)
-class Pass(Generic[Context]):
-    """A named rewrite of the graph in place.
-
-    Args:
-        required: every place must match; a miss refuses the program.
-        hint: advice to the user when a required pass has missed.
-    """
-
-    name: str
-    run: Callable[[fx.GraphModule, Context], PassReport]
-    required: bool = False
-    hint: str = ""
 
 
 ROUTED = "lragent_routed"  # key in node.meta of a routed projection's output: RoutedLinear

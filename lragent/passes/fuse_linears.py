@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, fx
 
 from lragent.graph.fx_tools import calls, fetch, only_user, placeholder
+from lragent.graph.passes import Pass, PassReport
 from lragent.kernels import ops
-from lragent.passes.contract import LowerContext, Pass, PassReport
+from lragent.passes.contract import LowerContext
 
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

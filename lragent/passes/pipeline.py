@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,24 +12,14 @@ from torch import fx, nn
 from lragent.capture.capture import Captured
 from lragent.errors import InternalError, Miss, SplitRefused
 from lragent.graph.adapter_marker import adapter_markers
+from lragent.graph.passes import Context, Pass, PassReport, run_pass
 from lragent.graph.quiet_export import without_exporter_noise
 from lragent.loading.adapter_weights import LoraWeights
 from lragent.loading.model import LoadedModel
 from lragent.passes import LOWER, REWRITE
-from lragent.passes.contract import (
-    Adapter,
-    Context,
-    KeyTransform,
-    LowerContext,
-    Pass,
-    PassReport,
-    PassState,
-    RewriteContext,
-)
+from lragent.passes.contract import Adapter, KeyTransform, LowerContext, PassState, RewriteContext
 from lragent.passes.lower_attention import LOWER_ATTENTION, TARGETS, fallback_layers
 from lragent.program.cache_schema import CacheSchema, Layout
-
-log = logging.getLogger(__name__)
 
 MOST_MISSES = 4  # named in the message of SplitRefused
 
@@ -153,7 +141,7 @@ def _run_all(
     """Runs passes in order and returns their reports by name; `subject` begins the message of a refusal."""
     reports: dict[str, PassReport] = {}
     for entry in passes:
-        reports[entry.name] = report = _run(entry, graph, context)
+        reports[entry.name] = report = run_pass(entry, graph, context)
         if entry.required and report.misses:
             raise SplitRefused(f"{subject} can't be split: {_shown(report.misses)}", entry.hint, report.misses)
     return reports
@@ -163,17 +151,6 @@ def _shown(misses: Sequence[Miss]) -> str:
     shown = "; ".join(map(str, misses[:MOST_MISSES]))
     more = len(misses) - MOST_MISSES
     return f"{shown}; and {more} more; `lragent inspect MODEL --adapters ...` lists all" if more > 0 else shown
-
-
-def _run(entry: Pass[Context], graph: fx.GraphModule, context: Context) -> PassReport:
-    started = time.perf_counter()
-    try:
-        report = entry.run(graph, context)
-        graph.graph.lint()
-    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
-        raise InternalError(f"pass {entry.name} failed: {type(error).__name__}: {error}") from error
-    log.info("%s: %d changed in %.2f s", entry.name, report.changed, time.perf_counter() - started)
-    return report
 
 
 def _drop_unused(graph: fx.GraphModule) -> None:

@@ -21,9 +21,10 @@ from torch import fx
 from lragent.errors import Miss
 from lragent.graph.adapter_marker import adapter_markers
 from lragent.graph.fx_tools import add_constant, add_shared_constant, placeholder
+from lragent.graph.passes import Pass, PassReport
 from lragent.passes.adapters.agent_rows import replace_rows
 from lragent.passes.adapters.stack import gains, low_rank_stream, stack
-from lragent.passes.contract import ROUTED, Pass, PassReport, RewriteContext, RoutedLinear
+from lragent.passes.contract import ROUTED, RewriteContext, RoutedLinear
 from lragent.passes.select_logits import ROWS
 from lragent.program.cache_schema import LowRankStream
 

@@ -19,7 +19,8 @@ from torch import fx
 from lragent.errors import Miss
 from lragent.graph.adapter_marker import ADAPTER_MARKER
 from lragent.graph.fx_tools import placeholder
-from lragent.passes.contract import Pass, PassReport, RewriteContext
+from lragent.graph.passes import Pass, PassReport
+from lragent.passes.contract import RewriteContext
 
 aten = torch.ops.aten
 

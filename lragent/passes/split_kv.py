@@ -20,7 +20,8 @@ from torch import Tensor, fx
 from lragent.errors import Miss
 from lragent.graph.attention_marker import has_slopes, marker_nodes
 from lragent.graph.fx_tools import add_shared_constant
-from lragent.passes.contract import KeyTransform, Pass, PassReport, RewriteContext, SplitStream
+from lragent.graph.passes import Pass, PassReport
+from lragent.passes.contract import KeyTransform, RewriteContext, SplitStream
 from lragent.passes.key_value.dora_gains import per_head, scale_side
 from lragent.passes.key_value.join_streams import joined_columns
 from lragent.passes.key_value.key_transform import Probe, Underivable, derive_key, derive_value

@@ -10,8 +10,9 @@ from torch import fx
 
 from lragent.errors import InternalError, Miss, SplitRefused
 from lragent.graph.adapter_marker import ADAPTER_MARKER
+from lragent.graph.passes import Pass, PassReport
 from lragent.passes import LOWER, REWRITE, pipeline
-from lragent.passes.contract import Pass, PassReport, RewriteContext
+from lragent.passes.contract import RewriteContext
 from lragent.passes.lower_attention import TARGETS
 from lragent.passes.pipeline import lower, transform
 from lragent.program.cache_schema import Layout
