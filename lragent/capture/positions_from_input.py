@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from lragent.capture.context import CaptureContext
 from lragent.errors import Miss
+from lragent.graph.fx_tools import dependents, emit
 from lragent.graph.passes import Pass, PassReport
 from lragent.probing.position_offset import POSITIONS
 
@@ -52,9 +53,9 @@ def _run(graph: fx.GraphModule, context: CaptureContext) -> PassReport:
             continue
         with graph.graph.inserting_after(node):
             shape = node.meta["val"].shape
-            given = positions if len(shape) == 2 else graph.graph.call_function(torch.select, (positions, 0, 0))
+            given = positions if len(shape) == 2 else emit(graph, torch.select, positions, 0, 0)
         with graph.graph.inserting_after(node if given is positions else given):
-            moved = graph.graph.call_function(torch.add, (given, first))
+            moved = emit(graph, torch.add, given, first)
         node.replace_all_uses_with(moved)
         moved.meta["val"] = node.meta["val"]
     graph.graph.eliminate_dead_code()
@@ -95,11 +96,9 @@ def _count_start(value: Any, tokens: int) -> int | None:
 
 def _independent_of_values(graph: fx.Graph) -> set[fx.Node]:
     """Call nodes that depend on sizes of inputs at most."""
-    dependent: set[fx.Node] = set()
-    for node in graph.nodes:
-        reads = node.target not in _OF_SHAPE and any(n in dependent for n in node.all_input_nodes)
-        if reads or node.op in ("placeholder", "get_attr"):
-            dependent.add(node)
+    dependent = dependents(
+        graph, lambda node: node.op in ("placeholder", "get_attr"), lambda node: node.target in _OF_SHAPE
+    )
     return {node for node in graph.nodes if node.op == "call_function" and node not in dependent}
 
 

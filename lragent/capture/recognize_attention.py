@@ -14,7 +14,7 @@ constant factor, a causal or sliding-window mask, and a bias that is linear in t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from lragent.capture.context import CaptureContext
 from lragent.errors import Miss
 from lragent.graph.attention_marker import MARKER
-from lragent.graph.fx_tools import depends_on_ids, evaluate
+from lragent.graph.fx_tools import depends_on_ids, emit, evaluate
 from lragent.graph.passes import Pass, PassReport
 
 aten = torch.ops.aten
@@ -79,7 +79,7 @@ def _mark_softmax(graph: fx.GraphModule, softmax: fx.Node, layer: int, max_posit
     heads = int(product.meta["val"].shape[-3])
     scores = _scores(graph, softmax, product, heads, max_positions)
     with graph.graph.inserting_before(weighted):
-        key = graph.graph.call_function(aten.transpose.int, (key_T, -1, -2))
+        key = emit(graph, aten.transpose.int, key_T, -1, -2)
         key.meta["val"] = key_T.meta["val"].transpose(-1, -2)
         _replace(graph, weighted, query, key, value, scores, layer)
     return 1
@@ -112,8 +112,7 @@ def _replace(
 ) -> None:
     """Replaces `end` (`[1, H, T, D]` or `[H, T, D]`) by a marker op at the insertion point."""
 
-    def call(target: Any, *args: Any) -> fx.Node:
-        return graph.graph.call_function(target, args)
+    call = partial(emit, graph)
 
     def four(node: fx.Node) -> fx.Node:
         shape = node.meta["val"].shape

@@ -20,7 +20,7 @@ from torch import fx
 
 from lragent.errors import Miss
 from lragent.graph.adapter_marker import adapter_markers
-from lragent.graph.fx_tools import add_constant, add_shared_constant, placeholder
+from lragent.graph.fx_tools import add_constant, add_shared_constant, emit, placeholder
 from lragent.graph.passes import Pass, PassReport
 from lragent.passes.adapters.agent_rows import replace_rows
 from lragent.passes.adapters.stack import gains, low_rank_stream, stack
@@ -75,13 +75,11 @@ def _rewrite(graph: fx.GraphModule, context: RewriteContext, index: int, marker:
     with graph.graph.inserting_before(marker):
         ids = _ids_of_rows(graph, x, agent_ids)
         if gain_NC is not None:
-            gain = graph.graph.call_function(
-                aten.index_select.default, (add_constant(graph, f"lora_gain_{index}", gain_NC), 0, ids)
-            )
-            total = graph.graph.call_function(aten.mul.Tensor, (base, gain))
+            gain = emit(graph, aten.index_select.default, add_constant(graph, f"lora_gain_{index}", gain_NC), 0, ids)
+            total = emit(graph, aten.mul.Tensor, base, gain)
         if adapters:
             low_rank, delta = _low_rank(graph, context, index, marker, stream, ids)
-            total = graph.graph.call_function(aten.add.Tensor, (total, delta))
+            total = emit(graph, aten.add.Tensor, total, delta)
         if rows:
             tokens = context.embeddings.get(module)
             width = tokens or marker.meta["val"].shape[-1]
@@ -105,30 +103,28 @@ def _low_rank(
     a_node = add_constant(graph, f"lora_a_{index}", a_cat.T if embeds else a_cat)
     ones_node = None if ones is None else add_constant(graph, f"lora_ones_{index}", ones)
     if embeds:
-        low_rank = graph.graph.call_function(aten.embedding.default, (a_node, x))
+        low_rank = emit(graph, aten.embedding.default, a_node, x)
         if ones_node is not None:
-            low_rank = graph.graph.call_function(aten.add.Tensor, (low_rank, ones_node))
+            low_rank = emit(graph, aten.add.Tensor, low_rank, ones_node)
     else:
         bias = () if ones_node is None else (ones_node,)
-        low_rank = graph.graph.call_function(aten.linear.default, (x, a_node, *bias))
+        low_rank = emit(graph, aten.linear.default, x, a_node, *bias)
     own = low_rank
     if not torch.equal(columns, torch.arange(a_cat.shape[0])):
         columns_node = add_shared_constant(graph, COLUMNS, columns)
-        own = graph.graph.call_function(
-            aten.index_select.default, (low_rank, marker.meta["val"].dim() - 1, columns_node)
-        )
+        own = emit(graph, aten.index_select.default, low_rank, marker.meta["val"].dim() - 1, columns_node)
     route_node = add_shared_constant(graph, ROUTE, route)
-    mask = graph.graph.call_function(aten.index_select.default, (route_node, 0, ids))
-    own = graph.graph.call_function(aten.mul.Tensor, (own, mask))
+    mask = emit(graph, aten.index_select.default, route_node, 0, ids)
+    own = emit(graph, aten.mul.Tensor, own, mask)
     b_node = add_constant(graph, f"lora_b_{index}", b_cat)
-    return low_rank, graph.graph.call_function(aten.matmul.default, (own, b_node))
+    return low_rank, emit(graph, aten.matmul.default, own, b_node)
 
 
 def _ids_of_rows(graph: fx.GraphModule, x: fx.Node, agent_ids: fx.Node) -> fx.Node:
     """Agent ids of the tokens in x: of those whose logits are wanted, if x was cut down to them."""
     rows = placeholder(graph, ROWS)
     if rows is not None and x.target is aten.index_select.default and x.args[2] is rows:
-        return graph.graph.call_function(aten.index_select.default, (agent_ids, 0, rows))
+        return emit(graph, aten.index_select.default, agent_ids, 0, rows)
     return agent_ids
 
 

@@ -18,7 +18,7 @@ from torch import fx
 
 from lragent.errors import Miss
 from lragent.graph.adapter_marker import ADAPTER_MARKER
-from lragent.graph.fx_tools import placeholder
+from lragent.graph.fx_tools import emit, placeholder
 from lragent.graph.passes import Pass, PassReport
 from lragent.passes.contract import RewriteContext
 
@@ -52,16 +52,16 @@ def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
     if head is None:
         misses = (Miss("logits", logits.name, "no linear op found behind the logits; all rows are computed"),)
         with graph.graph.inserting_before(output):
-            logits = graph.graph.call_function(aten.index_select.default, (logits, 1, rows))
+            logits = emit(graph, aten.index_select.default, logits, 1, rows)
     else:
         hidden, users = head
         with graph.graph.inserting_after(hidden):
-            selected = graph.graph.call_function(aten.index_select.default, (hidden, 1, rows))
+            selected = emit(graph, aten.index_select.default, hidden, 1, rows)
         for user in users:
             user.replace_input_with(hidden, selected)
     with graph.graph.inserting_before(output):
-        wide = graph.graph.call_function(aten.to.dtype, (logits, torch.float32))
-        flat = graph.graph.call_function(aten.squeeze.dim, (wide, 0))
+        wide = emit(graph, aten.to.dtype, logits, torch.float32)
+        flat = emit(graph, aten.squeeze.dim, wide, 0)
     output.args = (flat,)
     return PassReport(1, misses)
 

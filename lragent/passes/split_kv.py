@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from lragent.errors import Miss
 from lragent.graph.attention_marker import has_slopes, marker_nodes
-from lragent.graph.fx_tools import add_shared_constant
+from lragent.graph.fx_tools import add_shared_constant, emit
 from lragent.graph.passes import Pass, PassReport
 from lragent.passes.contract import KeyTransform, RewriteContext, SplitStream
 from lragent.passes.key_value.dora_gains import per_head, scale_side
@@ -129,9 +129,9 @@ def _base_stream(
     base = path.base(graph)
     with graph.graph.inserting_before(path.end):
         channels = add_shared_constant(graph, "key_channels", channel_HD.reshape(-1))
-        picked = graph.graph.call_function(aten.index_select.default, (base, 2, channels))
-        shaped = graph.graph.call_function(aten.unflatten.int, (picked, 2, [heads, dim]))
-        raw = graph.graph.call_function(aten.transpose.int, (shaped, 1, 2))
+        picked = emit(graph, aten.index_select.default, base, 2, channels)
+        shaped = emit(graph, aten.unflatten.int, picked, 2, [heads, dim])
+        raw = emit(graph, aten.transpose.int, shaped, 1, 2)
     raw.meta["val"] = path.end.meta["val"]
     return raw
 

@@ -15,10 +15,12 @@ Before:                              After:
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, fx
 
-from lragent.graph.fx_tools import add_shared_constant, placeholder
+from lragent.graph.fx_tools import add_shared_constant, emit, placeholder
 from lragent.passes.key_value.key_transform import Probe, Underivable
 
 aten = torch.ops.aten
@@ -53,9 +55,7 @@ def scale_side(graph: fx.GraphModule, marker: fx.Node, position: int, gain_NHD: 
     heads = int(query.meta["val"].shape[1])
     table = gain_NHD.repeat_interleave(heads // gain_NHD.shape[1], dim=1)
     ids = placeholder(graph, "agent_ids")
-
-    def call(target: object, *args: object) -> fx.Node:
-        return graph.graph.call_function(target, args)  # type: ignore[arg-type]
+    call = partial(emit, graph)
 
     def gain_of_tokens() -> fx.Node:
         return call(aten.index_select.default, add_shared_constant(graph, "lora_magnitude", table), 0, ids)
@@ -68,7 +68,7 @@ def scale_side(graph: fx.GraphModule, marker: fx.Node, position: int, gain_NHD: 
         marker.args = (scaled, *marker.args[1:])
         return
     with graph.graph.inserting_after(marker):
-        end = graph.graph.call_function(aten.mul.Tensor, (marker, marker))
+        end = emit(graph, aten.mul.Tensor, marker, marker)
     with graph.graph.inserting_before(end):
         gain = call(aten.unsqueeze.default, gain_of_tokens(), 0)
     marker.replace_all_uses_with(end)
