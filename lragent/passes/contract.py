@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 
 from torch import Tensor, fx
 
@@ -43,6 +44,13 @@ class RoutedLinear:
     stream: LowRankStream
     gain_NC: Tensor | None = None
     replaced: bool = False
+
+
+class Side(Enum):
+    """Side of an attention op; its value is the side's argument position in the attention marker."""
+
+    KEY = 1
+    VALUE = 2
 
 
 @dataclass(frozen=True)
