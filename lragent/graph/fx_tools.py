@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -24,6 +24,11 @@ def placeholder(graph: fx.GraphModule, name: str) -> fx.Node | None:
 def only_user(node: fx.Node) -> fx.Node | None:
     """The node's user if it has exactly one."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def emit(graph: fx.GraphModule, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """Adds a call of an op at the insertion point."""
+    return graph.graph.call_function(target, args, kwargs)
 
 
 def fetch(graph: fx.GraphModule, node: fx.Node) -> Tensor:
@@ -54,16 +59,26 @@ def add_shared_constant(graph: fx.GraphModule, stem: str, tensor: Tensor) -> fx.
         index += 1
 
 
-def depends_on_ids(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose values (not only shapes) depend on token ids."""
-    dependent: set[fx.Node] = set()
+def dependents(graph: fx.Graph, is_source: Callable[[fx.Node], bool], hides: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """Sources, and nodes whose values depend on them; a node that `hides` passes nothing on from its inputs."""
+    found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder":
-            if node.target != POSITIONS:
-                dependent.add(node)
-        elif node.target is not torch.ops.aten.sym_size.int and any(n in dependent for n in node.all_input_nodes):
-            dependent.add(node)
-    return dependent
+        if is_source(node) or (not hides(node) and any(n in found for n in node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def depends_on_ids(graph: fx.Graph, others: Collection[str] = (POSITIONS,)) -> set[fx.Node]:
+    """Nodes whose values (not only shapes) depend on token ids.
+
+    Args:
+        others: inputs of the graph that are not token ids.
+    """
+    return dependents(
+        graph,
+        lambda node: node.op == "placeholder" and node.target not in others,
+        lambda node: node.target is torch.ops.aten.sym_size.int,
+    )
 
 
 def evaluate(graph: fx.GraphModule, node: fx.Node, tokens: int, known: dict[fx.Node, Any]) -> Any:

@@ -14,14 +14,16 @@ key.
 from __future__ import annotations
 
 import operator
+from functools import partial
 
 import torch
 from torch import fx
 
 from lragent.graph.attention_marker import has_slopes, marker_nodes
-from lragent.graph.fx_tools import add_constant, add_shared_constant, placeholder
+from lragent.graph.fx_tools import add_constant, add_shared_constant, emit, placeholder
+from lragent.graph.passes import Pass, PassReport
 from lragent.kernels.ops import SLOPE_CHANNELS, with_slopes
-from lragent.passes.contract import Pass, PassReport, RewriteContext, RoutedLinear, SplitStream
+from lragent.passes.contract import RewriteContext, RoutedLinear, SplitStream
 from lragent.program.cache_schema import BaseStreams, CacheSchema, LowRankStream
 from lragent.program.step import STEP_INPUTS, cache_input_names
 
@@ -76,7 +78,7 @@ def _add_inputs(graph: fx.GraphModule, schema: CacheSchema) -> dict[str, fx.Node
         for name in (*STEP_INPUTS, *cache_input_names(schema)):
             inputs[name] = graph.graph.create_node("placeholder", name, name=f"{name}_in")
         for old_name, name in _RENAMED.items():
-            packed = graph.graph.call_function(aten.unsqueeze.default, (inputs[name], 0))
+            packed = emit(graph, aten.unsqueeze.default, inputs[name], 0)
             old = placeholder(graph, old_name)
             assert old is not None
             old.replace_all_uses_with(packed)
@@ -99,9 +101,7 @@ def _rewrite(
     query, _, _, sinks, _, scale, window, softcap, slopes = (*marker.args, None)[:9]
     key, value = pair
     with graph.graph.inserting_before(marker):
-
-        def call(target: object, *args: object) -> fx.Node:
-            return graph.graph.call_function(target, args)  # type: ignore[arg-type]
+        call = partial(emit, graph)
 
         def tokens_first(heads_first: object) -> fx.Node:
             return call(aten.transpose.int, call(aten.squeeze.dim, heads_first, 0), 0, 1)
@@ -127,7 +127,7 @@ def _rewrite(
             number = streams[side.routed.low_rank]
             cache, table = inputs[f"lr_{number}"], inputs[f"lr_table_{number}"]
             if number not in written:
-                _write_low_rank(call, side.routed, cache, table, inputs["lr_slots"])
+                _write_low_rank(graph, side.routed, cache, table, inputs["lr_slots"])
                 written.add(number)
             up_NHrD = side.up_NHrD
             if name == "k" and slopes is not None:
@@ -152,10 +152,11 @@ def _rewrite(
     graph.graph.erase_node(marker)
 
 
-def _write_low_rank(call: object, routed: RoutedLinear, cache: fx.Node, table: fx.Node, slots: fx.Node) -> None:
-    assert callable(call)
-    flat = call(aten.squeeze.dim, routed.low_rank, 0)
-    call(lragent.write_lr.default, flat, cache, table, slots)
+def _write_low_rank(
+    graph: fx.GraphModule, routed: RoutedLinear, cache: fx.Node, table: fx.Node, slots: fx.Node
+) -> None:
+    flat = emit(graph, aten.squeeze.dim, routed.low_rank, 0)
+    emit(graph, lragent.write_lr.default, flat, cache, table, slots)
 
 
 def _transform_arguments(graph: fx.GraphModule, key: SplitStream) -> tuple[object, ...]:

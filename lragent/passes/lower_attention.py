@@ -17,10 +17,11 @@ from torch import fx
 
 from lragent.errors import Miss
 from lragent.graph.fx_tools import calls, fetch
+from lragent.graph.passes import Pass, PassReport
 from lragent.kernels import ops
 from lragent.kernels.dispatch import FALLBACK
 from lragent.kernels.flash_lora_attention import inductor
-from lragent.passes.contract import LowerContext, Pass, PassReport
+from lragent.passes.contract import LowerContext
 
 # Implementation name -> what the node calls; a plain function is traced into the graph when it is exported.
 TARGETS: dict[str, Callable[..., Any]] = {

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from lragent.capture.capture import Captured, capture
+from lragent.graph.passes import PassReport
 from lragent.loading.model import load_live
 from lragent.passes import LOWER, REWRITE
-from lragent.passes.contract import LowerContext, PassReport, PassState, RewriteContext
+from lragent.passes.contract import LowerContext, PassState, RewriteContext
 from lragent.passes.pipeline import rewrite_context
 from lragent.program.cache_schema import CacheSchema, Layout
 from lragent.program.step import CacheTensors, StepInputs
