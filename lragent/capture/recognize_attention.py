@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lragent.graph.attention_marker import MARKER
-from lragent.graph.fx_tools import depends_on_ids, evaluate
+from lragent.graph.fx_tools import depends_on_ids, evaluate, in_order
+from lragent.kernels.ops import attention_marker
 
 aten = torch.ops.aten
 
@@ -133,7 +133,19 @@ def _replace(
         graph.register_buffer(name, scores.slopes_H)
         slopes = graph.graph.get_attr(name)
     query, key, value = four(query), four(key), four(value)
-    out = call(MARKER, query, key, value, None, layer, scores.scale, scores.window, 0.0, slopes)
+    arguments = in_order(
+        attention_marker,
+        query_1HqTDk=query,
+        key_1HTDk=key,
+        value_1HTDv=value,
+        sinks_Hq=None,
+        layer=layer,
+        scale=scores.scale,
+        window=scores.window,
+        softcap=0.0,
+        slopes_Hq=slopes,
+    )
+    out = call(attention_marker, *arguments)
     q, v = query.meta["val"], value.meta["val"]
     out.meta["val"] = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
     back = call(aten.transpose.int, out, 1, 2)

@@ -14,6 +14,7 @@ from torch import fx
 from lragent.capture.capture import Captured
 from lragent.errors import InternalError, Miss, SplitRefused
 from lragent.graph.quiet_export import without_exporter_noise
+from lragent.kernels.implementations import GRAPHS
 from lragent.loading.adapter_hook import HOOK_SCALING
 from lragent.loading.adapter_weights import LoraWeights
 from lragent.loading.model import LoadedModel
@@ -28,7 +29,7 @@ from lragent.passes.contract import (
     PassState,
     RewriteContext,
 )
-from lragent.passes.lower_attention import LOWER_ATTENTION, TARGETS, fallback_layers
+from lragent.passes.lower_attention import LOWER_ATTENTION, fallback_layers
 from lragent.program.cache_schema import CacheSchema, Layout
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,8 @@ class Transformed:
 
     Args:
         reports: pass name -> report of each rewriting pass.
-        fallbacks: name of a graph (`dispatch.graphs`) -> the layers that run `dispatch.FALLBACK` once lowered for it;
-            graphs without such layers are missing.
+        fallbacks: name of a graph (`dispatch.graphs`) -> the layers that run `implementations.FALLBACK` once lowered
+            for it; graphs without such layers are missing.
     """
 
     graph: fx.GraphModule
@@ -77,7 +78,7 @@ class Lowered:
 
     @property
     def fallback(self) -> tuple[Miss, ...]:
-        """The layers that run `dispatch.FALLBACK` instead of the chosen implementation."""
+        """The layers that run `implementations.FALLBACK` instead of the chosen implementation."""
         return self.reports[LOWER_ATTENTION.name].misses
 
 
@@ -98,7 +99,7 @@ def transform(captured: Captured, layout: Layout) -> Transformed:
         schema=CacheSchema(layout, context.agents, state.base_streams, state.low_rank_streams),
         layers=_layer_facts(state),
         reports=reports,
-        fallbacks={name: found for name in TARGETS if (found := fallback_layers(graph, name))},
+        fallbacks={name: found for name in GRAPHS if (found := fallback_layers(graph, name))},
     )
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from lragent.errors import Miss
-from lragent.graph.attention_marker import has_slopes, marker_nodes
-from lragent.graph.fx_tools import add_shared_constant
+from lragent.graph.attention_marker import KEY, VALUE, has_slopes, marker_nodes
+from lragent.graph.fx_tools import add_shared_constant, argument, set_argument
 from lragent.passes.contract import KeyTransform, Pass, PassReport, RewriteContext, SplitStream
 from lragent.passes.key_value.dora_gains import per_head, scale_side
 from lragent.passes.key_value.join_streams import joined_columns
@@ -36,8 +36,8 @@ def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
     changed = 0
     for index, marker in enumerate(marker_nodes(graph)):
         sides: list[SplitStream] = []
-        for position, side in ((1, "key"), (2, "value")):
-            found = _split(graph, context, marker, position, f"layer {index} {side}")
+        for name, side in ((KEY, "key"), (VALUE, "value")):
+            found = _split(graph, context, marker, name, f"layer {index} {side}")
             if isinstance(found, Miss):
                 misses.append(found)
                 continue
@@ -50,9 +50,9 @@ def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
 
 
 def _split(
-    graph: fx.GraphModule, context: RewriteContext, marker: fx.Node, position: int, where: str
+    graph: fx.GraphModule, context: RewriteContext, marker: fx.Node, name: str, where: str
 ) -> SplitStream | Miss:
-    end = marker.args[position]
+    end = argument(marker, name)
     assert isinstance(end, fx.Node)
     path = adapted_path(end, where)
     if path is None:
@@ -64,7 +64,7 @@ def _split(
     any_b = next(iter(context.adapters[path.modules[0]].values())).b
     probe = Probe(path.function(graph), sum(path.widths), any_b.dtype, context.max_positions)
     try:
-        if position == 2:
+        if name == VALUE:
             derive_value(probe)
             transform, channel_HD = None, None
         else:
@@ -72,20 +72,14 @@ def _split(
         gain_NHD = per_head(probe, path.gains)
     except Underivable as reason:
         return Miss(where, end.name, str(reason))
-    if position == 1 and transform is not None and transform.kind != "linear" and has_slopes(marker):
+    if name == KEY and transform is not None and transform.kind != "linear" and has_slopes(marker):
         return Miss(where, end.name, f"its transform is {transform.kind} and scores have a slope by position")
     up = _up_projections(probe, path, context, channel_HD)
     base = _base_stream(graph, path, transform, channel_HD)
-    _set_arg(marker, position, base)
+    set_argument(marker, name, base)
     if gain_NHD is not None:
-        scale_side(graph, marker, position, gain_NHD)
+        scale_side(graph, marker, name, gain_NHD)
     return SplitStream(base, joined_columns(graph, path), up, transform)
-
-
-def _set_arg(marker: fx.Node, position: int, value: fx.Node) -> None:
-    arguments = list(marker.args)
-    arguments[position] = value
-    marker.args = tuple(arguments)
 
 
 def _up_projections(probe: Probe, path: ProjectionPath, context: RewriteContext, channel_HD: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 import lragent
-from lragent.kernels.dispatch import IMPLEMENTATIONS
+from lragent.kernels.implementations import IMPLEMENTATIONS
 from lragent.runtime.engine import Engine
 from lragent_cli.engine_options import AttentionName, EngineOptions
 from tests.cli.conftest import call

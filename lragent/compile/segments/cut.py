@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from lragent.compile.segments.shapes import CannotCut, Form, Scalar, TensorForm
-from lragent.passes.lower_attention import TARGETS
+from lragent.kernels.implementations import GRAPHS
 from lragent.program.step import STEP_INPUTS
 
 
@@ -65,6 +65,7 @@ def _facts(graph: fx.GraphModule, forms: Mapping[fx.Node, Form]) -> _Facts:
     hidden: set[fx.Node] = set()
     copied: set[fx.Node] = set()
     attention: list[int] = []
+    targets = {entry.target for entry in GRAPHS.values()}
     for node in graph.graph.nodes:
         form = forms.get(node)
         if node.op == "placeholder" and (node.target == "token_ids" or node.target not in STEP_INPUTS):
@@ -78,7 +79,7 @@ def _facts(graph: fx.GraphModule, forms: Mapping[fx.Node, Form]) -> _Facts:
             elif copied.issuperset(node.all_input_nodes):
                 copied.add(node)
                 continue
-            if node.target in TARGETS.values():
+            if node.target in targets:
                 attention.append(len(nodes))
             nodes.append(node)
     return _Facts(tuple(nodes), frozenset(hidden), frozenset(copied), tuple(attention))

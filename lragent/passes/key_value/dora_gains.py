@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from lragent.graph.fx_tools import add_shared_constant, placeholder
+from lragent.graph.attention_marker import KEY, QUERY
+from lragent.graph.fx_tools import add_shared_constant, argument, placeholder, set_argument
 from lragent.passes.key_value.key_transform import Probe, Underivable
 
 aten = torch.ops.aten
@@ -46,9 +47,9 @@ def per_head(probe: Probe, gain_NC: Tensor | None) -> Tensor | None:
     return gain_NHD.to(gain_NC.dtype)
 
 
-def scale_side(graph: fx.GraphModule, marker: fx.Node, position: int, gain_NHD: Tensor) -> None:
-    """Multiplies the query (position 1: the gain is K's) or the output (V's) of an attention op by the gain."""
-    query = marker.args[0]
+def scale_side(graph: fx.GraphModule, marker: fx.Node, side: str, gain_NHD: Tensor) -> None:
+    """Multiplies an attention op's query (side `KEY`: the gain is K's) or its output (side `VALUE`) by the gain."""
+    query = argument(marker, QUERY)
     assert isinstance(query, fx.Node)
     heads = int(query.meta["val"].shape[1])
     table = gain_NHD.repeat_interleave(heads // gain_NHD.shape[1], dim=1)
@@ -60,12 +61,12 @@ def scale_side(graph: fx.GraphModule, marker: fx.Node, position: int, gain_NHD: 
     def gain_of_tokens() -> fx.Node:
         return call(aten.index_select.default, add_shared_constant(graph, "lora_magnitude", table), 0, ids)
 
-    if position == 1:
+    if side == KEY:
         with graph.graph.inserting_before(marker):
             gain = call(aten.unsqueeze.default, call(aten.transpose.int, gain_of_tokens(), 0, 1), 0)
             scaled = call(aten.mul.Tensor, query, gain)
         scaled.meta["val"] = query.meta["val"]
-        marker.args = (scaled, *marker.args[1:])
+        set_argument(marker, QUERY, scaled)
         return
     with graph.graph.inserting_after(marker):
         end = graph.graph.call_function(aten.mul.Tensor, (marker, marker))
