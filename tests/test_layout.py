@@ -37,6 +37,10 @@ ARCHITECTURE_NAMES = re.compile(
     r"llama|qwen|gemma|mi[sx]tral|gpt_?neo|gpt_?2|gpt_?oss|phi_?3|olmo|falcon|deepseek|cohere", re.IGNORECASE
 )
 MODULE_NAMES = re.compile(r"\b([qkvo]_proj|qkv_proj|c_attn|c_proj|query_key_value|lm_head|self_attn|embed_tokens)\b")
+# Names of attention implementations, also as a part of the name of an op or graph; suffixes of files (.cpp) and
+# settings of PyTorch (aot_inductor.) are not meant.
+IMPLEMENTATION_NAMES = re.compile(r"(?<![.A-Za-z])(?<!aot_)(cpp|inductor)(?![A-Za-z])")
+MOST_FILES = 3
 
 
 def module_of(path: Path) -> str:
@@ -70,16 +74,22 @@ def imports_of(path: Path) -> Iterator[str]:
                     yield f"{source}.{alias.name}" if f"{source}.{alias.name}" in known else source
 
 
-def words_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Identifiers and string literals of a file; docstrings and comments are free to name examples."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def strings_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """String literals of a file; docstrings are free to name examples."""
     docstrings = {
         id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
             yield node.lineno, node.value
-        elif isinstance(node, ast.Name):
+
+
+def words_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Identifiers and string literals of a file; docstrings and comments are free to name examples."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    yield from strings_of(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
             yield node.lineno, node.id
         elif isinstance(node, ast.Attribute):
             yield node.lineno, node.attr
@@ -120,6 +130,18 @@ def test_nothing_is_decided_by_the_name_of_a_model_or_of_a_module(path: Path) ->
         assert word != "model_type", f"{module_of(path)} line {line} reads model_type"
         for names in (ARCHITECTURE_NAMES, MODULE_NAMES):
             assert not names.search(word), f"{module_of(path)} line {line} names {word!r}"
+
+
+def test_attention_implementations_are_named_in_few_files() -> None:
+    """A decision by an implementation's name belongs into the table `lragent/kernels/implementations.py`."""
+    naming = {
+        module_of(path)
+        for path in LRAGENT_SOURCES
+        for _, text in strings_of(ast.parse(path.read_text(encoding="utf-8")))
+        if IMPLEMENTATION_NAMES.search(text)
+    }
+    assert "lragent.kernels.implementations" in naming
+    assert len(naming) <= MOST_FILES, sorted(naming)
 
 
 def test_every_folder_with_sources_is_installed() -> None:

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 
 from lragent.artifact.directory import open_artifact
-from lragent.compile.compile import STEPS, load_compiled
+from lragent.compile.compile import load_compiled
 from lragent.compile.devices import device_named, moved
 from lragent.compile.export import example_cache, example_step
 from lragent.errors import MOST_SHOWN, ArtifactError
 from lragent.kernels.dispatch import resolve
+from lragent.kernels.implementations import GRAPHS
 from lragent.program.dtypes import dtype_named
 from lragent.program.step import StepKind
 
@@ -83,7 +84,7 @@ def run(probe: Probe) -> None:
     device, artifact = device_named(probe.device), open_artifact(probe.artifact)
     schema = artifact.manifest.layouts[probe.layout].schema
     call = load_compiled(Path(probe.package), schema, moved(artifact.weights(), device), device)
-    step = example_step(len(schema.agents), *_SIZES[STEPS.get(probe.graph, "any")])
+    step = example_step(len(schema.agents), *_SIZES[GRAPHS[probe.graph].steps])
     cache = example_cache(schema, dtype_named(probe.kv_dtype))
     call(*(tensor.to(device) for tensor in (*step.tensors(), *cache.tensors())))
     if device.type == "cuda":

@@ -21,9 +21,9 @@ from torch import Tensor, fx
 
 from lragent.capture.context import CaptureContext
 from lragent.errors import Miss
-from lragent.graph.attention_marker import MARKER
-from lragent.graph.fx_tools import depends_on_ids, emit, evaluate
+from lragent.graph.fx_tools import depends_on_ids, emit, evaluate, in_order
 from lragent.graph.passes import Pass, PassReport
+from lragent.kernels.ops import attention_marker
 
 aten = torch.ops.aten
 
@@ -130,7 +130,19 @@ def _replace(
         graph.register_buffer(name, scores.slopes_H)
         slopes = graph.graph.get_attr(name)
     query, key, value = four(query), four(key), four(value)
-    out = call(MARKER, query, key, value, None, layer, scores.scale, scores.window, 0.0, slopes)
+    arguments = in_order(
+        attention_marker,
+        query_1HqTDk=query,
+        key_1HTDk=key,
+        value_1HTDv=value,
+        sinks_Hq=None,
+        layer=layer,
+        scale=scores.scale,
+        window=scores.window,
+        softcap=0.0,
+        slopes_Hq=slopes,
+    )
+    out = call(attention_marker, *arguments)
     q, v = query.meta["val"], value.meta["val"]
     out.meta["val"] = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
     back = call(aten.transpose.int, out, 1, 2)

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
+from lragent.errors import InternalError
 from lragent.probing.position_offset import POSITIONS
 
 
@@ -19,6 +21,54 @@ def calls(graph: fx.GraphModule, *targets: object) -> Iterable[fx.Node]:
 
 def placeholder(graph: fx.GraphModule, name: str) -> fx.Node | None:
     return next((n for n in graph.graph.nodes if n.op == "placeholder" and n.target == name), None)
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """The argument of a call of an op by its name in the op's schema; the schema's default if the call has none.
+
+    Raises:
+        InternalError: the op has no such argument.
+    """
+    position, default = _place(_op_of(node), name)
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[position] if position < len(node.args) else default
+
+
+def set_argument(node: fx.Node, name: str, value: fx.Node) -> None:
+    """Replaces an argument that the call passes by position, found by its name in the op's schema.
+
+    Raises:
+        InternalError: the op has no such argument.
+    """
+    position, _ = _place(_op_of(node), name)
+    node.update_arg(position, value)
+
+
+def in_order(op: OpOverload, **named: object) -> tuple[Any, ...]:
+    """All arguments of an op, passed by name, in the order of its schema.
+
+    Raises:
+        InternalError: an argument is missing, or the op has no such argument.
+    """
+    names = [entry.name for entry in op._schema.arguments]
+    if named.keys() != set(names):
+        raise InternalError(f"{op} takes {', '.join(names)}, not {', '.join(named)}")
+    return tuple(named[name] for name in names)
+
+
+def _op_of(node: fx.Node) -> OpOverload:
+    if not isinstance(node.target, OpOverload):
+        raise InternalError(f"{node.name} calls no op")
+    return node.target
+
+
+def _place(op: OpOverload, name: str) -> tuple[int, object]:
+    """Position and default of an argument."""
+    for position, entry in enumerate(op._schema.arguments):
+        if entry.name == name:
+            return position, entry.default_value
+    raise InternalError(f"{op} has no argument {name}")
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

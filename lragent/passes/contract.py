@@ -8,6 +8,7 @@ from enum import Enum
 
 from torch import Tensor, fx
 
+from lragent.graph.attention_marker import KEY, VALUE
 from lragent.loading.adapter_weights import ReplacedRows
 from lragent.program.cache_schema import BaseStreams, Layout, LowRankStream
 
@@ -47,10 +48,10 @@ class RoutedLinear:
 
 
 class Side(Enum):
-    """Side of an attention op; its value is the side's argument position in the attention marker."""
+    """Side of an attention op; its value names the side's argument of the attention marker."""
 
-    KEY = 1
-    VALUE = 2
+    KEY = KEY
+    VALUE = VALUE
 
 
 @dataclass(frozen=True)

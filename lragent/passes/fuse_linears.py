@@ -1,4 +1,4 @@
-"""Projections of one input, with their routed adapters, become one call where there is a kernel for it (cpp).
+"""Projections of one input, with their routed adapters, become one call where there is a kernel for it.
 
 Before:                                              After:
     v   = linear(x, W_v)          [1, T, Nv]             y  = routed_linears(x, [W_v, A_v, W_q, B_v, A_q, B_q], ...)
@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from lragent.graph.fx_tools import calls, emit, fetch, only_user, placeholder
 from lragent.graph.passes import Pass, PassReport
 from lragent.kernels import ops
+from lragent.kernels.implementations import IMPLEMENTATION_OF
 from lragent.passes.contract import LowerContext
 
 aten = torch.ops.aten
@@ -41,7 +42,7 @@ class _Delta:
 
 
 def _run(graph: fx.GraphModule, context: LowerContext) -> PassReport:
-    if context.attention != "cpp":
+    if not IMPLEMENTATION_OF[context.attention].fuses_linears:
         return PassReport(0)
     groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in calls(graph, aten.linear.default):

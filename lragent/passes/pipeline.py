@@ -15,12 +15,13 @@ from lragent.errors import InternalError, Miss, SplitRefused
 from lragent.graph.adapter_marker import adapter_markers
 from lragent.graph.passes import Context, Pass, PassReport, run_pass
 from lragent.graph.quiet_export import without_exporter_noise
+from lragent.kernels.implementations import GRAPHS
 from lragent.loading.adapter_weights import LoraWeights
 from lragent.loading.model import LoadedModel
 from lragent.loading.stages import Stages
 from lragent.passes import LOWER, REWRITE
 from lragent.passes.contract import Adapter, KeyTransform, LowerContext, PassState, RewriteContext
-from lragent.passes.lower_attention import LOWER_ATTENTION, TARGETS, fallback_layers
+from lragent.passes.lower_attention import LOWER_ATTENTION, fallback_layers
 from lragent.program.cache_schema import CacheSchema, Layout
 from lragent.program.dtypes import LAYOUTS
 from lragent.program.layer_facts import LayerFacts
@@ -34,8 +35,8 @@ class Transformed:
 
     Args:
         reports: pass name -> report of each rewriting pass.
-        fallbacks: name of a graph (`dispatch.graphs`) -> the layers that run `dispatch.FALLBACK` once lowered for it;
-            graphs without such layers are missing.
+        fallbacks: name of a graph (`dispatch.graphs`) -> the layers that run `implementations.FALLBACK` once lowered
+            for it; graphs without such layers are missing.
     """
 
     graph: fx.GraphModule
@@ -73,7 +74,7 @@ class Lowered:
 
     @property
     def fallback(self) -> tuple[Miss, ...]:
-        """The layers that run `dispatch.FALLBACK` instead of the chosen implementation."""
+        """The layers that run `implementations.FALLBACK` instead of the chosen implementation."""
         return self.reports[LOWER_ATTENTION.name].misses
 
 
@@ -113,7 +114,7 @@ def transform(captured: Captured, layout: Layout) -> Transformed:
         schema=CacheSchema(layout, context.agents, state.base_streams, state.low_rank_streams),
         layers=_layer_facts(state),
         reports=reports,
-        fallbacks={name: found for name in TARGETS if (found := fallback_layers(graph, name))},
+        fallbacks={name: found for name in GRAPHS if (found := fallback_layers(graph, name))},
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from lragent.errors import Miss
 from lragent.graph.attention_marker import has_slopes, marker_nodes
-from lragent.graph.fx_tools import add_shared_constant, emit
+from lragent.graph.fx_tools import add_shared_constant, argument, emit, set_argument
 from lragent.graph.passes import Pass, PassReport
 from lragent.passes.contract import KeyTransform, RewriteContext, Side, SplitStream
 from lragent.passes.key_value.dora_gains import per_head, scale_side
@@ -53,7 +53,7 @@ def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
 def _split(
     graph: fx.GraphModule, context: RewriteContext, marker: fx.Node, side: Side, where: str
 ) -> SplitStream | Miss:
-    end = marker.args[side.value]
+    end = argument(marker, side.value)
     assert isinstance(end, fx.Node)
     path = adapted_path(end, where)
     if path is None:
@@ -77,16 +77,10 @@ def _split(
         return Miss(where, end.name, f"its transform is {transform.kind} and scores have a slope by position")
     up = _up_projections(probe, path, context, channel_HD)
     base = _base_stream(graph, path, transform, channel_HD)
-    _set_arg(marker, side, base)
+    set_argument(marker, side.value, base)
     if gain_NHD is not None:
         scale_side(graph, marker, side, gain_NHD)
     return SplitStream(base, joined_columns(graph, path), up, transform)
-
-
-def _set_arg(marker: fx.Node, side: Side, value: fx.Node) -> None:
-    arguments = list(marker.args)
-    arguments[side.value] = value
-    marker.args = tuple(arguments)
 
 
 def _up_projections(probe: Probe, path: ProjectionPath, context: RewriteContext, channel_HD: Tensor | None) -> Tensor:

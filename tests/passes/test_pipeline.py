@@ -11,9 +11,9 @@ from torch import fx
 from lragent.errors import InternalError, Miss, SplitRefused
 from lragent.graph.adapter_marker import ADAPTER_MARKER
 from lragent.graph.passes import Pass, PassReport
+from lragent.kernels.implementations import GRAPHS
 from lragent.passes import LOWER, REWRITE, pipeline
 from lragent.passes.contract import RewriteContext
-from lragent.passes.lower_attention import TARGETS
 from lragent.passes.pipeline import lower, transform
 from lragent.program.cache_schema import Layout
 from tests.passes.stages import captured
@@ -81,7 +81,7 @@ def test_keys_that_can_not_be_split_are_all_named() -> None:
     assert "layout dense" in refused.value.hint
 
 
-@pytest.mark.parametrize("attention", TARGETS)
+@pytest.mark.parametrize("attention", GRAPHS)
 @pytest.mark.parametrize("key_path", [norm_over_heads, norm_then_rotate], ids=lambda p: p.__name__)
 def test_fallback_layers_are_known_before_lowering(attention: str, key_path: Path) -> None:
     program = transform(captured(Tiny(key_path=key_path).build()), "split")

@@ -19,7 +19,7 @@ from torch import fx
 
 from lragent.compile.segments.shapes import CannotCut, Form, Scalar, TensorForm
 from lragent.graph.fx_tools import dependents
-from lragent.passes.lower_attention import TARGETS
+from lragent.kernels.implementations import GRAPHS
 from lragent.program.step import STEP_INPUTS
 
 
@@ -70,6 +70,7 @@ def _facts(graph: fx.GraphModule, forms: Mapping[fx.Node, Form]) -> _Facts:
     )
     copied: set[fx.Node] = set()
     attention: list[int] = []
+    targets = {entry.target for entry in GRAPHS.values()}
     for node in graph.graph.nodes:
         form = forms.get(node)
         if node.op == "get_attr" or (isinstance(form, Scalar) and isinstance(form.size, (int, float))):
@@ -79,7 +80,7 @@ def _facts(graph: fx.GraphModule, forms: Mapping[fx.Node, Form]) -> _Facts:
             if node not in hidden and copied.issuperset(node.all_input_nodes):
                 copied.add(node)
                 continue
-            if node.target in TARGETS.values():
+            if node.target in targets:
                 attention.append(len(nodes))
             nodes.append(node)
     return _Facts(tuple(nodes), frozenset(hidden), frozenset(copied), tuple(attention))

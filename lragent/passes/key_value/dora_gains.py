@@ -20,7 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from lragent.graph.fx_tools import add_shared_constant, emit, placeholder
+from lragent.graph.attention_marker import QUERY
+from lragent.graph.fx_tools import add_shared_constant, argument, emit, placeholder, set_argument
 from lragent.passes.contract import Side
 from lragent.passes.key_value.key_transform import Probe, Underivable
 
@@ -51,7 +52,7 @@ def per_head(probe: Probe, gain_NC: Tensor | None) -> Tensor | None:
 
 def scale_side(graph: fx.GraphModule, marker: fx.Node, side: Side, gain_NHD: Tensor) -> None:
     """Multiplies the query (the gain is K's) or the output (the gain is V's) of an attention op by the gain."""
-    query = marker.args[0]
+    query = argument(marker, QUERY)
     assert isinstance(query, fx.Node)
     heads = int(query.meta["val"].shape[1])
     table = gain_NHD.repeat_interleave(heads // gain_NHD.shape[1], dim=1)
@@ -66,7 +67,7 @@ def scale_side(graph: fx.GraphModule, marker: fx.Node, side: Side, gain_NHD: Ten
             gain = call(aten.unsqueeze.default, call(aten.transpose.int, gain_of_tokens(), 0, 1), 0)
             scaled = call(aten.mul.Tensor, query, gain)
         scaled.meta["val"] = query.meta["val"]
-        marker.args = (scaled, *marker.args[1:])
+        set_argument(marker, QUERY, scaled)
         return
     with graph.graph.inserting_after(marker):
         end = emit(graph, aten.mul.Tensor, marker, marker)
