@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lragent.graph.passes import Pass
+from lragent.kernels.implementations import IMPLEMENTATIONS
 from lragent.passes import PASSES
 
 ROOT = Path(__file__).parent.parent
@@ -155,3 +156,48 @@ def test_every_folder_with_sources_is_installed() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_every_folder_with_code_is_a_package(path: Path) -> None:
     assert (path.parent / "__init__.py").is_file()
+
+
+QUESTION_WORDS = {"What", "Which", "Whether", "Where", "How"}
+MOST_LINES = 120  # of ARCHITECTURE.md
+MOST_WORDS = 16  # of its glossary
+MOST_LINES_OF_SPLIT_KV = 700  # of the six files that explain it
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_docstrings_say_what_a_thing_is(path: Path) -> None:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        text = ast.get_docstring(node) if isinstance(node, documented) else None
+        assert not text or text.split()[0] not in QUESTION_WORDS, f"{module_of(path)}: {text.splitlines()[0]}"
+
+
+def architecture() -> str:
+    return (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+
+
+def test_architecture_is_short() -> None:
+    assert len(architecture().splitlines()) <= MOST_LINES
+    words = re.findall(r"^\| (?!word|-)[^|]+ \|", architecture().partition("## Glossary")[2], re.M)
+    assert 10 <= len(words) <= MOST_WORDS
+
+
+def test_architecture_names_files_that_exist() -> None:
+    named = set(re.findall(r"(?:[\w.]+/)+(?:[\w]+\.(?:py|md))?", architecture()))
+    assert len(named) > 20
+    for name in named:
+        assert (ROOT / name).exists() or (ROOT / "lragent" / name).exists(), name
+
+
+def test_six_files_explain_split_kv() -> None:
+    listed = architecture().partition("Six files explain")[2].partition("\n\n")[0]
+    files = re.findall(r"`([\w/]+\.py)`", listed)
+    assert len(files) == 6 and "lragent/passes/split_kv.py" in files
+    assert sum(len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in files) < MOST_LINES_OF_SPLIT_KV
+
+
+def test_architecture_lists_every_pass_and_every_attention_implementation() -> None:
+    for entry in PASSES:
+        assert re.search(rf"^ {entry.name} ", architecture(), re.M), entry.name
+    for name in IMPLEMENTATIONS:
+        assert re.search(rf"^\| `{name}`", architecture(), re.M), name

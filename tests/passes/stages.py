@@ -16,6 +16,7 @@ from lragent.passes.contract import LowerContext, PassState, RewriteContext
 from lragent.passes.pipeline import rewrite_context
 from lragent.program.cache_schema import CacheSchema, Layout
 from lragent.program.step import CacheTensors, StepInputs
+from tests.passes.tiny_lm import Tiny
 
 PAGE = 16
 
@@ -43,6 +44,12 @@ def run_until(
             break
     graph.recompile()
     return graph, report, context, context.state
+
+
+def split_report(**paths: Any) -> tuple[PassReport, PassState]:
+    """Runs a tiny model, built with these paths of K and V, up to `split_kv`."""
+    _, report, _, state = run_until(captured(Tiny(**paths).build()), "split_kv")
+    return report, state
 
 
 def call(graph: fx.GraphModule, **values: Tensor) -> Tensor:
