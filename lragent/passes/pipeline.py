@@ -15,6 +15,7 @@ from lragent.graph.adapter_marker import adapter_markers
 from lragent.graph.passes import Context, Pass, PassReport, run_pass
 from lragent.graph.quiet_export import without_exporter_noise
 from lragent.loading.adapter_weights import LoraWeights
+from lragent.loading.agent_slots import groups_of
 from lragent.loading.model import LoadedModel
 from lragent.passes import LOWER, REWRITE
 from lragent.passes.contract import Adapter, KeyTransform, LowerContext, PassState, RewriteContext
@@ -115,7 +116,7 @@ def rewrite_context(loaded: LoadedModel, layout: Layout) -> RewriteContext:
         max_positions=loaded.max_positions,
         embeddings={module: base.num_embeddings for module, base in adapted.items() if isinstance(base, nn.Embedding)},
         rows=loaded.rows,
-        groups=loaded.groups,
+        groups=groups_of(loaded),
     )
 
 
