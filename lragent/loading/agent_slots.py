@@ -39,12 +39,25 @@ def slots_of(loaded: LoadedModel, spare: int) -> Slots:
     """One slot an agent, and spare ones that take any of their ranks."""
     agents = [agent.name for agent in loaded.agents]
     ranks, groups = {}, {}
+    same = groups_of(loaded)
     for module, by_agent in loaded.lora.items():
         own = [by_agent[name].rank if name in by_agent else 0 for name in agents]
         ranks[module] = (*own, *(max(own) for _ in range(spare)))
-        same = loaded.groups.get(module) or [_first_equal(by_agent, agents, i) for i in range(len(agents))]
-        groups[module] = (*same, *range(len(agents), len(agents) + spare))
+        groups[module] = (*same[module], *range(len(agents), len(agents) + spare))
     return Slots((*agents, *(f"{SPARE}{i + 1}" for i in range(spare))), ranks, groups)
+
+
+def groups_of(loaded: LoadedModel) -> dict[str, tuple[int, ...]]:
+    """Who shares an A: module FQN -> for each agent, the first agent with the same columns `x A`, itself if none.
+
+    An adapted module has the groups that the model was fitted with, else those of bit-equal A. A constant is one more
+    column, so agents share only if both or neither have one.
+    """
+    agents = [agent.name for agent in loaded.agents]
+    return {
+        module: loaded.groups.get(module) or tuple(_first_equal(by_agent, agents, i) for i in range(len(agents)))
+        for module, by_agent in loaded.lora.items()
+    }
 
 
 def assign(slots: Slots, names: Sequence[str]) -> Slots:

@@ -109,7 +109,7 @@ class RewriteContext:
         adapters: projection FQN -> agent name -> weights.
         embeddings: FQN of each adapted embedding -> how many tokens it has.
         rows: projection FQN -> agent name -> outputs (of an embedding: tokens) with weights of the agent's own.
-        groups: projection FQN -> for each agent, the first agent whose A it shares; empty: whoever has an equal A.
+        groups: FQN of each projection in `adapters` -> for each agent, the first agent whose A it shares (`groups_of`).
     """
 
     layout: Layout

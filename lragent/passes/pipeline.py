@@ -17,6 +17,7 @@ from lragent.graph.passes import Context, Pass, PassReport, run_pass
 from lragent.graph.quiet_export import without_exporter_noise
 from lragent.kernels.implementations import GRAPHS
 from lragent.loading.adapter_weights import LoraWeights
+from lragent.loading.agent_slots import groups_of
 from lragent.loading.model import LoadedModel
 from lragent.loading.stages import Stages
 from lragent.passes import LOWER, REWRITE
@@ -143,7 +144,7 @@ def rewrite_context(loaded: LoadedModel, layout: Layout) -> RewriteContext:
         max_positions=loaded.max_positions,
         embeddings={module: base.num_embeddings for module, base in adapted.items() if isinstance(base, nn.Embedding)},
         rows=loaded.rows,
-        groups=loaded.groups,
+        groups=groups_of(loaded),
     )
 
 

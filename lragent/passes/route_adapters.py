@@ -69,7 +69,8 @@ def _rewrite(graph: fx.GraphModule, context: RewriteContext, index: int, marker:
     x, base, module = marker.args
     assert isinstance(x, fx.Node) and isinstance(base, fx.Node) and isinstance(module, str)
     adapters, rows = context.adapters.get(module, {}), context.rows.get(module, {})
-    stream = low_rank_stream(module, context.agents, adapters, context.groups.get(module))
+    alone = tuple(range(len(context.agents)))
+    stream = low_rank_stream(module, context.agents, adapters, context.groups.get(module, alone))
     gain_NC = gains(context.agents, adapters)
     low_rank, total = None, base
     with graph.graph.inserting_before(marker):

@@ -25,37 +25,11 @@ def gains(agents: tuple[str, ...], adapters: Mapping[str, Adapter]) -> Tensor | 
 
 
 def low_rank_stream(
-    module: str, agents: tuple[str, ...], adapters: Mapping[str, Adapter], groups: tuple[int, ...] | None = None
+    module: str, agents: tuple[str, ...], adapters: Mapping[str, Adapter], group: tuple[int, ...]
 ) -> LowRankStream:
-    """Ranks of a projection's adapters, and which agents share a bit-equal A (unless `groups` says it)."""
-    if groups is not None:
-        ranks_of = (adapters[name].a.shape[0] if name in adapters else 0 for name in agents)
-        return LowRankStream(module, tuple(ranks_of), groups)
-    ranks: list[int] = []
-    group: list[int] = []
-    for index, name in enumerate(agents):
-        adapter = adapters.get(name)
-        ranks.append(adapter.a.shape[0] if adapter else 0)
-        same = (
-            (
-                other
-                for other in range(index)
-                if agents[other] in adapters and _same_columns(adapters[agents[other]], adapter)
-            )
-            if adapter
-            else ()
-        )
-        group.append(next(iter(same), index))
-    return LowRankStream(module, tuple(ranks), tuple(group))
-
-
-def _same_columns(left: Adapter, right: Adapter) -> bool:
-    """Whether two adapters' columns `x A + ones` are the same numbers."""
-    if left.a.shape != right.a.shape or not torch.equal(left.a, right.a):
-        return False
-    if left.ones is None or right.ones is None:
-        return left.ones is right.ones
-    return torch.equal(left.ones, right.ones)
+    """Ranks of a projection's adapters, and which agents share an A."""
+    ranks = tuple(adapters[name].a.shape[0] if name in adapters else 0 for name in agents)
+    return LowRankStream(module, ranks, group)
 
 
 def stack(
