@@ -129,6 +129,8 @@ def write(
         if packages:
             manifest.compiled[target_name()] = {**kept, **packages}
         write_manifest(manifest, directory)
+    # With "auto" and nothing compiled, no implementation is chosen, so that no layer falls back yet.
+    reported = names if options.compiled or options.attention == "auto" else graphs(options.attention)
     agents = tuple(agent.name for agent in loaded.agents if not agent.spare)
     sizes = bytes_per_token({n: e.schema for n, e in manifest.layouts.items()}, agents, manifest.dtype)
     return ConvertReport(
@@ -139,7 +141,7 @@ def write(
         refusal=rewritten.refusal,
         advice=advice(sizes),
         unit_refusal=unit_refusal,
-        misses=misses_by_layout(manifest.layouts.items(), rewritten.refused, names or graphs(options.attention)),
+        misses=misses_by_layout(manifest.layouts.items(), rewritten.refused, reported),
     )
 
 

@@ -95,7 +95,7 @@ def test_every_kind_of_graph_gets_a_step_that_it_can_run(
     ) -> Callable[..., None]:
         opened = open_artifact(tiny_artifact)
         program = load_with_weights(opened.file(opened.manifest.layouts["split"].program), weights)
-        call = eager_call(lower(program, graph))
+        call = eager_call(lower(program, graph).graph)
         return lambda *inputs: found.append(call(*inputs))
 
     monkeypatch.setattr(probe_package, "load_compiled", load)
