@@ -81,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cpp_library.load()
-    op = torch.ops.lragent.flash_lora_attention_cpp
+    op = cpp_library.ATTENTION
     machine = measure_machine()
     print(f"read {machine.bandwidth / 1e9:.1f} GB/s, {options.threads} threads")
     for dtype in (torch.float32, torch.bfloat16):
@@ -93,10 +93,11 @@ def main() -> None:
                 sets = SETS if numbers < 16 << 20 else 1
                 rope = rotation(context, DIM)
                 ours = [paged(batch, context, options.rank, dtype, HEADS, rope=rope) for _ in range(sets)]
+                unpacked = [(each.without_keys.arguments(), each.with_keys.arguments()) for each in ours]
                 plain = [contiguous(batch, context, options.rank, dtype) for _ in range(sets)]
                 works: dict[str, Callable[[], object]] = {
-                    "q,v": lambda ours=ours: [op(*each.without_keys) for each in ours],  # type: ignore[misc]
-                    "q,k,v": lambda ours=ours: [op(*each.with_keys) for each in ours],  # type: ignore[misc]
+                    "q,v": lambda ours=unpacked: [op(*without) for without, _ in ours],  # type: ignore[misc]
+                    "q,k,v": lambda ours=unpacked: [op(*full) for _, full in ours],  # type: ignore[misc]
                     "products": lambda plain=plain: [products(each) for each in plain],  # type: ignore[misc]
                     "sdpa": lambda plain=plain: [sdpa(each) for each in plain],  # type: ignore[misc]
                 }

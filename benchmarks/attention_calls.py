@@ -1,12 +1,14 @@
-"""Arguments of the attention op over a paged cache of random numbers, for benchmarks."""
+"""Calls of attention over a paged cache of random numbers, for benchmarks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from lragent.compile.export import CPU
+from lragent.kernels.attention_call import AttentionCall
 from lragent.program.cache_schema import LowRankStream
 from lragent.runtime.cache import huge_pages
 
@@ -25,10 +27,10 @@ class Heads:
 
 @dataclass(frozen=True)
 class Paged:
-    """Arguments of the attention op for one step; `bytes`: bytes of the cache that it reads."""
+    """Attention of one step, with and without an adapter on K; `bytes`: bytes of the cache that it reads."""
 
-    with_keys: tuple[object, ...]
-    without_keys: tuple[object, ...]
+    with_keys: AttentionCall
+    without_keys: AttentionCall
     bytes_with_keys: int
     bytes_without_keys: int
 
@@ -74,20 +76,36 @@ def paged(
         cache, columns = memory[:2], memory[2:]
         up = [torch.randn(AGENTS + 1, heads.kv, rank, heads.dim).to(dtype) for _ in range(2)]
         rope = rope or rotation(context, heads.dim)
-        step = (
-            torch.randn(batch * tokens, heads.kv * heads.group, heads.dim).to(dtype),
-            *cache,
-            (torch.arange(batch) % AGENTS + 1).repeat_interleave(tokens),
-            torch.arange(batch + 1) * tokens,
-            torch.full((batch,), context),
-            order.view(batch, context // PAGE),
+        with_keys = AttentionCall(
+            query_THqDk=torch.randn(batch * tokens, heads.kv * heads.group, heads.dim).to(dtype),
+            k_cache=cache[0],
+            v_cache=cache[1],
+            agent_ids_T=(torch.arange(batch) % AGENTS + 1).repeat_interleave(tokens),
+            seq_starts=torch.arange(batch + 1) * tokens,
+            context_lens_S=torch.full((batch,), context),
+            page_table_SM=order.view(batch, context // PAGE),
+            lr_k=columns[0],
+            lr_k_table=table,
+            b_k=up[0],
+            lr_v=columns[1],
+            lr_v_table=table,
+            b_v=up[1],
+            rope_cos=rope[0],
+            rope_sin=rope[1],
+            rope_partner=rope[2],
+            norm_weight=None,
+            norm_eps=0.0,
+            key_is_final=True,
+            sinks_Hq=None,
+            scale=heads.dim**-0.5,
+            window=0,
+            softcap=0.0,
         )
-    rest = (None, 0.0, True, None, heads.dim**-0.5, 0, 0.0)
-    keys, values = (columns[0], table, up[0]), (columns[1], table, up[1])
+    no_keys: dict[str, Any] = dict.fromkeys(("lr_k", "lr_k_table", "b_k", "rope_cos", "rope_sin", "rope_partner"))
     base_bytes, low_bytes = (batch * context * n * dtype.itemsize for n in (2 * heads.kv * heads.dim, rank))
     return Paged(
-        with_keys=(*step, *keys, *values, *rope, *rest),
-        without_keys=(*step, None, None, None, *values, None, None, None, *rest),
+        with_keys=with_keys,
+        without_keys=replace(with_keys, **no_keys),
         bytes_with_keys=base_bytes + 2 * low_bytes,
         bytes_without_keys=base_bytes + low_bytes,
     )

@@ -16,11 +16,11 @@ import statistics
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.pool import AsyncResult
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.attention_calls import Heads, Paged, paged
+from lragent.kernels.attention_call import AttentionCall
 from lragent.kernels.flash_lora_attention import torch_paged
 from lragent.kernels.flash_lora_attention.triton import launch
 from lragent.kernels.flash_lora_attention.triton.variants import MiscompiledTiles, Tiles
@@ -65,14 +65,12 @@ def jobs(kinds: list[str], calls: list[str]) -> list[Job]:
     return found
 
 
-def arguments(call: Paged, job: Job) -> Any:
+def chosen(call: Paged, job: Job) -> AttentionCall:
     return call.with_keys if job.with_keys else call.without_keys
 
 
 def attend(call: Paged, job: Job, splits: int) -> torch.Tensor:
-    forward: Any = launch.flash_lora_attention
-    found: torch.Tensor = forward(*arguments(call, job), plan=launch.Plan(job.tiles, job.tiles, splits))
-    return found
+    return launch.flash_lora_attention(chosen(call, job), launch.Plan(job.tiles, job.tiles, splits))
 
 
 def refusal(job: Job) -> str:
@@ -82,7 +80,7 @@ def refusal(job: Job) -> str:
     """
     try:
         call = paged(2, 320, job.rank, torch.bfloat16, job.heads, 1 if job.kind == "decode" else 200, GPU)
-        found, expected = attend(call, job, splits=2), torch_paged.flash_lora_attention(*arguments(call, job))
+        found, expected = attend(call, job, splits=2), torch_paged.flash_lora_attention(chosen(call, job))
         error = float((found - expected).float().abs().max() / expected.float().abs().max())
         return "" if error < MOST_ERROR else f"off by {error}"
     except MiscompiledTiles as known:

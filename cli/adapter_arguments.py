@@ -8,7 +8,7 @@ import typer
 
 
 def parse_adapters(text: str) -> dict[str, Path]:
-    """Directories by agent name, in the order given; a directory without a name lends its own.
+    """Directories by agent name, in the order of the text. A directory without a name gives its own name.
 
     Raises:
         typer.BadParameter: an empty entry, or a name given twice.
@@ -18,7 +18,7 @@ def parse_adapters(text: str) -> dict[str, Path]:
         name, path = _name_and_path(entry.strip())
         if name in adapters:
             raise typer.BadParameter(
-                f"two adapters are called {name!r}: {adapters[name]} and {path}. Name them: {name}=DIR,OTHER=DIR"
+                f"two adapters have the name {name!r}: {adapters[name]} and {path}. Name them: {name}=DIR,OTHER=DIR"
             )
         adapters[name] = path
     return adapters
@@ -29,7 +29,7 @@ def _name_and_path(entry: str) -> tuple[str, Path]:
     if not equals:
         path = Path(entry)
         if not entry or not path.resolve().name:
-            raise typer.BadParameter(f"an entry of --adapters names no directory: {entry!r}")
+            raise typer.BadParameter(f"an entry of --adapters is no directory: {entry!r}")
         return path.resolve().name, path
     if not name.strip() or not directory.strip():
         raise typer.BadParameter(f"expected NAME=DIR, found {entry!r}")

@@ -1,4 +1,4 @@
-"""`lragent convert`: model directory and adapters in, artifact out."""
+"""`lragent convert`: writes an artifact from a model directory and adapters."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ def convert(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     layouts: Annotated[
         Literal["split", "dense", "both", "none"],
-        typer.Option(help="What to compile now; the rest is compiled when it is first loaded."),
+        typer.Option(help="Layouts to compile now. Others are compiled when they are first loaded."),
     ] = "split",
     attention: Attention = "auto",
     unit: Annotated[
         Literal["model", "layer"],
-        typer.Option(help="What is compiled at once: the model, or each kind of layer (faster for deep models)."),
+        typer.Option(help="Compile the whole model, or each kind of layer once (faster for deep models)."),
     ] = "model",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing artifact.")] = False,
     spare: Annotated[int, typer.Option(min=0, help="Slots kept free for agents that --update adds later.")] = 0,
     update: Annotated[
-        bool, typer.Option("--update", help="Give the artifact these adapters; its compiled programs stay.")
+        bool, typer.Option("--update", help="Put these adapters into the artifact and keep its compiled programs.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write an artifact from a model directory and LoRA adapters."""
     named = parse_adapters(adapters)
     if update and (overwrite or spare):
-        raise typer.BadParameter("--update keeps the artifact's slots; it does not go with --overwrite or --spare")
+        raise typer.BadParameter("--update keeps the artifact's slots: it excludes --overwrite and --spare")
     if update and unit != "model":
-        raise typer.BadParameter("--update keeps what is compiled; it does not go with --unit")
+        raise typer.BadParameter("--update keeps the compiled programs: it excludes --unit")
     with stages("updating" if update else "converting") as show:
         if update:
             report = lragent.update(out, model_dir, named, show)
@@ -79,7 +79,7 @@ def convert(
 
 
 def print_report(report: ConvertReport, console: Console) -> None:
-    """Where the artifact is, for whom, how long each stage took, what did not match, and why layouts were refused."""
+    """Prints path, agents, seconds of each stage, places that did not match, and reasons of refusals."""
     console.print(f"wrote {report.out} for {', '.join(report.agents)}", markup=False, soft_wrap=True)
     width = max([24, *map(len, report.seconds)])
     for stage, seconds in report.seconds.items():

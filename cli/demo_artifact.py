@@ -1,4 +1,4 @@
-"""The demo's model and artifact, made at the first run and kept for the next."""
+"""The demo's model and artifact. They are made in the first run and kept for later runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CODE = (".py", ".cpp", ".h")
 
 
 def ensure_model(directory: Path) -> Path:
-    """The base model's directory; written if it isn't there."""
+    """The base model's directory; it is written if it doesn't exist."""
     if not directory.is_dir():
         with stages("reading the model"):
             write_model(directory)
@@ -25,7 +25,7 @@ def ensure_model(directory: Path) -> Path:
 
 
 def ensure_artifact(model: Path, adapters: Path, artifact: Path, compiled: bool) -> Path:
-    """The demo's artifact; converted, for both layouts, unless one of the same ingredients is there."""
+    """The demo's artifact with both layouts; it is converted unless one with the same `ingredients` exists."""
     digest = ingredients(model, adapters)
     stamp = artifact.with_suffix(".ingredients")
     if artifact.is_dir() and stamp.is_file() and stamp.read_text(encoding="utf-8") == digest:
@@ -47,7 +47,7 @@ def ensure_artifact(model: Path, adapters: Path, artifact: Path, compiled: bool)
 
 
 def ingredients(model: Path, adapters: Path) -> str:
-    """A digest of what decides an artifact's content: adapters, the model's files by size, the code that writes it."""
+    """A hash of adapters, names and sizes of the model's files, and the code that writes artifacts."""
     digest = hashlib.sha256()
     package = Path(lragent.__file__).parent
     code = (file for file in package.rglob("*") if file.suffix in CODE and not file.is_relative_to(package / "runtime"))

@@ -1,4 +1,4 @@
-"""`lragent inspect`: what an artifact holds, or what a model and adapters would become."""
+"""`lragent inspect`: describes an artifact, or the artifact that a model and adapters would give."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An artifact, or a model directory with --adapters.")],
     adapters: Annotated[
-        str | None, typer.Option(metavar="NAME=DIR,...", help="Dry run: nothing is compiled or written.")
+        str | None, typer.Option(metavar="NAME=DIR,...", help="Adapters of a model; nothing is compiled or written.")
     ] = None,
-    memory: Annotated[str, typer.Option(metavar="SIZE", help="How many tokens fit into this much cache.")] = KV_MEMORY,
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Cache memory; shows how many tokens fit.")] = KV_MEMORY,
     as_json: AsJson = False,
 ) -> None:
     """Show agents, streams, key transforms, bytes a token under each scheme, and refusals."""
@@ -57,7 +57,7 @@ def inspect(
 
 
 def print_facts(inspection: Inspection) -> None:
-    """The source, its agents, what is compiled and what was refused, a line each."""
+    """Prints source, agents, compiled programs and refusals, one line each."""
     lines = [
         f"{inspection.source}: {inspection.architecture}, {inspection.dtype}, "
         f"{show_count(inspection.max_positions)} positions"
@@ -77,7 +77,7 @@ def print_facts(inspection: Inspection) -> None:
 
 
 def print_refused(error: SplitRefused, as_json: bool) -> None:
-    """Every place for which a model is refused as a whole."""
+    """Prints every place for which a whole model is refused."""
     if as_json:
         print_json({"refusal": error.message, "refused": [dataclasses.asdict(miss) for miss in error.misses]})
         return
@@ -86,14 +86,14 @@ def print_refused(error: SplitRefused, as_json: bool) -> None:
 
 
 def print_break_even(inspection: Inspection) -> None:
-    """From how many agents on each split scheme takes less cache than non_shared."""
+    """Prints for each split scheme the number of agents at which it takes less cache than non_shared."""
     for scheme, least in inspection.break_even.items():
         when = f"once {least} agents have seen a token" if least is not None else "never, with these ranks"
         results.print(f"{scheme} takes less than non_shared: {when}", markup=False, soft_wrap=True)
 
 
 def layer_table(inspection: Inspection) -> Table:
-    """Consecutive layers that are alike in one row."""
+    """One row for each group of consecutive layers that are alike."""
     table = Table(title="streams a token", title_justify="left")
     for column in ("layers", "base K", "base V", "LR columns of K", "LR columns of V", "key transform"):
         table.add_column(column, justify="left" if column in ("layers", "key transform") else "right")
@@ -112,7 +112,7 @@ def layer_table(inspection: Inspection) -> Table:
 
 
 def scheme_table(inspection: Inspection, memory: int) -> Table:
-    """Bytes a token, and tokens that fit, by the number of agents that have seen the token."""
+    """Bytes of a token, and tokens that fit, by number of agents that have seen the token."""
     table = Table(
         title=f"cache a token, by agents that have seen it, and tokens that fit into {show_bytes(memory)}",
         title_justify="left",

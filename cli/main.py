@@ -1,6 +1,7 @@
-"""Entry point of `lragent`: the commands, and what an error looks like.
+"""Entry point of `lragent`: the commands, and the form of errors.
 
-A `UserError` is one line and a hint, exit code 1; wrong usage is exit code 2; anything else keeps its traceback.
+A `UserError` is printed as one line and a hint; the exit code is 1. Wrong usage has exit code 2. Other errors keep
+their traceback.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .verify import verify
 
 
 class OneLineErrors(TyperGroup):
-    """Turns a `UserError` of any command into one line and a hint."""
+    """Prints a `UserError` of any command as one line and a hint."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

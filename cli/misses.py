@@ -1,4 +1,4 @@
-"""Places where passes did not match, as lines of text."""
+"""Formats places where passes did not match as lines of text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def miss_lines(misses: Mapping[str, Sequence[Miss]]) -> list[str]:
-    """One line per layout and reason, with every place and its node."""
+    """One line for each layout and reason, with every place and its node."""
     places: dict[tuple[str, str], list[str]] = defaultdict(list)
     for layout, found in misses.items():
         for miss in found:

@@ -1,4 +1,4 @@
-"""Where output goes: results to stdout, progress to stderr."""
+"""Output of the commands: results go to stdout, progress goes to stderr."""
 
 from __future__ import annotations
 
@@ -12,31 +12,43 @@ from typing import Any
 import typer
 from rich.console import Console
 
-PLAIN_WIDTH = 120  # of tables that go to a file or a pipe
+PLAIN_WIDTH = 120  # columns of tables in a file or a pipe
 
 results = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 progress = Console(stderr=True, highlight=False)
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on one line, for machines."""
+    """Prints one JSON object on one line."""
     typer.echo(json.dumps(value, ensure_ascii=False))
 
 
 @contextmanager
 def stages(title: str) -> Iterator[Callable[[str], None]]:
-    """Shows the stage that is running; yields what to call when the next one begins.
+    """Shows the running stage; yields a function that is called with the name of each stage when it begins.
 
-    Meanwhile transformers draws no bars of its own, and libraries' notes on what they will deprecate are left out.
+    Progress bars of transformers, and warnings of libraries that don't concern the user, are hidden until the end.
     """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|peft)\.")
+    with _quiet_libraries():
         if progress.is_terminal:
             with progress.status(title) as status:
                 yield lambda stage: status.update(f"{title}: {stage}")
         else:
             yield lambda stage: progress.print(f"{title}: {stage}", markup=False)
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Hides progress bars of transformers and deprecation warnings of libraries; restores both at the end."""
+    from transformers.utils import logging
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|peft)\.")
+            yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()

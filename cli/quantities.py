@@ -1,4 +1,4 @@
-"""Sizes, counts and durations as people read them."""
+"""Formats sizes, counts and durations as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The entry points: `convert`, `load`, `optimize`, `inspect`. Read top to bottom, this is the flow of the project."""
+"""The entry points, in the order of the project's flow: convert, update, load, optimize, rollout, verify, inspect."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def convert(
     spare: int = 0,
     unit: str = "model",
 ) -> ConvertReport:
-    """Model directory + adapters -> artifact.
+    """Writes an artifact from a model directory and adapters.
 
     Args:
         adapters: agent name -> PEFT adapter directory.
-        layouts: which are compiled for this machine now; the other is compiled when it is first loaded.
-        attention: name of the implementation that layouts are compiled with, or "auto".
-        compiled: False writes the programs only (then no C++ compiler is needed).
-        progress: is told the name of each stage as it begins.
-        spare: slots kept free for agents that `update` may add.
-        unit: what is compiled at once: the "model", or each kind of "layer", which takes time that does not grow with
-            depth; a model that can't be cut is compiled whole, and the report says why.
+        layouts: layouts that are compiled for this machine now. Another one is compiled when it is first loaded.
+        attention: name of the attention implementation with which they are compiled, or "auto".
+        compiled: False compiles nothing; then no C++ compiler is needed.
+        progress: called with the name of each stage when it begins.
+        spare: number of slots kept free for agents that `update` adds later.
+        unit: "model" compiles the whole model at once. "layer" compiles each kind of layer once, in a time that does
+            not grow with depth. A model that can't be cut is compiled whole; the report gives the reason.
 
     Raises:
-        UserError: one of its kinds, which says what was found, where, and what to do; nothing is left behind.
+        UserError: one of its kinds, which says what was found, where, and what to do. Nothing is left behind.
     """
     from lragent.artifact.build import BuildOptions, build
     from lragent.compile.compile import require_unit
@@ -81,13 +81,14 @@ def update(
     adapters: Mapping[str, str | Path],
     progress: Progress | None = None,
 ) -> ConvertReport:
-    """Gives an artifact other adapters of the same form; its compiled programs stay.
+    """Puts other adapters of the same form into an artifact; its compiled programs stay.
 
     Args:
-        adapters: all agents that there are afterwards: replaced, added to spare slots, or, where not named, removed.
+        adapters: all agents of the artifact after the update. Known names are replaced, new ones take spare slots,
+            and agents that are left out are removed.
 
     Raises:
-        UserError: one of its kinds; the artifact is then as it was.
+        UserError: one of its kinds; the artifact is unchanged then.
     """
     from lragent.artifact.update import update as update_artifact
 
@@ -277,7 +278,7 @@ def verify(
 
 
 def inspect(path: str | Path, adapters: Mapping[str, str | Path] | None = None) -> Inspection:
-    """What an artifact holds, or what a model directory with adapters would become (a dry run).
+    """Describes an artifact, or the artifact that a model directory with adapters would give (a dry run).
 
     Raises:
         UserError: one of its kinds.

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lragent.passes import PASSES, Pass
+from lragent.graph.passes import Pass
+from lragent.kernels.implementations import IMPLEMENTATIONS
+from lragent.passes import PASSES
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for folder in ("lragent", "cli") for path in (ROOT / folder).rglob("*.py"))
@@ -36,6 +38,10 @@ ARCHITECTURE_NAMES = re.compile(
     r"llama|qwen|gemma|mi[sx]tral|gpt_?neo|gpt_?2|gpt_?oss|phi_?3|olmo|falcon|deepseek|cohere", re.IGNORECASE
 )
 MODULE_NAMES = re.compile(r"\b([qkvo]_proj|qkv_proj|c_attn|c_proj|query_key_value|lm_head|self_attn|embed_tokens)\b")
+# Names of attention implementations, also as a part of the name of an op or graph; suffixes of files (.cpp) and
+# settings of PyTorch (aot_inductor.) are not meant.
+IMPLEMENTATION_NAMES = re.compile(r"(?<![.A-Za-z])(?<!aot_)(cpp|inductor)(?![A-Za-z])")
+MOST_FILES = 3
 
 
 def module_of(path: Path) -> str:
@@ -69,16 +75,22 @@ def imports_of(path: Path) -> Iterator[str]:
                     yield f"{source}.{alias.name}" if f"{source}.{alias.name}" in known else source
 
 
-def words_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Identifiers and string literals of a file; docstrings and comments are free to name examples."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def strings_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """String literals of a file; docstrings are free to name examples."""
     docstrings = {
         id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
             yield node.lineno, node.value
-        elif isinstance(node, ast.Name):
+
+
+def words_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Identifiers and string literals of a file; docstrings and comments are free to name examples."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    yield from strings_of(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
             yield node.lineno, node.id
         elif isinstance(node, ast.Attribute):
             yield node.lineno, node.attr
@@ -110,7 +122,7 @@ def test_every_room_has_a_floor_and_nothing_else_lies_flat() -> None:
 
 @pytest.mark.parametrize("a_pass", PASSES, ids=lambda p: p.name)
 def test_every_pass_has_a_test_file(a_pass: Pass) -> None:
-    assert (ROOT / "tests" / "passes" / f"test_{a_pass.name}.py").is_file()
+    assert len(list((ROOT / "tests").glob(f"**/test_{a_pass.name}.py"))) == 1
 
 
 @pytest.mark.parametrize("path", LRAGENT_SOURCES, ids=module_of)
@@ -119,6 +131,18 @@ def test_nothing_is_decided_by_the_name_of_a_model_or_of_a_module(path: Path) ->
         assert word != "model_type", f"{module_of(path)} line {line} reads model_type"
         for names in (ARCHITECTURE_NAMES, MODULE_NAMES):
             assert not names.search(word), f"{module_of(path)} line {line} names {word!r}"
+
+
+def test_attention_implementations_are_named_in_few_files() -> None:
+    """A decision by an implementation's name belongs into the table `lragent/kernels/implementations.py`."""
+    naming = {
+        module_of(path)
+        for path in LRAGENT_SOURCES
+        for _, text in strings_of(ast.parse(path.read_text(encoding="utf-8")))
+        if IMPLEMENTATION_NAMES.search(text)
+    }
+    assert "lragent.kernels.implementations" in naming
+    assert len(naming) <= MOST_FILES, sorted(naming)
 
 
 def test_every_folder_with_sources_is_installed() -> None:
@@ -132,3 +156,48 @@ def test_every_folder_with_sources_is_installed() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_every_folder_with_code_is_a_package(path: Path) -> None:
     assert (path.parent / "__init__.py").is_file()
+
+
+QUESTION_WORDS = {"What", "Which", "Whether", "Where", "How"}
+MOST_LINES = 120  # of ARCHITECTURE.md
+MOST_WORDS = 16  # of its glossary
+MOST_LINES_OF_SPLIT_KV = 700  # of the six files that explain it
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_docstrings_say_what_a_thing_is(path: Path) -> None:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        text = ast.get_docstring(node) if isinstance(node, documented) else None
+        assert not text or text.split()[0] not in QUESTION_WORDS, f"{module_of(path)}: {text.splitlines()[0]}"
+
+
+def architecture() -> str:
+    return (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+
+
+def test_architecture_is_short() -> None:
+    assert len(architecture().splitlines()) <= MOST_LINES
+    words = re.findall(r"^\| (?!word|-)[^|]+ \|", architecture().partition("## Glossary")[2], re.M)
+    assert 10 <= len(words) <= MOST_WORDS
+
+
+def test_architecture_names_files_that_exist() -> None:
+    named = set(re.findall(r"(?:[\w.]+/)+(?:[\w]+\.(?:py|md))?", architecture()))
+    assert len(named) > 20
+    for name in named:
+        assert (ROOT / name).exists() or (ROOT / "lragent" / name).exists(), name
+
+
+def test_six_files_explain_split_kv() -> None:
+    listed = architecture().partition("Six files explain")[2].partition("\n\n")[0]
+    files = re.findall(r"`([\w/]+\.py)`", listed)
+    assert len(files) == 6 and "lragent/passes/split_kv.py" in files
+    assert sum(len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in files) < MOST_LINES_OF_SPLIT_KV
+
+
+def test_architecture_lists_every_pass_and_every_attention_implementation() -> None:
+    for entry in PASSES:
+        assert re.search(rf"^ {entry.name} ", architecture(), re.M), entry.name
+    for name in IMPLEMENTATIONS:
+        assert re.search(rf"^\| `{name}`", architecture(), re.M), name

@@ -23,8 +23,8 @@ def misses_by_layout(
     """Layout -> every miss of its program; layouts without misses are left out.
 
     Args:
-        programs: layout and program.
-        refused: why there is no program in split layout, if there is none.
+        programs: pairs of layout and program.
+        refused: every place for which split layout was refused; empty if it was not.
         graph_names: graphs whose fallback layers are listed (`lragent.kernels.dispatch.graphs`); None: all.
     """
     found = {

@@ -1,4 +1,4 @@
-"""Runs a compiled package in a child process first: a package that crashes ends the child, which becomes an error.
+"""Runs a compiled package in a child process first. If the package crashes, only the child ends.
 
     python -m lragent.artifact.package_probe ARTIFACT LAYOUT PACKAGE ATTENTION GRAPH KV_DTYPE DEVICE
 
@@ -17,26 +17,27 @@ from pathlib import Path
 import torch
 
 from lragent.artifact.directory import open_artifact
-from lragent.compile.compile import STEPS, load_compiled
+from lragent.compile.compile import load_compiled
 from lragent.compile.devices import device_named, moved
 from lragent.compile.export import example_cache, example_step
 from lragent.errors import MOST_SHOWN, ArtifactError
 from lragent.kernels.dispatch import resolve
+from lragent.kernels.implementations import GRAPHS
 from lragent.program.dtypes import dtype_named
 from lragent.program.step import StepKind
 
-SECONDS = 600  # to load the weights and run a step
+SECONDS = 600  # time limit of the child, which loads the weights and runs one step
 # Sequences and tokens of each; `example_cache` has pages for two sequences.
 _SIZES: dict[StepKind, tuple[int, int]] = {"any": (2, 3), "decode": (2, 1), "prefill": (1, 3)}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A package to run; all fields are text because they are the child's arguments.
+    """A package to run. All fields are text, because they are the child's arguments.
 
     Args:
-        package: path of the package, or of the plan of several; it need not be in the artifact yet.
-        graph: name of the graph that it was compiled from (`lragent.kernels.dispatch.graphs`).
+        package: path of the package, or of a plan; it may lie outside the artifact.
+        graph: name of the graph from which it was compiled (`lragent.kernels.dispatch.graphs`).
     """
 
     artifact: str
@@ -52,7 +53,8 @@ def require_runs(probe: Probe) -> None:
     """Runs a package in a child process. The child needs room on the device for a second copy of the weights.
 
     Raises:
-        ArtifactError: the child died, failed or hung; says package, device, signal or exit code, and its last lines.
+        ArtifactError: the child crashed, failed or hung; names package, device, signal or exit code, and the child's
+            last output.
     """
     command = [sys.executable, "-m", __name__, *astuple(probe)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -82,7 +84,7 @@ def run(probe: Probe) -> None:
     device, artifact = device_named(probe.device), open_artifact(probe.artifact)
     schema = artifact.manifest.layouts[probe.layout].schema
     call = load_compiled(Path(probe.package), schema, moved(artifact.weights(), device), device)
-    step = example_step(len(schema.agents), *_SIZES[STEPS.get(probe.graph, "any")])
+    step = example_step(len(schema.agents), *_SIZES[GRAPHS[probe.graph].steps])
     cache = example_cache(schema, dtype_named(probe.kv_dtype))
     call(*(tensor.to(device) for tensor in (*step.tensors(), *cache.tensors())))
     if device.type == "cuda":

@@ -11,21 +11,20 @@ from torch import Tensor
 from lragent.files.checked_file import FileEntry, describe_file
 
 BASE_WEIGHTS = "weights/base.safetensors"
-
-
-ADAPTER_FILES = "weights/adapters"  # how names of adapter weight files begin
-
-
+ADAPTER_FILES = "weights/adapters"  # prefix of the names of adapter weight files
 ADAPTER_WEIGHTS = f"{ADAPTER_FILES}.safetensors"
 
 
 def write_weights(
     directory: Path, tensors: Mapping[str, Tensor], adapter_names: frozenset[str]
 ) -> tuple[tuple[FileEntry, ...], dict[str, str]]:
-    """Writes every tensor once: base weights and what the adapters became in separate files.
+    """Writes every tensor once: base weights into one file, adapter weights into another.
+
+    Args:
+        adapter_names: names of the tensors that come from adapters.
 
     Returns:
-        The files, and aliases: name of a tied tensor -> the name under which it is stored.
+        The files, and aliases: name of a tied tensor -> name under which it is stored.
     """
     stored, aliases = stored_once(tensors)
     files = {
@@ -38,7 +37,7 @@ def write_weights(
 
 
 def stored_once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor under one of its names, and its other names -> that one."""
+    """Returns each tensor under one of its names, and the other names -> that name."""
     names: dict[tuple[int, torch.dtype, torch.Size, tuple[int, ...]], str] = {}
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from lragent.capture import checks
-from lragent.capture.recognize_attention import mark_plain_attention
-from lragent.capture.row_counts import ask_for_positions
+from lragent.capture.context import CaptureContext
+from lragent.capture.positions_from_input import POSITIONS_FROM_INPUT
+from lragent.capture.recognize_attention import RECOGNIZE_ATTENTION
 from lragent.errors import ModelError
 from lragent.graph.attention_marker import marker_nodes
 from lragent.graph.fx_tools import depends_on_ids, evaluate
+from lragent.graph.passes import run_pass
 from lragent.graph.plain_graph import functional, plain_graph
 from lragent.graph.quiet_export import without_exporter_noise
 from lragent.kernels import ops
@@ -73,7 +75,7 @@ def capture(loaded: LoadedModel) -> Captured:
         captured = _capture_written_out(loaded, reason)
     moved = checks.mixing(captured.graph, loaded)
     if moved != 0:
-        ask_for_positions(captured.graph)
+        run_pass(POSITIONS_FROM_INPUT, captured.graph, CaptureContext(loaded.max_positions))
         moved = checks.mixing(captured.graph, loaded)
     checks.require_same_logits(captured.graph, loaded)
     if moved > 0:
@@ -125,12 +127,11 @@ def _capture_written_out(loaded: LoadedModel, unfit: str) -> Captured:
         captured = _export(loaded, nullcontext, most_tokens=max(loaded.max_positions - 1, EXAMPLE_TOKENS))
     except NotExported as error:
         raise NotExported(f"{loaded.architecture} {unfit}, and {error.message}", error.hint) from error
-    found, reason = mark_plain_attention(captured.graph, loaded.max_positions)
-    if not found or reason:
-        raise ModelError(
-            f"{loaded.architecture} {unfit}: {reason or 'none was found in its graph'}",
-            "Such a model can't be converted yet.",
-        )
+    report = run_pass(RECOGNIZE_ATTENTION, captured.graph, CaptureContext(loaded.max_positions))
+    if report.misses or not report.changed:
+        first = next(iter(report.misses), None)
+        reason = f"{first.reason} (node {first.node})" if first else "none was found in its graph"
+        raise ModelError(f"{loaded.architecture} {unfit}: {reason}", RECOGNIZE_ATTENTION.hint)
     return captured
 
 

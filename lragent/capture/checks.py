@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from lragent.errors import ModelError
-from lragent.graph.attention_marker import marker_nodes
+from lragent.graph.attention_marker import KEY, QUERY, VALUE, marker_nodes
+from lragent.graph.fx_tools import argument
 from lragent.loading.model import LoadedModel
 from lragent.probing.attention_interface import own_value
 from lragent.probing.experts import row_wise_experts
@@ -127,7 +128,7 @@ def _without_attention(graph: fx.GraphModule) -> fx.GraphModule:
     cut = copy.deepcopy(graph, {id(t): t for t in (*graph.parameters(), *graph.buffers())})
     for node in marker_nodes(cut):
         with cut.graph.inserting_before(node):
-            own = cut.graph.call_function(own_value, node.args[:3])
+            own = cut.graph.call_function(own_value, tuple(argument(node, name) for name in (QUERY, KEY, VALUE)))
         node.replace_all_uses_with(own)
         cut.graph.erase_node(node)
     cut.recompile()

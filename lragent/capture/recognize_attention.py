@@ -1,26 +1,29 @@
 """Attention written out in a captured graph becomes the marker op, where it is clean.
 
 Before:                                              After:
-    s = matmul(q, kT)            [1, H, T, T]            k = transpose(kT, -1, -2)
+    s = matmul(q, kT)            [1, H, T, T]            k = transpose(kT, -1, -2)                       [1, H, T, D]
     s = add(mul(s, 0.25), mask)                          o = attention_marker(q, k, v, ..., 0.25)    [1, T, H, D]
     p = softmax(s, -1)                                   o = transpose(o, 1, 2)                      [1, H, T, D]
     o = matmul(p, v)             [1, H, T, D]
 
 What stands between the product and the softmax is not matched op by op: it is run on chosen products, and must be a
 constant factor, a causal or sliding-window mask, and a bias that is linear in the key's position with one slope a head
-(ALiBi). Everything else is left as it is, with a reason.
+(ALiBi). Everything else is left as it is and reported.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
-from lragent.graph.attention_marker import MARKER
-from lragent.graph.fx_tools import depends_on_ids, evaluate
+from lragent.capture.context import CaptureContext
+from lragent.errors import Miss
+from lragent.graph.fx_tools import depends_on_ids, emit, evaluate, in_order
+from lragent.graph.passes import Pass, PassReport
+from lragent.kernels.ops import attention_marker
 
 aten = torch.ops.aten
 
@@ -47,26 +50,21 @@ class NotClean(Exception):
     """Attention that is more than scale, mask and slopes; the message is the reason."""
 
 
-def mark_plain_attention(graph: fx.GraphModule, max_positions: int) -> tuple[int, str]:
-    """Puts marker ops in place of written-out attention.
-
-    Returns:
-        How many, and why the first one that was left was left ("" if none was).
-    """
-    changed, reason = 0, ""
+def _run(graph: fx.GraphModule, context: CaptureContext) -> PassReport:
+    changed, misses = 0, list[Miss]()
     for check in graph.graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
         graph.graph.erase_node(check)
     for node in list(graph.graph.nodes):
         try:
             if node.target in _SOFTMAX:
-                changed += _mark_softmax(graph, node, changed, max_positions)
+                changed += _mark_softmax(graph, node, changed, context.max_positions)
             elif node.target is aten.scaled_dot_product_attention.default:
-                changed += _mark_fused(graph, node, changed, max_positions)
+                changed += _mark_fused(graph, node, changed, context.max_positions)
         except NotClean as error:
-            reason = reason or f"{error} (node {node.name})"
+            misses.append(Miss(f"attention {changed + len(misses)}", node.name, str(error)))
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return changed, reason
+    return PassReport(changed, tuple(misses))
 
 
 def _mark_softmax(graph: fx.GraphModule, softmax: fx.Node, layer: int, max_positions: int) -> int:
@@ -81,7 +79,7 @@ def _mark_softmax(graph: fx.GraphModule, softmax: fx.Node, layer: int, max_posit
     heads = int(product.meta["val"].shape[-3])
     scores = _scores(graph, softmax, product, heads, max_positions)
     with graph.graph.inserting_before(weighted):
-        key = graph.graph.call_function(aten.transpose.int, (key_T, -1, -2))
+        key = emit(graph, aten.transpose.int, key_T, -1, -2)
         key.meta["val"] = key_T.meta["val"].transpose(-1, -2)
         _replace(graph, weighted, query, key, value, scores, layer)
     return 1
@@ -114,8 +112,7 @@ def _replace(
 ) -> None:
     """Replaces `end` (`[1, H, T, D]` or `[H, T, D]`) by a marker op at the insertion point."""
 
-    def call(target: Any, *args: Any) -> fx.Node:
-        return graph.graph.call_function(target, args)
+    call = partial(emit, graph)
 
     def four(node: fx.Node) -> fx.Node:
         shape = node.meta["val"].shape
@@ -133,7 +130,19 @@ def _replace(
         graph.register_buffer(name, scores.slopes_H)
         slopes = graph.graph.get_attr(name)
     query, key, value = four(query), four(key), four(value)
-    out = call(MARKER, query, key, value, None, layer, scores.scale, scores.window, 0.0, slopes)
+    arguments = in_order(
+        attention_marker,
+        query_1HqTDk=query,
+        key_1HTDk=key,
+        value_1HTDv=value,
+        sinks_Hq=None,
+        layer=layer,
+        scale=scores.scale,
+        window=scores.window,
+        softcap=0.0,
+        slopes_Hq=slopes,
+    )
+    out = call(attention_marker, *arguments)
     q, v = query.meta["val"], value.meta["val"]
     out.meta["val"] = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
     back = call(aten.transpose.int, out, 1, 2)
@@ -236,3 +245,6 @@ def _mask_and_slopes(bias: Tensor, heads: int, tokens: int) -> tuple[int, Tensor
     if not bool((slopes_H != 0).any()):
         return (window if window < tokens else 0), None
     return (window if window < tokens else 0), slopes_H.expand(heads).contiguous().clone()
+
+
+RECOGNIZE_ATTENTION = Pass("recognize_attention", _run, required=True, hint="Such a model can't be converted yet.")

@@ -25,11 +25,11 @@ from lragent.compile.segments.run import load_segments
 from lragent.compile.segments.shapes import CannotCut
 from lragent.compile.split_step import homogeneous_call
 from lragent.errors import CompilerMissing, Miss, RequestError
-from lragent.kernels.dispatch import FALLBACK
+from lragent.kernels.implementations import FALLBACK, GRAPHS, IMPLEMENTATIONS
 from lragent.program.agent import Agent
 from lragent.program.cache_schema import CacheSchema
 from lragent.program.program import Program, run_flat
-from lragent.program.step import STEP_INPUTS, StepKind, cache_input_names
+from lragent.program.step import STEP_INPUTS, cache_input_names
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +37,13 @@ UNITS = ("model", "layer")
 PACKAGE = "program.pt2"
 # Version of the custom ops' signatures and meaning: a package compiled against another one is not loaded.
 OP_ABI = 2
-# Graphs that serve one kind of step only.
-STEPS: dict[str, StepKind] = {"inductor_decode": "decode", "inductor_prefill": "prefill"}
 
 
 @dataclass(frozen=True)
 class ProgramFacts:
     """What a `Program` says of itself beside the callable.
 
-    `attention`: the chosen implementation. `fallback`: the layers that run `dispatch.FALLBACK` instead.
+    `attention`: the chosen implementation. `fallback`: the layers that run `implementations.FALLBACK` instead.
     """
 
     schema: CacheSchema
@@ -62,6 +60,12 @@ class ProgramFacts:
         if not self.fallback:
             return self.attention
         return f"{self.attention}, {FALLBACK} on {len(self.fallback)} of {len(self.schema.base)} layers"
+
+    @property
+    def cuda_graph_safe(self) -> bool:
+        """True if the attention of every layer can run in a CUDA graph."""
+        used = (self.attention, FALLBACK) if self.fallback else (self.attention,)
+        return all(IMPLEMENTATIONS[name].cuda_graph_safe for name in used)
 
 
 def target_name(device: torch.device = CPU) -> str:
@@ -126,7 +130,7 @@ def compile_graph(
         CompilerMissing: there is no C++ compiler.
     """
     require_compiler()
-    steps = STEPS.get(graph_name, "any")
+    steps = GRAPHS[graph_name].steps
     refusal = ""
     if unit == "layer" and device.type == "cpu":
         try:
@@ -182,9 +186,8 @@ def eager_call(graph: fx.GraphModule) -> Callable[..., Tensor]:
 
 def join(calls: Mapping[str, Callable[..., Tensor]]) -> Callable[..., Tensor]:
     """One callable out of an implementation's graphs, by graph name."""
-    if len(calls) == 1:
-        return next(iter(calls.values()))
-    return homogeneous_call(calls["inductor_decode"], calls["inductor_prefill"])
+    by_steps = {GRAPHS[name].steps: call for name, call in calls.items()}
+    return by_steps["any"] if "any" in by_steps else homogeneous_call(by_steps["decode"], by_steps["prefill"])
 
 
 def program(call: Callable[..., Tensor], facts: ProgramFacts, backend: str, device: torch.device) -> Program:
@@ -199,7 +202,7 @@ def program(call: Callable[..., Tensor], facts: ProgramFacts, backend: str, devi
         agents=facts.agents,
         max_positions=facts.max_positions,
         vocab_size=facts.vocab_size,
-        run=run_flat(call) if device.type == "cpu" else DeviceSteps(call, device, facts.attention == "triton").run,
+        run=run_flat(call) if device.type == "cpu" else DeviceSteps(call, device, facts.cuda_graph_safe).run,
         facts={
             "backend": backend,
             "attention": facts.attention_text,

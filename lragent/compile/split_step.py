@@ -1,6 +1,7 @@
 """A step split into calls that are alike: runs of decodes, and prefill chunks one by one.
 
-The `inductor` lowering has one graph for steps in which every sequence has one token, and one for a single sequence.
+Some attention implementations have one graph for steps in which every sequence has one token, and one for a single
+sequence (`lragent.kernels.implementations`).
 Sequences keep their order: a later one may be of the same trajectory and reads what an earlier one wrote.
 """
 

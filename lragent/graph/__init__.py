@@ -1,1 +1,1 @@
-"""Tools for FX graphs: export without noise, plain graphs, the attention marker."""
+"""Passes and tools for FX graphs: export without noise, plain graphs, the two marker ops."""

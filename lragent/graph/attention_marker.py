@@ -1,21 +1,21 @@
-"""Finding attention calls in a captured graph."""
+"""Attention calls in a captured graph: finding them and reading their arguments."""
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
-from lragent.kernels import ops  # registers the marker op
+from lragent.graph.fx_tools import argument, calls
+from lragent.kernels.ops import attention_marker
 
-MARKER = ops.attention_marker._opoverload
+# Arguments of the marker op.
+QUERY, KEY, VALUE = "query_1HqTDk", "key_1HTDk", "value_1HTDv"
 
 
 def marker_nodes(graph: fx.GraphModule) -> list[fx.Node]:
     """Attention calls in graph order."""
-    assert MARKER is torch.ops.lragent.attention_marker.default
-    return [n for n in graph.graph.nodes if n.target is MARKER]
+    return list(calls(graph, attention_marker))
 
 
 def has_slopes(marker: fx.Node) -> bool:
-    """Whether its scores have a bias by the key's position (ALiBi)."""
-    return len(marker.args) > 8 and marker.args[8] is not None
+    """True if a bias by the key's position is added to its scores (ALiBi)."""
+    return argument(marker, "slopes_Hq") is not None

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from lragent.errors import CompilerMissing
-from lragent.kernels.ops import CPP_ATTENTION
+from lragent.kernels.attention_call import attention_op
 
+ATTENTION = attention_op("flash_lora_attention_cpp", None)
 _LOG = logging.getLogger(__name__)
 _KERNELS = Path(__file__).parent
 _HINT = 'Install g++ (or set CXX) and ninja, or use attention="torch", which needs neither.'
@@ -36,7 +37,7 @@ _INSTRUCTIONS: dict[str, tuple[str, ...]] = {
 
 
 def is_loaded() -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(CPP_ATTENTION, "CPU"))
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(ATTENTION.name(), "CPU"))
 
 
 def is_obtainable() -> bool:

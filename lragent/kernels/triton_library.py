@@ -10,11 +10,14 @@ from importlib.util import find_spec
 import torch
 
 from lragent.errors import RequestError
-from lragent.kernels.ops import TRITON_ATTENTION
+from lragent.kernels import ops
+from lragent.kernels.attention_call import attention_function, attention_op
+
+ATTENTION = attention_op("flash_lora_attention_triton", None)
 
 
 def is_loaded() -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(TRITON_ATTENTION, "CUDA"))
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(ATTENTION.name(), "CUDA"))
 
 
 def is_installed() -> bool:
@@ -37,6 +40,6 @@ def load() -> None:
     from lragent.kernels.flash_lora_attention.triton.launch import flash_lora_attention
     from lragent.kernels.write_cache import triton_scatter
 
-    torch.library.impl(TRITON_ATTENTION, "CUDA", flash_lora_attention)
-    torch.library.impl("lragent::write_kv", "CUDA", triton_scatter.write_kv)
-    torch.library.impl("lragent::write_lr", "CUDA", triton_scatter.write_lr)
+    torch.library.impl(ATTENTION.name(), "CUDA", attention_function(flash_lora_attention))
+    torch.library.impl(ops.write_kv.name(), "CUDA", triton_scatter.write_kv)
+    torch.library.impl(ops.write_lr.name(), "CUDA", triton_scatter.write_lr)

@@ -1,43 +1,54 @@
-"""What an adapted module is replaced with while the model is captured: the module plus one fixed chain of rank 1.
+"""What an adapted module is replaced with while the model is captured: the module plus one marker op.
 
 Which variant of LoRA an adapter is does not show in the captured graph: every adapted module, linear or embedding, is
-captured as `base(x) + 0.5 * B A x` with weights of rank 1 that are nobody's. `route_adapters` finds the chain by its
-parameters and puts in its place what the agents' adapters compute.
+captured as `adapter_marker(x, base(x), FQN)`. `route_adapters` puts in its place what the agents' adapters compute.
 """
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.library import custom_op
 
-HOOK_SCALING = 0.5
+
+@custom_op("lragent::adapter_marker", mutates_args=())
+def adapter_marker(x: Tensor, y: Tensor, module: str) -> Tensor:
+    """`y` plus a fixed delta of rank 1 that depends on every channel of `x`, so that comparing the captured graph with
+    the model shows a marker with a wrong `x` or `y`.
+
+    Args:
+        x: input of the adapted module, `[..., in]`; of an embedding, token ids `[...]` (integers).
+        y: output of the module without adapter, `[..., out]`, in any float dtype.
+        module: FQN of the module; it seeds the delta.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(module.encode()))
+
+    def random(size: int) -> Tensor:
+        return (0.1 * torch.randn(size, generator=generator)).to(y)
+
+    low_rank = x.to(y.dtype) @ random(x.shape[-1]) if x.is_floating_point() else 0.1 * x.double().cos().to(y.dtype)
+    return y + low_rank[..., None] * random(y.shape[-1])
+
+
+@adapter_marker.register_fake
+def _(x: Tensor, y: Tensor, module: str) -> Tensor:
+    return torch.empty_like(y)
 
 
 class Hook(nn.Module):
-    """A linear module (or embedding) with the chain; anything else that is asked of it, the module itself answers."""
+    """A linear module (or embedding) with the marker; the module itself answers for all other attributes."""
 
-    def __init__(self, base: nn.Module, inputs: int, outputs: int, seed: int) -> None:
+    def __init__(self, base: nn.Module, fqn: str) -> None:
         super().__init__()
         self.base_layer = base
-        weight = base.weight
-        assert isinstance(weight, Tensor)
-        generator = torch.Generator().manual_seed(seed)
-
-        def random(*shape: int) -> nn.Parameter:
-            numbers = 0.1 * torch.randn(shape, generator=generator)
-            return nn.Parameter(numbers.to(weight.dtype), requires_grad=False)
-
-        self.embeds = isinstance(base, nn.Embedding)
-        self.lora_A = random(inputs, 1) if self.embeds else random(1, inputs)
-        self.lora_B = random(outputs, 1)
+        self.fqn = fqn
 
     def forward(self, x: Tensor) -> Tensor:
-        low_rank = functional.embedding(x, self.lora_A) if self.embeds else functional.linear(x, self.lora_A)
-        base: Tensor = self.base_layer(x)
-        return base + functional.linear(low_rank, self.lora_B) * HOOK_SCALING
+        marked: Tensor = adapter_marker(x, self.base_layer(x), self.fqn)
+        return marked
 
     def __getattr__(self, name: str) -> Any:
         try:

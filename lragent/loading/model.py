@@ -45,7 +45,6 @@ class LoadedModel:
     Args:
         model: the module to capture; each adapted module is a hook (`lragent.loading.adapter_hook`).
         lora: module FQN -> agent name -> weights.
-        lora_parameters: FQN of a hook's parameter in `model` -> (module FQN, "a" or "b").
         rows: module FQN -> agent name -> outputs (tokens) with weights of their own.
         groups: module FQN -> for each agent, the first agent whose A it shares; empty: whoever has an equal A.
         max_positions: how many positions a trajectory may have.
@@ -55,7 +54,6 @@ class LoadedModel:
     model: Any
     agents: tuple[Agent, ...]
     lora: Mapping[str, Mapping[str, LoraWeights]]
-    lora_parameters: Mapping[str, tuple[str, str]]
     max_positions: int
     position_offset: int
     vocab_size: int
@@ -194,7 +192,6 @@ def _describe(causal_lm: Any, adapted: Adapted, names: Sequence[str], tokenizer_
         model=causal_lm,
         agents=tuple(agents),
         lora=adapted.lora,
-        lora_parameters=adapted.parameters,
         max_positions=reach,
         position_offset=offset,
         vocab_size=int(config.vocab_size),

@@ -21,11 +21,10 @@ from lragent.loading.adapter_weights import LoraWeights, ReplacedRows, dora_gain
 
 @dataclass
 class Adapted:
-    """Adapters by module FQN and agent name, and role of each hook's parameters by FQN."""
+    """Adapters by module FQN and agent name."""
 
     lora: dict[str, dict[str, LoraWeights]] = field(default_factory=dict)
     rows: dict[str, dict[str, ReplacedRows]] = field(default_factory=dict)
-    parameters: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def take_apart(root: nn.Module, internal: Mapping[str, str], found: Adapted) -> None:
@@ -72,11 +71,8 @@ def add_biases(root: nn.Module, agent: str, biases: Mapping[str, Tensor], found:
 def put_hooks(root: nn.Module, found: Adapted) -> None:
     """Replaces every adapted module by its hook, in place."""
     for fqn in dict.fromkeys((*found.lora, *found.rows)):
-        base = root.get_submodule(fqn)
-        outputs, inputs = weight_of(base).shape
         parent, _, leaf = fqn.rpartition(".")
-        setattr(root.get_submodule(parent), leaf, Hook(base, inputs, outputs, seed=len(found.parameters)))
-        found.parameters |= {f"{fqn}.lora_A": (fqn, "a"), f"{fqn}.lora_B": (fqn, "b")}
+        setattr(root.get_submodule(parent), leaf, Hook(root.get_submodule(fqn), fqn))
 
 
 def in_out(module: nn.Module) -> tuple[int, int] | None:

@@ -14,19 +14,20 @@ key.
 from __future__ import annotations
 
 import operator
+from functools import partial
 
 import torch
 from torch import fx
 
-from lragent.graph.attention_marker import has_slopes, marker_nodes
-from lragent.graph.fx_tools import add_constant, add_shared_constant, placeholder
-from lragent.kernels.ops import SLOPE_CHANNELS, with_slopes
-from lragent.passes.contract import Pass, PassReport, RewriteContext, RoutedLinear, SplitStream
+from lragent.graph.attention_marker import KEY, QUERY, VALUE, has_slopes, marker_nodes
+from lragent.graph.fx_tools import add_constant, add_shared_constant, argument, emit, in_order, placeholder
+from lragent.graph.passes import Pass, PassReport
+from lragent.kernels import ops
+from lragent.passes.contract import RewriteContext, RoutedLinear, SplitStream
 from lragent.program.cache_schema import BaseStreams, CacheSchema, LowRankStream
 from lragent.program.step import STEP_INPUTS, cache_input_names
 
 aten = torch.ops.aten
-lragent = torch.ops.lragent
 
 # Captured placeholders -> step inputs; the captured ones have a leading axis of one.
 _RENAMED = {"input_ids": "token_ids", "position_ids": "positions"}
@@ -55,16 +56,16 @@ def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
 
 
 def _whole(marker: fx.Node) -> tuple[SplitStream, SplitStream]:
-    key, value = marker.args[1], marker.args[2]
+    key, value = argument(marker, KEY), argument(marker, VALUE)
     assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
     return SplitStream(key), SplitStream(value)
 
 
 def _base_streams(index: int, marker: fx.Node) -> BaseStreams:
-    key, value = marker.args[1], marker.args[2]
+    key, value = argument(marker, KEY), argument(marker, VALUE)
     assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
     k_shape, v_shape = key.meta["val"].shape, value.meta["val"].shape
-    more = SLOPE_CHANNELS if has_slopes(marker) else 0
+    more = ops.SLOPE_CHANNELS if has_slopes(marker) else 0
     return BaseStreams(index, int(k_shape[1]), int(k_shape[3]) + more, int(v_shape[3]))
 
 
@@ -76,7 +77,7 @@ def _add_inputs(graph: fx.GraphModule, schema: CacheSchema) -> dict[str, fx.Node
         for name in (*STEP_INPUTS, *cache_input_names(schema)):
             inputs[name] = graph.graph.create_node("placeholder", name, name=f"{name}_in")
         for old_name, name in _RENAMED.items():
-            packed = graph.graph.call_function(aten.unsqueeze.default, (inputs[name], 0))
+            packed = emit(graph, aten.unsqueeze.default, inputs[name], 0)
             old = placeholder(graph, old_name)
             assert old is not None
             old.replace_all_uses_with(packed)
@@ -96,12 +97,10 @@ def _rewrite(
     streams: dict[fx.Node, int],
     written: set[int],
 ) -> None:
-    query, _, _, sinks, _, scale, window, softcap, slopes = (*marker.args, None)[:9]
+    query, slopes, scale = (argument(marker, name) for name in (QUERY, "slopes_Hq", "scale"))
     key, value = pair
     with graph.graph.inserting_before(marker):
-
-        def call(target: object, *args: object) -> fx.Node:
-            return graph.graph.call_function(target, args)  # type: ignore[arg-type]
+        call = partial(emit, graph)
 
         def tokens_first(heads_first: object) -> fx.Node:
             return call(aten.transpose.int, call(aten.squeeze.dim, heads_first, 0), 0, 1)
@@ -109,68 +108,71 @@ def _rewrite(
         k_cache, v_cache = inputs[f"k_base_{index}"], inputs[f"v_base_{index}"]
         base_key: object = key.base
         if slopes is not None:
-            both = call(with_slopes, query, base_key, slopes, inputs["positions"], scale)
+            both = call(ops.with_slopes, query, base_key, slopes, inputs["positions"], scale)
             query, base_key = (call(operator.getitem, both, part) for part in (0, 1))
         call(
-            lragent.write_kv.default,
+            ops.write_kv,
             tokens_first(base_key),
             tokens_first(value.base),
             k_cache,
             v_cache,
             inputs["base_slots"],
         )
-        low_rank: list[object] = []
+        low_rank: dict[str, object] = {}
         for name, side in (("k", key), ("v", value)):
             if side.routed is None or side.routed.low_rank is None or side.up_NHrD is None:
-                low_rank += [None, None, None]
+                low_rank |= {f"lr_{name}": None, f"lr_{name}_table": None, f"b_{name}": None}
                 continue
             number = streams[side.routed.low_rank]
             cache, table = inputs[f"lr_{number}"], inputs[f"lr_table_{number}"]
             if number not in written:
-                _write_low_rank(call, side.routed, cache, table, inputs["lr_slots"])
+                _write_low_rank(graph, side.routed, cache, table, inputs["lr_slots"])
                 written.add(number)
             up_NHrD = side.up_NHrD
             if name == "k" and slopes is not None:
-                up_NHrD = torch.nn.functional.pad(up_NHrD, (0, SLOPE_CHANNELS))
+                up_NHrD = torch.nn.functional.pad(up_NHrD, (0, ops.SLOPE_CHANNELS))
             up = add_constant(graph, f"up_{name}_{index}", up_NHrD)
-            low_rank += [cache, table, up]
-        out = call(
-            lragent.flash_lora_attention.default,
-            tokens_first(query),
-            k_cache,
-            v_cache,
-            *(inputs[n] for n in ("agent_ids", "seq_starts", "context_lens", "page_table")),
-            *low_rank,
-            *_transform_arguments(graph, key),
-            sinks,
-            scale,
-            window,
-            softcap,
+            low_rank |= {f"lr_{name}": cache, f"lr_{name}_table": table, f"b_{name}": up}
+        arguments = in_order(
+            ops.flash_lora_attention,
+            query_THqDk=tokens_first(query),
+            k_cache=k_cache,
+            v_cache=v_cache,
+            agent_ids_T=inputs["agent_ids"],
+            seq_starts=inputs["seq_starts"],
+            context_lens_S=inputs["context_lens"],
+            page_table_SM=inputs["page_table"],
+            **low_rank,
+            **_transform_arguments(graph, key),
+            **{name: argument(marker, name) for name in ("sinks_Hq", "scale", "window", "softcap")},
         )
+        out = call(ops.flash_lora_attention, *arguments)
         packed = call(aten.unsqueeze.default, out, 0)
     marker.replace_all_uses_with(packed)
     graph.graph.erase_node(marker)
 
 
-def _write_low_rank(call: object, routed: RoutedLinear, cache: fx.Node, table: fx.Node, slots: fx.Node) -> None:
-    assert callable(call)
-    flat = call(aten.squeeze.dim, routed.low_rank, 0)
-    call(lragent.write_lr.default, flat, cache, table, slots)
+def _write_low_rank(
+    graph: fx.GraphModule, routed: RoutedLinear, cache: fx.Node, table: fx.Node, slots: fx.Node
+) -> None:
+    flat = emit(graph, aten.squeeze.dim, routed.low_rank, 0)
+    emit(graph, ops.write_lr, flat, cache, table, slots)
 
 
-def _transform_arguments(graph: fx.GraphModule, key: SplitStream) -> tuple[object, ...]:
-    """rope_cos, rope_sin, rope_partner, norm_weight, norm_eps, key_is_final."""
+def _transform_arguments(graph: fx.GraphModule, key: SplitStream) -> dict[str, object]:
+    """Arguments of the attention op that say what is done to a key."""
     transform = key.transform
     if transform is None:
-        return (None, None, None, None, 0.0, True)
+        names = ("rope_cos", "rope_sin", "rope_partner", "norm_weight")
+        return {**dict.fromkeys(names), "norm_eps": 0.0, "key_is_final": True}
     tables = (
-        ("rope_cos", transform.cos_PD),
-        ("rope_sin", transform.sin_PD),
-        ("rope_partner", transform.partner_D),
-        ("key_norm", transform.norm_weight_D),
+        ("rope_cos", "rope_cos", transform.cos_PD),
+        ("rope_sin", "rope_sin", transform.sin_PD),
+        ("rope_partner", "rope_partner", transform.partner_D),
+        ("norm_weight", "key_norm", transform.norm_weight_D),
     )
-    nodes = tuple(None if t is None else add_shared_constant(graph, stem, t) for stem, t in tables)
-    return (*nodes, transform.norm_eps, transform.final)
+    nodes = {name: None if t is None else add_shared_constant(graph, stem, t) for name, stem, t in tables}
+    return {**nodes, "norm_eps": transform.norm_eps, "key_is_final": transform.final}
 
 
 ATTACH_CACHE = Pass("attach_cache", _run)

@@ -6,7 +6,8 @@ from torch import fx
 
 from lragent.errors import InternalError
 from lragent.graph.attention_marker import marker_nodes
-from lragent.passes.contract import LowerContext, Pass, PassReport
+from lragent.graph.passes import Pass, PassReport
+from lragent.passes.contract import LowerContext
 from lragent.program.step import STEP_INPUTS
 
 

@@ -1,24 +1,16 @@
-"""The contract of a pass: what it gets, what it reports, how it finds and adds things in a graph."""
+"""What rewriting and lowering passes read, and what they hand to each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from enum import Enum
 
 from torch import Tensor, fx
 
-from lragent.errors import Miss
+from lragent.graph.attention_marker import KEY, VALUE
 from lragent.loading.adapter_weights import ReplacedRows
 from lragent.program.cache_schema import BaseStreams, Layout, LowRankStream
-
-
-@dataclass(frozen=True)
-class PassReport:
-    """The result of a pass: how many places it changed, and the places where it did not match."""
-
-    changed: int
-    misses: tuple[Miss, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +45,13 @@ class RoutedLinear:
     stream: LowRankStream
     gain_NC: Tensor | None = None
     replaced: bool = False
+
+
+class Side(Enum):
+    """Side of an attention op; its value names the side's argument of the attention marker."""
+
+    KEY = KEY
+    VALUE = VALUE
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,7 @@ class RewriteContext:
     Args:
         agents: names in order; agent id = index + 1.
         adapters: projection FQN -> agent name -> weights.
-        lora_parameters: FQN of a captured lora_A / lora_B weight -> (projection FQN, "a" or "b").
-        captured_scaling: projection FQN -> scalings that may stand in its captured chains.
+        embeddings: FQN of each adapted embedding -> how many tokens it has.
         rows: projection FQN -> agent name -> outputs (of an embedding: tokens) with weights of the agent's own.
         groups: projection FQN -> for each agent, the first agent whose A it shares; empty: whoever has an equal A.
     """
@@ -117,19 +115,11 @@ class RewriteContext:
     layout: Layout
     agents: tuple[str, ...]
     adapters: Mapping[str, Mapping[str, Adapter]]
-    lora_parameters: Mapping[str, tuple[str, str]]
-    captured_scaling: Mapping[str, frozenset[float]]
     max_positions: int
+    embeddings: Mapping[str, int] = field(default_factory=dict)
     rows: Mapping[str, Mapping[str, ReplacedRows]] = field(default_factory=dict)
     groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     state: PassState = field(default_factory=PassState)
-
-    def lora_role(self, node: object) -> tuple[str, str] | None:
-        """(projection FQN, "a" or "b") of a `get_attr` node of a captured adapter weight; None for any other node."""
-        if not isinstance(node, fx.Node) or node.op != "get_attr":
-            return None
-        # Names in the graph are those of the model, under the attribute of the exported wrapper.
-        return self.lora_parameters.get(str(node.target).partition(".")[2])
 
 
 @dataclass(frozen=True)
@@ -137,24 +127,6 @@ class LowerContext:
     """Facts that lowering passes read: the name of the graph of an attention implementation (`dispatch.graphs`)."""
 
     attention: str
-
-
-Context = TypeVar("Context", RewriteContext, LowerContext)
-
-
-@dataclass(frozen=True)
-class Pass(Generic[Context]):
-    """A named rewrite of the graph in place.
-
-    Args:
-        required: every place must match; a miss refuses the program.
-        hint: advice to the user when a required pass has missed.
-    """
-
-    name: str
-    run: Callable[[fx.GraphModule, Context], PassReport]
-    required: bool = False
-    hint: str = ""
 
 
 ROUTED = "lragent_routed"  # key in node.meta of a routed projection's output: RoutedLinear

@@ -1,4 +1,4 @@
-"""Projections of one input, with their routed adapters, become one call where there is a kernel for it (cpp).
+"""Projections of one input, with their routed adapters, become one call where there is a kernel for it.
 
 Before:                                              After:
     v   = linear(x, W_v)          [1, T, Nv]             y  = routed_linears(x, [W_v, A_v, W_q, B_v, A_q, B_q], ...)
@@ -20,9 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from lragent.graph.fx_tools import calls, fetch, only_user, placeholder
+from lragent.graph.fx_tools import calls, emit, fetch, only_user, placeholder
+from lragent.graph.passes import Pass, PassReport
 from lragent.kernels import ops
-from lragent.passes.contract import LowerContext, Pass, PassReport
+from lragent.kernels.implementations import IMPLEMENTATION_OF
+from lragent.passes.contract import LowerContext
 
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,7 +42,7 @@ class _Delta:
 
 
 def _run(graph: fx.GraphModule, context: LowerContext) -> PassReport:
-    if context.attention != "cpp":
+    if not IMPLEMENTATION_OF[context.attention].fuses_linears:
         return PassReport(0)
     groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in calls(graph, aten.linear.default):
@@ -140,16 +142,23 @@ def _fuse(graph: fx.GraphModule, members: list[fx.Node], deltas: dict[fx.Node, _
     agents = len(deltas[adapted[0]].routes) // 3 - 1 if adapted else 0
     with graph.graph.inserting_before(members[0]):
         tensors = [graph.graph.get_attr(str(tensor.target)) for tensor in stored]  # type: ignore[attr-defined]
-        fused = graph.graph.call_function(
+        fused = emit(
+            graph,
             ops.routed_linears,
-            (projections[0].args[0], agent_ids, tensors, bias_of, up_of, down_of, [agents, *routes]),
+            projections[0].args[0],
+            agent_ids,
+            tensors,
+            bias_of,
+            up_of,
+            down_of,
+            [agents, *routes],
         )
         first = 0
         for node in projections:
             features = fetch(graph, node.args[1]).shape[0]  # type: ignore[arg-type]
             part = fused
             if len(projections) > 1:
-                part = graph.graph.call_function(aten.slice.Tensor, (fused, -1, first, first + features))
+                part = emit(graph, aten.slice.Tensor, fused, -1, first, first + features)
             first += features
             replaced = deltas[node].total if node in deltas else node
             part.meta = dict(replaced.meta)

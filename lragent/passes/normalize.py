@@ -16,7 +16,8 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from lragent.passes.contract import Pass, PassReport, RewriteContext
+from lragent.graph.passes import Pass, PassReport
+from lragent.passes.contract import RewriteContext
 
 aten = torch.ops.aten
 

@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import copy
-import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from lragent.capture.capture import Captured, capture
 from lragent.errors import InternalError, Miss, SplitRefused
+from lragent.graph.adapter_marker import adapter_markers
+from lragent.graph.passes import Context, Pass, PassReport, run_pass
 from lragent.graph.quiet_export import without_exporter_noise
-from lragent.loading.adapter_hook import HOOK_SCALING
+from lragent.kernels.implementations import GRAPHS
 from lragent.loading.adapter_weights import LoraWeights
 from lragent.loading.model import LoadedModel
 from lragent.loading.stages import Stages
 from lragent.passes import LOWER, REWRITE
-from lragent.passes.contract import (
-    Adapter,
-    Context,
-    KeyTransform,
-    LowerContext,
-    Pass,
-    PassReport,
-    PassState,
-    RewriteContext,
-)
-from lragent.passes.lower_attention import LOWER_ATTENTION, TARGETS, fallback_layers
+from lragent.passes.contract import Adapter, KeyTransform, LowerContext, PassState, RewriteContext
+from lragent.passes.lower_attention import LOWER_ATTENTION, fallback_layers
 from lragent.program.cache_schema import CacheSchema, Layout
 from lragent.program.dtypes import LAYOUTS
 from lragent.program.layer_facts import LayerFacts
-
-log = logging.getLogger(__name__)
 
 MOST_MISSES = 4  # named in the message of SplitRefused
 
@@ -46,8 +35,8 @@ class Transformed:
 
     Args:
         reports: pass name -> report of each rewriting pass.
-        fallbacks: name of a graph (`dispatch.graphs`) -> the layers that run `dispatch.FALLBACK` once lowered for it;
-            graphs without such layers are missing.
+        fallbacks: name of a graph (`dispatch.graphs`) -> the layers that run `implementations.FALLBACK` once lowered
+            for it; graphs without such layers are missing.
     """
 
     graph: fx.GraphModule
@@ -85,7 +74,7 @@ class Lowered:
 
     @property
     def fallback(self) -> tuple[Miss, ...]:
-        """The layers that run `dispatch.FALLBACK` instead of the chosen implementation."""
+        """The layers that run `implementations.FALLBACK` instead of the chosen implementation."""
         return self.reports[LOWER_ATTENTION.name].misses
 
 
@@ -118,14 +107,14 @@ def transform(captured: Captured, layout: Layout) -> Transformed:
     context = rewrite_context(captured.loaded, layout)
     reports = _run_all(REWRITE, graph, context, captured.loaded.architecture)
     _drop_unused(graph)
-    _require_routed(graph, context)
+    _require_routed(graph)
     state = context.state
     return Transformed(
         graph=graph,
         schema=CacheSchema(layout, context.agents, state.base_streams, state.low_rank_streams),
         layers=_layer_facts(state),
         reports=reports,
-        fallbacks={name: found for name in TARGETS if (found := fallback_layers(graph, name))},
+        fallbacks={name: found for name in GRAPHS if (found := fallback_layers(graph, name))},
     )
 
 
@@ -143,6 +132,7 @@ def lower(graph: fx.GraphModule, attention: str) -> Lowered:
 
 def rewrite_context(loaded: LoadedModel, layout: Layout) -> RewriteContext:
     """The facts of a loaded model that rewriting passes read, and an empty state."""
+    adapted = {module: loaded.model.get_submodule(module).base_layer for module in (*loaded.lora, *loaded.rows)}
     return RewriteContext(
         layout=layout,
         agents=tuple(agent.name for agent in loaded.agents),
@@ -150,9 +140,8 @@ def rewrite_context(loaded: LoadedModel, layout: Layout) -> RewriteContext:
             module: {name: adapter(weights) for name, weights in by_agent.items()}
             for module, by_agent in loaded.lora.items()
         },
-        lora_parameters=loaded.lora_parameters,
-        captured_scaling={module: frozenset({HOOK_SCALING}) for module in (*loaded.lora, *loaded.rows)},
         max_positions=loaded.max_positions,
+        embeddings={module: base.num_embeddings for module, base in adapted.items() if isinstance(base, nn.Embedding)},
         rows=loaded.rows,
         groups=loaded.groups,
     )
@@ -180,7 +169,7 @@ def _run_all(
     """Runs passes in order and returns their reports by name; `subject` begins the message of a refusal."""
     reports: dict[str, PassReport] = {}
     for entry in passes:
-        reports[entry.name] = report = _run(entry, graph, context)
+        reports[entry.name] = report = run_pass(entry, graph, context)
         if entry.required and report.misses:
             raise SplitRefused(f"{subject} can't be split: {_shown(report.misses)}", entry.hint, report.misses)
     return reports
@@ -192,19 +181,8 @@ def _shown(misses: Sequence[Miss]) -> str:
     return f"{shown}; and {more} more; `lragent inspect MODEL --adapters ...` lists all" if more > 0 else shown
 
 
-def _run(entry: Pass[Context], graph: fx.GraphModule, context: Context) -> PassReport:
-    started = time.perf_counter()
-    try:
-        report = entry.run(graph, context)
-        graph.graph.lint()
-    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
-        raise InternalError(f"pass {entry.name} failed: {type(error).__name__}: {error}") from error
-    log.info("%s: %d changed in %.2f s", entry.name, report.changed, time.perf_counter() - started)
-    return report
-
-
 def _drop_unused(graph: fx.GraphModule) -> None:
-    """Removes code and tensors that the rewritten graph does not use: adapters' own weights, folded deltas."""
+    """Removes code and tensors that the rewritten graph does not use, such as folded deltas."""
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     used = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
@@ -215,11 +193,11 @@ def _drop_unused(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _require_routed(graph: fx.GraphModule, context: RewriteContext) -> None:
-    """Raises InternalError if the rewritten graph still reads a captured adapter weight, which no agent owns."""
-    left = sorted(str(n.target) for n in graph.graph.find_nodes(op="get_attr") if context.lora_role(n) is not None)
+def _require_routed(graph: fx.GraphModule) -> None:
+    """Raises InternalError if an adapter marker is left: it computes what no agent's adapter does."""
+    left = adapter_markers(graph)
     if left:
-        raise InternalError(f"adapter weight {left[0]} is still used by the rewritten graph")
+        raise InternalError(f"the adapter marker of {left[0].args[2]} is left in the rewritten graph")
 
 
 def _layer_facts(state: PassState) -> tuple[LayerFacts, ...]:

@@ -7,7 +7,7 @@ Before:                                          After:
                                                      return reshape(float(logits), [-1, V])
 
 The walk goes back from the output through ops that treat every token and logit alone (softcap, casts, scaling) to the
-linear op of the LM head (with its hook, if it is adapted). Where that is not found, rows are selected at the output:
+linear op of the LM head (with its marker, if it is adapted). Where that is not found, rows are selected at the output:
 right, but every row is computed.
 """
 
@@ -17,8 +17,10 @@ import torch
 from torch import fx
 
 from lragent.errors import Miss
-from lragent.graph.fx_tools import placeholder
-from lragent.passes.contract import Pass, PassReport, RewriteContext
+from lragent.graph.adapter_marker import ADAPTER_MARKER
+from lragent.graph.fx_tools import emit, placeholder
+from lragent.graph.passes import Pass, PassReport
+from lragent.passes.contract import RewriteContext
 
 aten = torch.ops.aten
 
@@ -50,35 +52,36 @@ def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
     if head is None:
         misses = (Miss("logits", logits.name, "no linear op found behind the logits; all rows are computed"),)
         with graph.graph.inserting_before(output):
-            logits = graph.graph.call_function(aten.index_select.default, (logits, 1, rows))
+            logits = emit(graph, aten.index_select.default, logits, 1, rows)
     else:
         hidden, users = head
         with graph.graph.inserting_after(hidden):
-            selected = graph.graph.call_function(aten.index_select.default, (hidden, 1, rows))
+            selected = emit(graph, aten.index_select.default, hidden, 1, rows)
         for user in users:
             user.replace_input_with(hidden, selected)
     with graph.graph.inserting_before(output):
-        wide = graph.graph.call_function(aten.to.dtype, (logits, torch.float32))
-        flat = graph.graph.call_function(aten.squeeze.dim, (wide, 0))
+        wide = emit(graph, aten.to.dtype, logits, torch.float32)
+        flat = emit(graph, aten.squeeze.dim, wide, 0)
     output.args = (flat,)
     return PassReport(1, misses)
 
 
 def _head(logits: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
-    """The input of the linear ops whose rows are the logits, and those ops: more than one if the LM head is adapted;
-    None if something else than token-wise ops stands between, or they read different inputs."""
+    """The input of the linear op whose rows are the logits, and the ops that read it: the marker too if the LM head is
+    adapted; None if something else than token-wise ops stands between, or they read different inputs."""
     stack, heads, seen = [logits], list[fx.Node](), set[fx.Node]()
     while stack:
         node = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        source = node.args[0] if node.args else None
-        if node.target in _PROJECTIONS and isinstance(source, fx.Node):
-            if source.target in _PROJECTIONS:  # lora_B over lora_A
-                stack.append(source)
-            else:
-                heads.append(node)
+        if node.target in _PROJECTIONS:
+            heads.append(node)
+        elif node.target is ADAPTER_MARKER:
+            _, without_adapter, _ = node.args
+            assert isinstance(without_adapter, fx.Node)
+            heads.append(node)
+            stack.append(without_adapter)
         elif node.target in _POINTWISE:
             tensors = [a for a in node.args if isinstance(a, fx.Node) and a.op == "call_function"]
             if not tensors:

@@ -19,8 +19,9 @@ from torch import Tensor, fx
 
 from lragent.errors import Miss
 from lragent.graph.attention_marker import has_slopes, marker_nodes
-from lragent.graph.fx_tools import add_shared_constant
-from lragent.passes.contract import KeyTransform, Pass, PassReport, RewriteContext, SplitStream
+from lragent.graph.fx_tools import add_shared_constant, argument, emit, set_argument
+from lragent.graph.passes import Pass, PassReport
+from lragent.passes.contract import KeyTransform, RewriteContext, Side, SplitStream
 from lragent.passes.key_value.dora_gains import per_head, scale_side
 from lragent.passes.key_value.join_streams import joined_columns
 from lragent.passes.key_value.key_transform import Probe, Underivable, derive_key, derive_value
@@ -36,8 +37,8 @@ def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
     changed = 0
     for index, marker in enumerate(marker_nodes(graph)):
         sides: list[SplitStream] = []
-        for position, side in ((1, "key"), (2, "value")):
-            found = _split(graph, context, marker, position, f"layer {index} {side}")
+        for side in Side:
+            found = _split(graph, context, marker, side, f"layer {index} {side.name.lower()}")
             if isinstance(found, Miss):
                 misses.append(found)
                 continue
@@ -50,9 +51,9 @@ def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
 
 
 def _split(
-    graph: fx.GraphModule, context: RewriteContext, marker: fx.Node, position: int, where: str
+    graph: fx.GraphModule, context: RewriteContext, marker: fx.Node, side: Side, where: str
 ) -> SplitStream | Miss:
-    end = marker.args[position]
+    end = argument(marker, side.value)
     assert isinstance(end, fx.Node)
     path = adapted_path(end, where)
     if path is None:
@@ -64,7 +65,7 @@ def _split(
     any_b = next(iter(context.adapters[path.modules[0]].values())).b
     probe = Probe(path.function(graph), sum(path.widths), any_b.dtype, context.max_positions)
     try:
-        if position == 2:
+        if side is Side.VALUE:
             derive_value(probe)
             transform, channel_HD = None, None
         else:
@@ -72,20 +73,14 @@ def _split(
         gain_NHD = per_head(probe, path.gains)
     except Underivable as reason:
         return Miss(where, end.name, str(reason))
-    if position == 1 and transform is not None and transform.kind != "linear" and has_slopes(marker):
+    if side is Side.KEY and transform is not None and transform.kind != "linear" and has_slopes(marker):
         return Miss(where, end.name, f"its transform is {transform.kind} and scores have a slope by position")
     up = _up_projections(probe, path, context, channel_HD)
     base = _base_stream(graph, path, transform, channel_HD)
-    _set_arg(marker, position, base)
+    set_argument(marker, side.value, base)
     if gain_NHD is not None:
-        scale_side(graph, marker, position, gain_NHD)
+        scale_side(graph, marker, side, gain_NHD)
     return SplitStream(base, joined_columns(graph, path), up, transform)
-
-
-def _set_arg(marker: fx.Node, position: int, value: fx.Node) -> None:
-    arguments = list(marker.args)
-    arguments[position] = value
-    marker.args = tuple(arguments)
 
 
 def _up_projections(probe: Probe, path: ProjectionPath, context: RewriteContext, channel_HD: Tensor | None) -> Tensor:
@@ -128,9 +123,9 @@ def _base_stream(
     base = path.base(graph)
     with graph.graph.inserting_before(path.end):
         channels = add_shared_constant(graph, "key_channels", channel_HD.reshape(-1))
-        picked = graph.graph.call_function(aten.index_select.default, (base, 2, channels))
-        shaped = graph.graph.call_function(aten.unflatten.int, (picked, 2, [heads, dim]))
-        raw = graph.graph.call_function(aten.transpose.int, (shaped, 1, 2))
+        picked = emit(graph, aten.index_select.default, base, 2, channels)
+        shaped = emit(graph, aten.unflatten.int, picked, 2, [heads, dim])
+        raw = emit(graph, aten.transpose.int, shaped, 1, 2)
     raw.meta["val"] = path.end.meta["val"]
     return raw
 

@@ -1,7 +1,8 @@
-"""Least time of a decode step on a GPU, by sharing scheme: what must pass through memory, at the memory's rated speed.
+"""Least time of a decode step on a GPU, by sharing scheme: memory traffic at the memory's rated speed.
 
-An estimate from data sheets, not a measurement. Weights and cache pass once, in 16 bits a number, and the products with
-the weights run at the rated speed beside it; attention's own arithmetic, launches and everything else are left out.
+This is an estimate from data sheets, not a measurement. Weights and cache are read once, in 16 bits a number. The
+products with the weights run at the rated speed at the same time. Attention's own arithmetic, kernel launches and
+everything else are left out.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from lragent.artifact.directory import open_artifact
 from lragent.errors import RequestError
 from lragent.program.cache_schema import BaseStreams, CacheSchema, LowRankStream
 from lragent.program.dtypes import dtype_named
-from lragent.runtime.schemes import SCHEMES, Scheme
+from lragent.runtime.cache_cost import bytes_per_token
+from lragent.runtime.schemes import SCHEMES
 
-BYTES_A_NUMBER = 2
+CACHE_DTYPE = "bfloat16"
+BYTES_A_NUMBER = dtype_named(CACHE_DTYPE).itemsize
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data sheet: bytes of memory, its bytes a second, and dense 16-bit operations a second."""
+    """Data sheet: bytes of memory, bytes a second of its bandwidth, and dense 16-bit operations a second."""
 
     memory: float
     bandwidth: float
@@ -41,7 +44,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Numbers in the weights, and the cache of a split layout."""
+    """The number of weights, and the cache schema: split, or dense where split layout was refused."""
 
     weights: int
     schema: CacheSchema
@@ -49,7 +52,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Load:
-    """Trajectories of equal length, of each of which some agents decode in the same step."""
+    """Trajectories of `context` tokens each; `decoding` agents of each trajectory decode in the same step."""
 
     trajectories: int
     decoding: int
@@ -61,10 +64,10 @@ class StepEstimate:
     """One scheme's decode step.
 
     Args:
-        held: bytes of cache once every agent has seen every token.
-        fits: weights and `held` fit into the GPU's memory.
-        read: bytes of cache that the step reads if every request reads its own; seconds: the step's time then.
-        read_once: the same if agents of a trajectory share one reading of what they share; seconds_once: its time.
+        held: bytes of cache after every agent has seen every token.
+        fits: True if weights and `held` fit into the GPU's memory.
+        read: bytes of cache that the step reads if every request reads separately; seconds: its time then.
+        read_once: bytes if agents of a trajectory read shared pages once; seconds_once: its time then.
     """
 
     sharing: str
@@ -80,14 +83,14 @@ class StepEstimate:
 
 
 def gpu_named(name: str) -> Gpu:
-    """Raises RequestError for an unknown name, listing the known ones."""
+    """The data sheet of a GPU. Raises RequestError for an unknown name; the message lists the known ones."""
     if name.lower() not in GPUS:
         raise RequestError(f"no data sheet of GPU {name!r}", f"Choose one of: {', '.join(GPUS)}.")
     return GPUS[name.lower()]
 
 
 def shape_of_artifact(path: Path) -> ModelShape:
-    """Reads the manifest only."""
+    """The shape of an artifact, from its manifest."""
     manifest = open_artifact(path).manifest
     entry = manifest.layouts.get("split") or manifest.layouts["dense"]
     size = dtype_named(manifest.dtype).itemsize
@@ -95,10 +98,12 @@ def shape_of_artifact(path: Path) -> ModelShape:
 
 
 def shape_of_model(model_dir: Path, agents: int, rank: int) -> ModelShape:
-    """From a model's configuration, without its weights; agents have adapters of their own A on every K and V.
+    """The shape of a model with agents that have different adapters of one rank on every K and V.
+
+    Only the model's configuration is read.
 
     Raises:
-        RequestError: the configuration does not say what its attention looks like.
+        RequestError: the configuration lacks the sizes of attention.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -111,7 +116,9 @@ def shape_of_model(model_dir: Path, agents: int, rank: int) -> ModelShape:
         layers, kv_heads = config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     except AttributeError as error:
-        raise RequestError(f"the configuration in {model_dir} has no {error.name}", "Give an artifact.") from error
+        raise RequestError(
+            f"the configuration in {model_dir} has no {error.name}", "Convert it, and name the artifact."
+        ) from error
     own = tuple(range(agents))
     return ModelShape(
         weights=sum(parameter.numel() for parameter in model.parameters()),
@@ -127,30 +134,24 @@ def shape_of_model(model_dir: Path, agents: int, rank: int) -> ModelShape:
 
 
 def estimate(shape: ModelShape, gpu: Gpu, load: Load, sharing: str) -> StepEstimate:
-    """The decode step of one scheme."""
+    """Estimates the decode step of one scheme. Products run beside memory traffic; the longer of the two counts."""
     scheme = SCHEMES[sharing]
+    held_per_token = bytes_per_token(_by_layout(shape.schema), shape.schema.agents, CACHE_DTYPE)[sharing][-1]
     agents = range(min(load.decoding, max(len(shape.schema.agents), 1)))
-    base = shape.schema.base_numbers_per_token()
-    columns = [sum(s.ranks[a] for s in shape.schema.low_rank) if _splits(shape, scheme) else 0 for a in agents]
-    tokens = load.trajectories * load.context * BYTES_A_NUMBER
-    read = tokens * (base * len(agents) + sum(columns))
-    read_once = read if scheme.page_table_per_agent else tokens * (base + sum(columns))
-    held = tokens * _held(shape, scheme)
+    base = BYTES_A_NUMBER * shape.schema.base_numbers_per_token()
+    columns = 0
+    if scheme.layout == "split" and shape.schema.agents:
+        columns = BYTES_A_NUMBER * sum(stream.ranks[agent] for stream in shape.schema.low_rank for agent in agents)
+    tokens = load.trajectories * load.context
+    held = tokens * held_per_token
+    read = tokens * (base * len(agents) + columns)
+    read_once = read if scheme.page_table_per_agent else tokens * (base + columns)
     weights = shape.weights * BYTES_A_NUMBER
     products = 2 * shape.weights * load.trajectories * len(agents) / gpu.operations
     seconds, seconds_once = (max((weights + cache) / gpu.bandwidth, products) for cache in (read, read_once))
     return StepEstimate(sharing, held, weights + held <= gpu.memory, read, seconds, read_once, seconds_once)
 
 
-def _splits(shape: ModelShape, scheme: Scheme) -> bool:
-    return scheme.layout == "split" and bool(shape.schema.agents)
-
-
-def _held(shape: ModelShape, scheme: Scheme) -> int:
-    """Numbers a token takes once all agents have seen it."""
-    base, agents = shape.schema.base_numbers_per_token(), range(len(shape.schema.agents))
-    if scheme.page_table_per_agent:
-        return base * max(len(agents), 1)
-    if not _splits(shape, scheme):
-        return base
-    return base + sum(shape.schema.lr_numbers_per_token(agent, scheme.lr_blocks) for agent in agents)
+def _by_layout(schema: CacheSchema) -> dict[str, CacheSchema]:
+    """The schema for schemes with LR columns, and the same without LR columns for the others."""
+    return {"split": schema, "dense": dataclasses.replace(schema, layout="dense", low_rank=())}

@@ -114,7 +114,7 @@ def test_spare_slots_hold_no_agent_and_no_cache(compiled: Path, written: Written
         (
             {"plan": "plan", "action": "dora"},
             ArtifactError,
-            r"program of .* would change: it needs lora_.*, which the artifact lacks\nConvert anew",
+            r"program of .* would change: it needs lora_.*, which the artifact lacks\nConvert the model again",
         ),
     ],
     ids=["rank", "modules", "agents", "variant"],

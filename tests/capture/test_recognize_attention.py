@@ -1,4 +1,4 @@
-"""plain_attention: attention written out in a model is found, and what is more than scale, mask and slopes is not."""
+"""recognize_attention: attention written out in a model is found; more than scale, mask and slopes is refused."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lragent.capture.capture import capture
+from lragent.capture.recognize_attention import RECOGNIZE_ATTENTION
 from lragent.errors import ModelError
 from lragent.graph.attention_marker import has_slopes, marker_nodes
+from lragent.graph.passes import PassReport, run_pass
 from lragent.loading.model import load_live
 from lragent.program.cache_schema import CacheSchema
 from tests.passes import tiny_lm
@@ -144,3 +146,19 @@ def test_more_positions_than_one_digit() -> None:
     scores = 0.5 * q @ k.repeat_interleave(2, 1).transpose(-1, -2)
     torch.testing.assert_close(scores, (SLOPES * at)[None].expand(1, 4, 3, 3))
     assert torch.equal(k.bfloat16().float(), k)
+
+
+def test_each_place_that_is_left_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[PassReport] = []
+
+    def recorded(entry: Any, graph: Any, context: Any) -> PassReport:
+        reports.append(run_pass(entry, graph, context))
+        return reports[-1]
+
+    monkeypatch.setattr("lragent.capture.capture.run_pass", recorded)
+    with pytest.raises(ModelError, match="more than a product") as raised:
+        capture(load_live(_model(by_token)))
+    (report,) = reports
+    assert report.changed == 0 and [miss.where for miss in report.misses] == ["attention 0", "attention 1"]
+    assert len({miss.node for miss in report.misses}) == 2
+    assert raised.value.hint == RECOGNIZE_ATTENTION.hint != ""

@@ -27,7 +27,7 @@ def test_a_path_may_hold_an_equals_sign_after_its_name() -> None:
 
 @pytest.mark.parametrize("text", ["a/plan,b/plan", "plan=a,plan=b", "plan=a,b/plan"])
 def test_a_name_given_twice_is_refused(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="two adapters are called 'plan'"):
+    with pytest.raises(typer.BadParameter, match="two adapters have the name 'plan'"):
         parse_adapters(text)
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 import lragent
 from lragent.artifact.build import ConvertReport
 from lragent.errors import Miss, SplitRefused
+from lragent.graph.passes import Pass, PassReport
 from lragent.passes import REWRITE, pipeline
-from lragent.passes.contract import Pass, PassReport
 from lragent_cli.convert import print_report
 from tests.cli.conftest import adapters_option, call
 from tests.coverage.tiny_model import adapted_model, plain_model

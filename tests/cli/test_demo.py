@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 
 from lragent.errors import ModelError, TaskFileError
 from lragent_cli import demo_model
@@ -63,6 +64,8 @@ def test_a_model_that_cannot_be_read_leaves_no_directory(monkeypatch: pytest.Mon
     (package / "model.gguf").write_bytes(b"GGUF but not really")
     monkeypatch.setattr(demo_model, "PACKAGE", package.name)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    verbosity = logging.get_verbosity()
     with pytest.raises(Exception):  # noqa: B017  (the reader's own error)
         write_model(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+    assert logging.get_verbosity() == verbosity

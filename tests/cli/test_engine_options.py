@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 
 import lragent
-from lragent.kernels.dispatch import IMPLEMENTATIONS
+from lragent.kernels.implementations import IMPLEMENTATIONS
 from lragent.runtime.config import EngineConfig
 from lragent_cli.engine_options import AttentionName, EngineOptions
 from tests.cli.conftest import call

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lragent.kernels import ops
+from lragent.kernels import ops, triton_library
+from lragent.kernels.attention_call import AttentionCall
 from lragent.kernels.write_cache import torch_scatter
 from tests.kernels.attention_cases import (
     CASES,
     Case,
     assert_as_exact_as_half_precision,
     assert_as_exact_as_reference,
+    changed,
+    kernel_of,
 )
 
 pytestmark = pytest.mark.gpu
@@ -23,13 +25,11 @@ pytestmark = pytest.mark.gpu
 LONG = ((700, 1, 1), (1500, 1, 3), (300, 200, 1), (90, 60, 3), (300, 9, (1, 1, 1, 3, 3, 3, 2, 2, 0)), (1, 1, 0))
 
 
-def on_device(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.cuda() if isinstance(value, Tensor) else value for name, value in values.items()}
+triton_op = kernel_of(triton_library.ATTENTION)
 
 
-def triton_op(*arguments: Any) -> Tensor:
-    result: Tensor = torch.ops.lragent.flash_lora_attention_triton(*arguments)
-    return result
+def on_device(call: AttentionCall) -> AttentionCall:
+    return changed(call, Tensor.cuda)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

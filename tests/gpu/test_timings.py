@@ -10,7 +10,7 @@ import torch
 
 from lragent.kernels.flash_lora_attention import torch_paged
 from tests.gpu.test_numerics import on_device, triton_op
-from tests.kernels.attention_cases import Case, call
+from tests.kernels.attention_cases import Case
 
 pytestmark = pytest.mark.gpu
 
@@ -42,10 +42,10 @@ def test_step(step: str, rank: int) -> None:
         step, sequences=STEPS[step], heads=8, group=4, k_dim=128, v_dim=128, ranks=(rank,) * 3,
         cache_dtype=torch.bfloat16,
     )  # fmt: skip
-    values = on_device(case.build(torch.bfloat16))
+    call = on_device(case.build(torch.bfloat16))
     tokens = sum(length for length, _, _ in case.sequences)
     read = tokens * (case.heads * (case.k_dim + case.v_dim) + 2 * rank) * 2
-    ours, plain = (milliseconds(lambda op=op: call(op, values)) for op in (triton_op, torch_paged.flash_lora_attention))
+    ours, plain = (milliseconds(lambda op=op: op(call)) for op in (triton_op, torch_paged.flash_lora_attention))
     found = f"{ours:.3f} ms ({read / ours / 1e6:.0f} GB/s), torch {plain:.3f} ms"
     print(f"\n{torch.cuda.get_device_name()}, {step}, r {rank}: {found}")
     assert ours < plain

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from lragent.kernels.attention_call import AttentionCall
 from lragent.kernels.flash_lora_attention import reference
 from lragent.program.cache_schema import LowRankStream
 
-ARGUMENTS = (
-    "query", "k_cache", "v_cache", "agent_ids", "seq_starts", "context_lens", "page_table",
-    "lr_k", "lr_k_table", "b_k", "lr_v", "lr_v_table", "b_v",
-    "rope_cos", "rope_sin", "rope_partner", "norm_weight", "norm_eps", "key_is_final",
-    "sinks", "scale", "window", "softcap",
-)  # fmt: skip
+Kernel = Callable[[AttentionCall], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,8 @@ class Case:
     cache_dtype: torch.dtype = torch.float32
     seed: int = field(default=0)
 
-    def build(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """Arguments of the op by name; numbers are the same for every dtype, up to its rounding of float32 values."""
+    def build(self, dtype: torch.dtype = torch.float32) -> AttentionCall:
+        """A call; numbers are the same for every dtype, up to its rounding of float32 values."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def random(*shape: int) -> Tensor:
@@ -73,16 +70,16 @@ class Case:
         for _, rows, agent in self.sequences:
             agents += [agent] * rows if isinstance(agent, int) else list(agent)
         starts = torch.tensor([0, *(rows for _, rows, _ in self.sequences)]).cumsum(0)
-        values: dict[str, Any] = dict.fromkeys(ARGUMENTS)
+        values: dict[str, Any] = dict.fromkeys(entry.name for entry in fields(AttentionCall))
         by_head = written[:, None, :, None]
         values |= {
-            "query": random(len(agents), self.heads * self.group, self.k_dim).to(dtype),
+            "query_THqDk": random(len(agents), self.heads * self.group, self.k_dim).to(dtype),
             "k_cache": poisoned(random(pages, self.heads, self.page_size, self.k_dim), by_head),
             "v_cache": poisoned(random(pages, self.heads, self.page_size, self.v_dim), by_head),
-            "agent_ids": torch.tensor(agents),
+            "agent_ids_T": torch.tensor(agents),
             "seq_starts": starts,
-            "context_lens": torch.tensor(contexts),
-            "page_table": table,
+            "context_lens_S": torch.tensor(contexts),
+            "page_table_SM": table,
             "norm_eps": 1e-5,
             "key_is_final": self.final,
             "scale": self.k_dim**-0.5,
@@ -110,8 +107,8 @@ class Case:
         if self.wide_norm:
             values["norm_weight"] = (random(self.heads, self.k_dim) + 1).to(dtype)
         if self.sinks:
-            values["sinks"] = random(self.heads * self.group).to(dtype)
-        return values
+            values["sinks_Hq"] = random(self.heads * self.group).to(dtype)
+        return AttentionCall(**values)
 
     def _rotation(self, positions: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Half layout, interleaved layout, or half layout over the first half of the channels."""
@@ -154,7 +151,7 @@ CASES = (
     Case("many decodes", sequences=tuple((length, 1, length % 4) for length in (1, 3, 16, 17, 90, 33, 34, 47))),
 )
 
-# One norm over all heads: `reference` and `torch` only (see passes/lower_attention.py).
+# One norm over all heads: `reference` and `torch` only (see lragent/kernels/implementations.py).
 WIDE_NORM_CASES = (
     Case("norm over all heads", wide_norm=True, final=False),
     Case("norm over all heads without rotation", wide_norm=True, final=False, rope="", window=6),
@@ -166,35 +163,50 @@ def rounded(case: Case, cache_dtype: torch.dtype) -> Case:
     return replace(case, cache_dtype=cache_dtype)
 
 
-def call(function: Any, values: dict[str, Any]) -> Tensor:
-    return function(*(values[name] for name in ARGUMENTS))
+def tensors_of(call: AttentionCall) -> dict[str, Tensor]:
+    """The call's tensors by field name."""
+    values = {entry.name: getattr(call, entry.name) for entry in fields(call)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def in_double(values: dict[str, Any]) -> dict[str, Any]:
+def changed(call: AttentionCall, change: Callable[[Tensor], Tensor]) -> AttentionCall:
+    """The call with every tensor replaced."""
+    tensors: dict[str, Any] = {name: change(tensor) for name, tensor in tensors_of(call).items()}
+    return replace(call, **tensors)
+
+
+def in_double(call: AttentionCall) -> AttentionCall:
     """The same numbers in float64."""
-    return {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in values.items()
-    }
+    return changed(call, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
 
-def assert_as_exact_as_reference(function: Any, values: dict[str, Any]) -> None:
+def kernel_of(op: Callable[..., Any]) -> Kernel:
+    """An op as a function of a call."""
+
+    def run(call: AttentionCall) -> Tensor:
+        result: Tensor = op(*call.arguments())
+        return result
+
+    return run
+
+
+def assert_as_exact_as_reference(kernel: Kernel, call: AttentionCall) -> None:
     """The error to float64 is at most twice that of the reference in the same dtype, plus one rounding."""
-    exact = call(reference.flash_lora_attention, in_double(values))
-    plain = call(reference.flash_lora_attention, values)
-    found = call(function, values)
-    assert found.dtype == values["query"].dtype and found.shape == exact.shape
+    exact = reference.flash_lora_attention(in_double(call))
+    plain = reference.flash_lora_attention(call)
+    found = kernel(call)
+    assert found.dtype == call.query_THqDk.dtype and found.shape == exact.shape
     own = float((plain.double() - exact).abs().max())
     rounding = torch.finfo(found.dtype).eps * float(exact.abs().max())
     assert float((found.double() - exact).abs().max()) <= 2 * own + rounding
 
 
-def assert_as_exact_as_half_precision(function: Any, values: dict[str, Any]) -> None:
+def assert_as_exact_as_half_precision(kernel: Kernel, call: AttentionCall) -> None:
     """The error to float64 is at most twice that of the reference computed in the query's dtype, of half precision."""
-    exact = call(reference.flash_lora_attention, in_double(values))
-    found = call(function, values)
+    exact = reference.flash_lora_attention(in_double(call))
+    found = kernel(call)
     with mock.patch.object(reference, "compute_dtype", lambda dtype: dtype):
-        plain = call(reference.flash_lora_attention, values)
-    assert plain.dtype == found.dtype == values["query"].dtype
+        plain = reference.flash_lora_attention(call)
+    assert plain.dtype == found.dtype == call.query_THqDk.dtype
     own, error = (float((x.double() - exact).abs().max()) for x in (plain, found))
     assert error <= 2 * own

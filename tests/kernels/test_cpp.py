@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lragent.kernels import cpp_library
+from lragent.kernels.attention_call import AttentionCall
 from tests.kernels.attention_cases import (
-    ARGUMENTS,
     CASES,
     Case,
     assert_as_exact_as_half_precision,
     assert_as_exact_as_reference,
-    call,
+    kernel_of,
     rounded,
 )
 
 pytestmark = pytest.mark.skipif(not cpp_library.is_obtainable(), reason="no C++ compiler or no ninja")
 
-OP = torch.ops.lragent.flash_lora_attention_cpp
+OP = kernel_of(cpp_library.ATTENTION)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Sequences that take other ways through the kernel than those of `CASES`.
 SHAPES = {
@@ -103,12 +102,12 @@ def test_context_split_over_threads(case: Case) -> None:
         assert_as_exact_as_reference(OP, replace(case, sequences=SHAPES[shape]).build())
 
 
-def _with_common_pages(values: dict[str, Any], common: tuple[int, ...]) -> dict[str, Any]:
+def _with_common_pages(call: AttentionCall, common: tuple[int, ...]) -> AttentionCall:
     """Sequence s > 0 begins with the first `common[s - 1]` pages of sequence 0."""
-    table = values["page_table"].clone()
+    table = call.page_table_SM.clone()
     for s, pages in enumerate(common, 1):
         table[s, :pages] = table[0, :pages]
-    return values | {"page_table": table}
+    return replace(call, page_table_SM=table)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -123,33 +122,31 @@ def test_common_pages_are_read_for_all(case: Case, threads: int) -> None:
 
 
 class _Attention(torch.nn.Module):
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, call: AttentionCall) -> None:
         super().__init__()
-        self.fixed = {name: value for name, value in values.items() if name != "query"}
+        self.call = call
 
     def forward(self, query: Tensor) -> Tensor:
-        values = {"query": query + 0.0, **self.fixed}
-        result: Tensor = OP(*(values[name] for name in ARGUMENTS)) * 1.0
-        return result
+        return OP(replace(self.call, query_THqDk=query + 0.0)) * 1.0
 
 
 @pytest.mark.slow
 def test_inside_a_package_compiled_ahead_of_time(tmp_path: Path) -> None:
-    values = CASES[0].build()
-    program = torch.export.export(_Attention(values), (values["query"],))
+    call = CASES[0].build()
+    program = torch.export.export(_Attention(call), (call.query_THqDk,))
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "attention.pt2"))
-    found = torch._inductor.aoti_load_package(package)(values["query"])
-    torch.testing.assert_close(found, call(OP, values))
+    found = torch._inductor.aoti_load_package(package)(call.query_THqDk)
+    torch.testing.assert_close(found, OP(call))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query": torch.zeros(22, 5, 8)}, "multiple of KV heads"),
-        ({"context_lens": torch.zeros(4, dtype=torch.int32)}, "context_lens must be contiguous int64"),
-        ({"agent_ids": torch.full((22,), 4)}, "agent 4"),
-        ({"context_lens": torch.tensor([17, 33, 1, 4000])}, "page table"),
-        ({"page_table": torch.full((4, 4), 10_000)}, "page 10000"),
+        ({"query_THqDk": torch.zeros(22, 5, 8)}, "multiple of KV heads"),
+        ({"context_lens_S": torch.zeros(4, dtype=torch.int32)}, "context_lens must be contiguous int64"),
+        ({"agent_ids_T": torch.full((22,), 4)}, "agent 4"),
+        ({"context_lens_S": torch.tensor([17, 33, 1, 4000])}, "page table"),
+        ({"page_table_SM": torch.full((4, 4), 10_000)}, "page 10000"),
         ({"lr_v": torch.zeros(8)}, "LR block of agent 1"),
         ({"rope_partner": torch.full((8,), 8)}, "channel 8"),
         ({"rope_cos": torch.zeros(20, 8), "rope_sin": torch.zeros(20, 8)}, "longer than the rotation table"),
@@ -158,4 +155,4 @@ def test_inside_a_package_compiled_ahead_of_time(tmp_path: Path) -> None:
 )
 def test_what_would_read_elsewhere_is_refused(change: dict[str, Tensor], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        call(OP, CASES[0].build() | change)
+        OP(replace(CASES[0].build(), **change))

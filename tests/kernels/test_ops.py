@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 
-from lragent.kernels import cpp_library, ops
-from tests.kernels.attention_cases import ARGUMENTS, CASES, Case
+from lragent.kernels import cpp_library, ops, triton_library
+from lragent.kernels.implementations import GRAPHS
+from tests.kernels.attention_cases import CASES, Case, changed, kernel_of
 from tests.kernels.test_write_cache import PAGE, PAGES
 
 CHECKS = ("test_schema", "test_faketensor")
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[13]], ids=lambda case: case.name)
-@pytest.mark.parametrize("op", [ops.flash_lora_attention, ops.flash_lora_attention_torch], ids=["reference", "torch"])
-def test_attention_ops(op: object, case: Case) -> None:
-    values = case.build()
-    torch.library.opcheck(op, tuple(values[name] for name in ARGUMENTS), test_utils=CHECKS)  # type: ignore[arg-type]
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_attention_ops(name: str, case: Case) -> None:
+    op = GRAPHS[name].target
+    assert isinstance(op, OpOverload)
+    torch.library.opcheck(op, case.build().arguments(), test_utils=CHECKS)
 
 
 @pytest.mark.skipif(not cpp_library.is_obtainable(), reason="no C++ compiler or no ninja")
 def test_cpp_attention_op() -> None:
     cpp_library.load()
-    values = CASES[0].build()
-    op = torch.ops.lragent.flash_lora_attention_cpp.default
-    torch.library.opcheck(op, tuple(values[name] for name in ARGUMENTS), test_utils=CHECKS)
+    torch.library.opcheck(cpp_library.ATTENTION, CASES[0].build().arguments(), test_utils=CHECKS)
 
 
 def test_triton_attention_op_without_a_device() -> None:
-    values = CASES[0].build()
+    call = CASES[0].build()
     with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in map(values.get, ARGUMENTS)]
-        found = torch.ops.lragent.flash_lora_attention_triton(*fakes)
-    assert found.shape == values["query"].shape and found.dtype == values["query"].dtype
+        found = kernel_of(triton_library.ATTENTION)(changed(call, mode.from_tensor))
+    assert found.shape == call.query_THqDk.shape and found.dtype == call.query_THqDk.dtype
 
 
 def test_marker() -> None:

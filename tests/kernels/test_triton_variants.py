@@ -14,7 +14,7 @@ from benchmarks import triton_tiles
 from benchmarks.attention_calls import Heads
 from lragent.errors import InternalError
 from lragent.kernels import triton_library
-from tests.kernels.attention_cases import ARGUMENTS, Case
+from tests.kernels.attention_cases import Case
 
 if not triton_library.is_installed():
     pytest.skip("triton isn't installed", allow_module_level=True)
@@ -84,10 +84,10 @@ def test_no_usual_variant_gets_such_tiles(target: Target) -> None:
 def test_a_launch_with_such_tiles_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is launched: there is no GPU here."""
     monkeypatch.setattr(launch, "target_of", lambda device: "sm_90")
-    values = Case("chunk", sequences=((40, 9, 1),), k_dim=64, v_dim=64).build()
+    call = Case("chunk", sequences=((40, 9, 1),), k_dim=64, v_dim=64).build()
     plan = launch.Plan(decode=MISCOMPILED, prefill=replace(MISCOMPILED, channels=64), splits=1)
     with pytest.raises(MiscompiledTiles):
-        launch.flash_lora_attention(*(values[name] for name in ARGUMENTS), plan=plan)
+        launch.flash_lora_attention(call, plan)
 
 
 def test_the_benchmark_skips_such_tiles_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

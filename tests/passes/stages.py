@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, fx
 
 from lragent.capture.capture import Captured, capture
+from lragent.graph.passes import PassReport
 from lragent.loading.model import load_live
 from lragent.passes import LOWER, REWRITE
-from lragent.passes.contract import LowerContext, PassReport, PassState, RewriteContext
+from lragent.passes.contract import LowerContext, PassState, RewriteContext
 from lragent.passes.pipeline import rewrite_context
 from lragent.program.cache_schema import CacheSchema, Layout
 from lragent.program.step import CacheTensors, StepInputs
+from tests.passes.tiny_lm import Tiny
 
 PAGE = 16
 
@@ -42,6 +44,12 @@ def run_until(
             break
     graph.recompile()
     return graph, report, context, context.state
+
+
+def split_report(**paths: Any) -> tuple[PassReport, PassState]:
+    """Runs a tiny model, built with these paths of K and V, up to `split_kv`."""
+    _, report, _, state = run_until(captured(Tiny(**paths).build()), "split_kv")
+    return report, state
 
 
 def call(graph: fx.GraphModule, **values: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lragent.graph.fx_tools import calls
+from lragent.kernels.implementations import GRAPHS
 from lragent.passes.contract import LowerContext
-from lragent.passes.lower_attention import LOWER_ATTENTION, TARGETS
+from lragent.passes.lower_attention import LOWER_ATTENTION
 from lragent.passes.pipeline import lower, transform
 from tests.passes.stages import captured, peft_logits, run_cached
 from tests.passes.test_split_kv import norm_over_heads, norm_then_rotate
@@ -22,7 +23,7 @@ def test_match_and_output(attention: str) -> None:
     model = Tiny().build()
     program = transform(captured(model), "split")
     graph = lower(program.graph, attention).graph
-    assert len(list(calls(graph, TARGETS[attention]))) == 2
+    assert len(list(calls(graph, GRAPHS[attention].target))) == 2
     found = run_cached(graph, program.schema, IDS, 2, cut=19)
     torch.testing.assert_close(found, peft_logits(model, IDS, "action"), rtol=1e-5, atol=2e-5)
 
@@ -32,7 +33,7 @@ def test_a_norm_over_all_heads_runs_torch_and_says_so(key_path: Path, ops: str) 
     source = captured(Tiny(key_path=key_path).build())
     graph = transform(source, "split").graph
     report = LOWER_ATTENTION.run(graph, LowerContext("inductor_decode"))
-    assert len(list(calls(graph, TARGETS[ops]))) == report.changed == 2
+    assert len(list(calls(graph, GRAPHS[ops].target))) == report.changed == 2
     assert [miss.where for miss in report.misses] == (["layer 0", "layer 1"] if ops == "torch" else [])
     assert all("no norm over all heads" in miss.reason for miss in report.misses)
 
@@ -53,4 +54,4 @@ def test_near_miss_a_lowered_graph_has_nothing_to_lower() -> None:
 def test_graph_without_lora_is_lowered_too() -> None:
     base = Tiny().build().unload()
     program = transform(captured(base), "split")
-    assert len(list(calls(lower(program.graph, "torch").graph, TARGETS["torch"]))) == 2
+    assert len(list(calls(lower(program.graph, "torch").graph, GRAPHS["torch"].target))) == 2

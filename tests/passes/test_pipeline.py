@@ -1,8 +1,7 @@
-"""pipeline: reports of passes are kept, required passes refuse, and no captured adapter weight stays in a program."""
+"""pipeline: reports of passes are kept, required passes refuse, and no adapter marker stays in a program."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,9 +9,11 @@ import torch
 from torch import fx
 
 from lragent.errors import InternalError, Miss, SplitRefused
+from lragent.graph.adapter_marker import ADAPTER_MARKER
+from lragent.graph.passes import Pass, PassReport
+from lragent.kernels.implementations import GRAPHS
 from lragent.passes import LOWER, REWRITE, pipeline
-from lragent.passes.contract import Pass, PassReport, RewriteContext
-from lragent.passes.lower_attention import TARGETS
+from lragent.passes.contract import RewriteContext
 from lragent.passes.pipeline import lower, transform
 from lragent.program.cache_schema import Layout
 from tests.passes.stages import captured
@@ -80,7 +81,7 @@ def test_keys_that_can_not_be_split_are_all_named() -> None:
     assert "layout dense" in refused.value.hint
 
 
-@pytest.mark.parametrize("attention", TARGETS)
+@pytest.mark.parametrize("attention", GRAPHS)
 @pytest.mark.parametrize("key_path", [norm_over_heads, norm_then_rotate], ids=lambda p: p.__name__)
 def test_fallback_layers_are_known_before_lowering(attention: str, key_path: Path) -> None:
     program = transform(captured(Tiny(key_path=key_path).build()), "split")
@@ -90,30 +91,24 @@ def test_fallback_layers_are_known_before_lowering(attention: str, key_path: Pat
     assert [miss.where for miss in fallback] == (["layer 0", "layer 1"] if wide else [])
 
 
-def _adds(module: str) -> Callable[[fx.GraphModule, RewriteContext], PassReport]:
-    """A rewrite that adds a captured adapter weight of a module to the logits."""
-
-    def run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
-        weight = next(name for name, role in context.lora_parameters.items() if role == (module, "b"))
-        output = graph.graph.output_node()
-        with graph.graph.inserting_before(output):
-            left = graph.graph.get_attr(f"model.{weight}")
-            total = graph.graph.call_function(torch.ops.aten.sum.default, (left,))
-            output.args = (graph.graph.call_function(torch.ops.aten.add.Tensor, (output.args[0], total)),)
-        return PassReport(1)
-
-    return run
+def _marks_again(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
+    """A rewrite that puts an adapter marker around the logits."""
+    output = graph.graph.output_node()
+    logits = output.args[0]
+    with graph.graph.inserting_before(output):
+        output.args = (graph.graph.call_function(ADAPTER_MARKER, (logits, logits, "blocks.1.beta")),)
+    return PassReport(1)
 
 
 @pytest.mark.parametrize("layout", ["split", "dense"])
-def test_an_adapter_weight_that_is_left_is_an_internal_error(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "REWRITE", (*REWRITE, Pass("careless", _adds("blocks.1.beta"))))
-    with pytest.raises(InternalError, match=r"adapter weight model\.blocks\.1\.beta\..* is still used"):
+def test_an_adapter_marker_that_is_left_is_an_internal_error(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "REWRITE", (*REWRITE, Pass("careless", _marks_again)))
+    with pytest.raises(InternalError, match=r"adapter marker of blocks\.1\.beta is left"):
         transform(captured(Tiny().build()), layout)
 
 
 def test_unrouted_adapters_are_an_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
     routed = tuple(entry for entry in REWRITE if entry.name != "route_adapters")
     monkeypatch.setattr(pipeline, "REWRITE", routed)
-    with pytest.raises(InternalError, match="is still used by the rewritten graph"):
+    with pytest.raises(InternalError, match="is left in the rewritten graph"):
         transform(captured(Tiny().build()), "dense")

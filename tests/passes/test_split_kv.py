@@ -1,4 +1,7 @@
-"""split_kv: base and low-rank streams; every refusal next to a near miss in which one line changes and it splits."""
+"""split_kv: base and low-rank streams of K and V, and refusals, each next to a near miss that splits.
+
+Forms of keys are in `test_split_kv_keys.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,112 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.passes import tiny_lm as tiny
-from tests.passes.stages import allowed, call, captured, peft_logits, run_until
-from tests.passes.tiny_lm import DIM, Path, Tiny, keep, rms_norm, rotate
+from tests.passes.stages import allowed, call, captured, peft_logits, run_until, split_report
+from tests.passes.tiny_lm import DIM, Path, Tiny, clipped, keep, rotate
 
 IDS = torch.arange(3, 20) % 64
 
 
-def _report(**paths: Any) -> Any:
-    _, report, _, state = run_until(captured(Tiny(**paths).build()), "split_kv")
-    return report, state
-
-
 def test_match_counts_each_split_stream() -> None:
-    report, state = _report()
+    report, state = split_report()
     assert (report.changed, report.misses) == (4, ())  # K and V of two layers
     key, value = next(iter(state.split.values()))
     assert key.transform.kind == "rotary" and key.transform.final
     assert key.up_NHrD.shape == (3, 2, 4, DIM)
     assert value.transform is None
-
-
-def interleaved(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
-    frequencies = 100.0 ** (-torch.arange(0, DIM, 2).float() / DIM)
-    angles = (positions[..., None].float() * frequencies).repeat_interleave(2, -1)[:, :, None]
-    swapped = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-    return x * angles.cos() + swapped * angles.sin()
-
-
-def partial(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
-    angles = positions[..., None].float() * torch.tensor([1.0, 0.1])
-    cos, sin = torch.cat([angles.cos()] * 2, -1)[:, :, None], torch.cat([angles.sin()] * 2, -1)[:, :, None]
-    turned, kept = x[..., :4], x[..., 4:]
-    left, right = turned.chunk(2, -1)
-    return torch.cat([turned * cos + torch.cat([-right, left], -1) * sin, kept], -1)
-
-
-def scaled_rotation(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
-    return 1.25 * rotate(x, positions, module)
-
-
-def norm_then_rotate(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
-    return rotate(rms_norm(x, positions, module), positions, module)
-
-
-def norm_over_heads(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
-    weight = torch.cat([module.key_norm, 2 * module.key_norm])
-    flat = x.flatten(-2)
-    return (weight * flat * torch.rsqrt(flat.pow(2).mean(-1, keepdim=True) + 1e-6)).unflatten(-1, (2, DIM))
-
-
-def norm_over_heads_then_rotate(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
-    return rotate(norm_over_heads(x, positions, module), positions, module)
-
-
-@pytest.mark.parametrize(
-    ("key_path", "kind"),
-    [
-        (keep, "linear"),
-        (rotate, "rotary"),
-        (interleaved, "rotary"),
-        (partial, "rotary"),
-        (scaled_rotation, "rotary"),
-        (rms_norm, "norm"),
-        (norm_then_rotate, "norm+rotary"),
-        (norm_over_heads, "wide norm"),
-        (norm_over_heads_then_rotate, "wide norm+rotary"),
-    ],
-    ids=lambda p: p.__name__ if callable(p) else p,
-)
-def test_key_transforms_are_derived(key_path: Path, kind: str) -> None:
-    report, state = _report(key_path=key_path)
-    assert report.misses == ()
-    key, _ = next(iter(state.split.values()))
-    assert key.transform.kind == kind
-    assert key.transform.final == ("norm" not in kind)
-
-
-def clipped(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
-    return x.clamp(-0.5, 0.5)
-
-
-def centred_norm(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
-    return rms_norm(x - x.mean(-1, keepdim=True), positions, module)
-
-
-def head_mixing(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
-    return rotate(x + x.flip(-1), positions, module)
-
-
-@pytest.mark.parametrize(
-    ("refused", "reason", "splits"),
-    [
-        (clipped, "not linear, and not a norm of each head", keep),
-        (centred_norm, "are zero for an input of ones", rms_norm),
-        (head_mixing, "is not one channel of the projection", rotate),
-    ],
-    ids=lambda p: p.__name__ if callable(p) else None,
-)
-def test_refused_keys_and_their_near_miss(refused: Path, reason: str, splits: Path) -> None:
-    report, _ = _report(key_path=refused)
-    assert [miss.where for miss in report.misses] == ["layer 0 key", "layer 1 key"]
-    assert all(reason in miss.reason and miss.node for miss in report.misses)
-    near, _ = _report(key_path=splits)
-    assert near.misses == ()
 
 
 @pytest.mark.parametrize(
@@ -123,10 +36,10 @@ def test_refused_keys_and_their_near_miss(refused: Path, reason: str, splits: Pa
     ids=["clipped", "rotated"],
 )
 def test_refused_values_and_their_near_miss(refused: Path, reason: str, splits: Path) -> None:
-    report, _ = _report(value_path=refused)
+    report, _ = split_report(value_path=refused)
     assert [miss.where for miss in report.misses] == ["layer 0 value", "layer 1 value"]
     assert all(reason in miss.reason for miss in report.misses)
-    near, _ = _report(value_path=splits)
+    near, _ = split_report(value_path=splits)
     assert near.misses == ()
 
 
@@ -150,7 +63,7 @@ def test_key_summed_from_two_projections_is_refused_and_near_miss_splits() -> No
 
 
 def test_projection_without_adapter_stays_as_it_is() -> None:
-    report, state = _report(key_path=clipped, targets=("alpha", "gamma"))  # any key path will do
+    report, state = split_report(key_path=clipped, targets=("alpha", "gamma"))  # any key path will do
     assert (report.changed, report.misses) == (2, ())
     key, _ = next(iter(state.split.values()))
     assert key.routed is None

@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from lragent.compile.segments.shapes import CannotCut, Form, Scalar, TensorForm
-from lragent.passes.lower_attention import TARGETS
+from lragent.graph.fx_tools import dependents
+from lragent.kernels.implementations import GRAPHS
 from lragent.program.step import STEP_INPUTS
 
 
@@ -62,23 +63,24 @@ def cuts(graph: fx.GraphModule, forms: Mapping[fx.Node, Form]) -> Iterator[Cut]:
 
 def _facts(graph: fx.GraphModule, forms: Mapping[fx.Node, Form]) -> _Facts:
     nodes: list[fx.Node] = []
-    hidden: set[fx.Node] = set()
+    hidden = dependents(
+        graph.graph,
+        lambda n: n.op == "placeholder" and (n.target == "token_ids" or n.target not in STEP_INPUTS),
+        lambda n: n.op != "call_function" or isinstance(forms.get(n), Scalar),
+    )
     copied: set[fx.Node] = set()
     attention: list[int] = []
+    targets = {entry.target for entry in GRAPHS.values()}
     for node in graph.graph.nodes:
         form = forms.get(node)
-        if node.op == "placeholder" and (node.target == "token_ids" or node.target not in STEP_INPUTS):
-            hidden.add(node)
-        elif node.op == "get_attr" or (isinstance(form, Scalar) and isinstance(form.size, (int, float))):
+        if node.op == "get_attr" or (isinstance(form, Scalar) and isinstance(form.size, (int, float))):
             copied.add(node)
         elif node.op == "call_function" and not isinstance(form, Scalar):
             _require_no_writes(node)
-            if hidden.intersection(node.all_input_nodes):
-                hidden.add(node)
-            elif copied.issuperset(node.all_input_nodes):
+            if node not in hidden and copied.issuperset(node.all_input_nodes):
                 copied.add(node)
                 continue
-            if node.target in TARGETS.values():
+            if node.target in targets:
                 attention.append(len(nodes))
             nodes.append(node)
     return _Facts(tuple(nodes), frozenset(hidden), frozenset(copied), tuple(attention))

@@ -1,6 +1,6 @@
 """Attention over split streams as plain aten operations, which Inductor compiles together with the model.
 
-Two functions with the op's arguments, one for each kind of homogeneous step:
+Two functions, one for each kind of homogeneous step:
 - `decode_aten`: every sequence has one query (T == S); agents may differ from sequence to sequence;
 - `prefill_aten`: one sequence (S == 1) with any number of queries, all of one agent.
 Both are free of data-dependent control flow, so they trace with dynamic T, S, M and page count. Pages are gathered (at
@@ -9,7 +9,7 @@ most `[S, L, H, D]` is built); scores take `T * Hq * L` numbers, so a long conte
 Legend: T = packed query tokens, S = sequences, M = page table columns, P = tokens a page, L = M * P, n = queries of a
 sequence, Hq = query heads, H = KV heads, G = Hq / H, Dk / Dv = head dims, r = largest rank of the projection.
 
-Semantics: `lragent.kernels.ops.flash_lora_attention`; definition: `reference.py` beside this file.
+Semantics: `lragent.kernels.attention_call.AttentionCall`; definition: `reference.py` beside this file.
 """
 
 from __future__ import annotations
@@ -17,153 +17,82 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lragent.kernels.attention_call import AttentionCall
 from lragent.kernels.flash_lora_attention.reference import compute_dtype
 from lragent.program.cache_schema import LR_OFFSET, LR_RANK
 
 
-def decode_aten(
-    query_THqDk: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    agent_ids_T: Tensor,
-    seq_starts: Tensor,
-    context_lens_S: Tensor,
-    page_table_SM: Tensor,
-    lr_k: Tensor | None,
-    lr_k_table: Tensor | None,
-    b_k: Tensor | None,
-    lr_v: Tensor | None,
-    lr_v_table: Tensor | None,
-    b_v: Tensor | None,
-    rope_cos: Tensor | None,
-    rope_sin: Tensor | None,
-    rope_partner: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-    key_is_final: bool,
-    sinks_Hq: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    """`lragent::flash_lora_attention` where every sequence has exactly one query: `[T, Hq, Dv]`."""
-    torch._check(query_THqDk.shape[0] == page_table_SM.shape[0])
-    return _attention(
-        query_THqDk[:, None], agent_ids_T, k_cache, v_cache, context_lens_S, page_table_SM,
-        lr_k, lr_k_table, b_k, lr_v, lr_v_table, b_v,
-        rope_cos, rope_sin, rope_partner, norm_weight, norm_eps, key_is_final, sinks_Hq, scale, window, softcap,
-    )[:, 0]  # fmt: skip
+def decode_aten(call: AttentionCall) -> Tensor:
+    """Attention where every sequence has exactly one query: `[T, Hq, Dv]`."""
+    torch._check(call.query_THqDk.shape[0] == call.page_table_SM.shape[0])
+    return _attention(call, call.query_THqDk[:, None], call.agent_ids_T, call.context_lens_S, call.page_table_SM)[:, 0]
 
 
-def prefill_aten(
-    query_THqDk: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    agent_ids_T: Tensor,
-    seq_starts: Tensor,
-    context_lens_S: Tensor,
-    page_table_SM: Tensor,
-    lr_k: Tensor | None,
-    lr_k_table: Tensor | None,
-    b_k: Tensor | None,
-    lr_v: Tensor | None,
-    lr_v_table: Tensor | None,
-    b_v: Tensor | None,
-    rope_cos: Tensor | None,
-    rope_sin: Tensor | None,
-    rope_partner: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-    key_is_final: bool,
-    sinks_Hq: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    """`lragent::flash_lora_attention` of one sequence whose queries all belong to the first one's agent."""
+def prefill_aten(call: AttentionCall) -> Tensor:
+    """Attention of one sequence whose queries all belong to the first one's agent: `[T, Hq, Dv]`."""
     return _attention(
-        query_THqDk[None], agent_ids_T[:1], k_cache, v_cache, context_lens_S[:1], page_table_SM[:1],
-        lr_k, lr_k_table, b_k, lr_v, lr_v_table, b_v,
-        rope_cos, rope_sin, rope_partner, norm_weight, norm_eps, key_is_final, sinks_Hq, scale, window, softcap,
-    )[0]  # fmt: skip
+        call, call.query_THqDk[None], call.agent_ids_T[:1], call.context_lens_S[:1], call.page_table_SM[:1]
+    )[0]
 
 
 def _attention(
-    query_SnHqDk: Tensor,
-    agents_S: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    context_lens_S: Tensor,
-    page_table_SM: Tensor,
-    lr_k: Tensor | None,
-    lr_k_table: Tensor | None,
-    b_k: Tensor | None,
-    lr_v: Tensor | None,
-    lr_v_table: Tensor | None,
-    b_v: Tensor | None,
-    rope_cos: Tensor | None,
-    rope_sin: Tensor | None,
-    rope_partner: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-    key_is_final: bool,
-    sinks_Hq: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
+    call: AttentionCall, query_SnHqDk: Tensor, agents_S: Tensor, context_lens_S: Tensor, page_table_SM: Tensor
 ) -> Tensor:
-    """n queries a sequence, one agent a sequence: `[S, n, Hq, Dv]`."""
+    """n queries a sequence, one agent a sequence: `[S, n, Hq, Dv]`; the call has everything else."""
     dtype = compute_dtype(query_SnHqDk.dtype)
     seqs, rows, query_heads, _ = query_SnHqDk.shape
-    heads, page_size = k_cache.shape[1], k_cache.shape[2]
+    heads, page_size = call.k_cache.shape[1], call.k_cache.shape[2]
     group = query_heads // heads
     index_L = torch.arange(page_table_SM.shape[1] * page_size, device=query_SnHqDk.device)
     known_SL = index_L < context_lens_S[:, None]
     slots_SL = (page_table_SM[:, :, None] * page_size + torch.arange(page_size, device=index_L.device)).flatten(1)
 
     def transform(key_SLHDk: Tensor) -> Tensor:
-        if norm_weight is not None:
+        if call.norm_weight is not None:
             mean = key_SLHDk.square().mean(-1, keepdim=True)
-            key_SLHDk = key_SLHDk * torch.rsqrt(mean + norm_eps) * norm_weight.to(dtype)
-        if rope_cos is not None and rope_sin is not None and rope_partner is not None:
+            key_SLHDk = key_SLHDk * torch.rsqrt(mean + call.norm_eps) * call.norm_weight.to(dtype)
+        if call.rope is not None:
+            cos, sin, partner = call.rope
             # A padded page table reaches past the tables; those keys are masked.
-            at_L = index_L.clamp(max=rope_cos.shape[0] - 1)
-            cos_L1D, sin_L1D = rope_cos[at_L, None].to(dtype), rope_sin[at_L, None].to(dtype)
-            key_SLHDk = key_SLHDk * cos_L1D + key_SLHDk[..., rope_partner] * sin_L1D
+            at_L = index_L.clamp(max=cos.shape[0] - 1)
+            cos_L1D, sin_L1D = cos[at_L, None].to(dtype), sin[at_L, None].to(dtype)
+            key_SLHDk = key_SLHDk * cos_L1D + key_SLHDk[..., partner] * sin_L1D
         return key_SLHDk
 
-    key_SLHDk = _gathered(k_cache, page_table_SM).to(dtype)
-    if lr_k is not None and lr_k_table is not None and b_k is not None:
-        columns_SLr = _columns(lr_k, lr_k_table[agents_S], b_k.shape[2], slots_SL, known_SL).to(dtype)
-        up_SrHD = b_k[agents_S].to(dtype).transpose(1, 2)
+    key_SLHDk = _gathered(call.k_cache, page_table_SM).to(dtype)
+    if call.k_low_rank is not None:
+        lr, table, b = call.k_low_rank
+        columns_SLr = _columns(lr, table[agents_S], b.shape[2], slots_SL, known_SL).to(dtype)
+        up_SrHD = b[agents_S].to(dtype).transpose(1, 2)
         delta_SLHDk = (columns_SLr @ up_SrHD.flatten(2)).unflatten(2, (heads, -1))
-        key_SLHDk = key_SLHDk + (transform(delta_SLHDk) if key_is_final else delta_SLHDk)
-    if not key_is_final:
+        key_SLHDk = key_SLHDk + (transform(delta_SLHDk) if call.key_is_final else delta_SLHDk)
+    if not call.key_is_final:
         key_SLHDk = transform(key_SLHDk)
 
-    query_SHGnDk = query_SnHqDk.to(dtype).unflatten(2, (heads, group)).permute(0, 2, 3, 1, 4) * scale
+    query_SHGnDk = query_SnHqDk.to(dtype).unflatten(2, (heads, group)).permute(0, 2, 3, 1, 4) * call.scale
     scores_SHGnL = (query_SHGnDk.flatten(2, 3) @ key_SLHDk.permute(0, 2, 3, 1)).unflatten(2, (group, -1))
-    if softcap > 0:
-        scores_SHGnL = softcap * torch.tanh(scores_SHGnL / softcap)
+    if call.softcap > 0:
+        scores_SHGnL = call.softcap * torch.tanh(scores_SHGnL / call.softcap)
     positions_Sn = context_lens_S[:, None] - rows + torch.arange(rows, device=index_L.device)
     visible_SnL = index_L <= positions_Sn[:, :, None]
-    if window > 0:
-        visible_SnL = visible_SnL & (index_L > positions_Sn[:, :, None] - window)
+    if call.window > 0:
+        visible_SnL = visible_SnL & (index_L > positions_Sn[:, :, None] - call.window)
     scores_SHGnL = scores_SHGnL.masked_fill(~visible_SnL[:, None, None], float("-inf"))
-    if sinks_Hq is None:
+    if call.sinks_Hq is None:
         weights_SHGnL = torch.softmax(scores_SHGnL, -1)
     else:
-        sinks = sinks_Hq.to(dtype).view(heads, group, 1, 1).expand(seqs, -1, -1, rows, -1)
+        sinks = call.sinks_Hq.to(dtype).view(heads, group, 1, 1).expand(seqs, -1, -1, rows, -1)
         weights_SHGnL = torch.softmax(torch.cat([scores_SHGnL, sinks], -1), -1)[..., :-1]
 
     weights_SHrowsL = weights_SHGnL.flatten(2, 3)
     # Rows past the context were never written: 0 times what stands there may be NaN.
-    value_SLHDv = torch.where(known_SL[:, :, None, None], _gathered(v_cache, page_table_SM).to(dtype), 0.0)
+    value_SLHDv = torch.where(known_SL[:, :, None, None], _gathered(call.v_cache, page_table_SM).to(dtype), 0.0)
     out_SHrowsDv = weights_SHrowsL @ value_SLHDv.transpose(1, 2)
-    if lr_v is not None and lr_v_table is not None and b_v is not None:
-        columns_SLr = _columns(lr_v, lr_v_table[agents_S], b_v.shape[2], slots_SL, known_SL).to(dtype)
+    if call.v_low_rank is not None:
+        lr, table, b = call.v_low_rank
+        columns_SLr = _columns(lr, table[agents_S], b.shape[2], slots_SL, known_SL).to(dtype)
         reduced_SHrowsr = (weights_SHrowsL.flatten(1, 2) @ columns_SLr).unflatten(1, (heads, -1))
-        out_SHrowsDv = out_SHrowsDv + reduced_SHrowsr @ b_v[agents_S].to(dtype)
+        out_SHrowsDv = out_SHrowsDv + reduced_SHrowsr @ b[agents_S].to(dtype)
     out: Tensor = out_SHrowsDv.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return out.to(query_SnHqDk.dtype).contiguous()
 

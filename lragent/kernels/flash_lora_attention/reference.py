@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lragent.kernels.attention_call import AttentionCall
 from lragent.program.cache_schema import LR_OFFSET, LR_RANK
 
 
@@ -93,69 +94,51 @@ def agent_columns(lr: Tensor, row: list[int], slots_L: Tensor) -> Tensor:
     return lr[row[LR_OFFSET] + slots_L[:, None] * row[LR_RANK] + columns]
 
 
-def flash_lora_attention(
-    query_THqDk: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    agent_ids_T: Tensor,
-    seq_starts: Tensor,
-    context_lens_S: Tensor,
-    page_table_SM: Tensor,
-    lr_k: Tensor | None,
-    lr_k_table: Tensor | None,
-    b_k: Tensor | None,
-    lr_v: Tensor | None,
-    lr_v_table: Tensor | None,
-    b_v: Tensor | None,
-    rope_cos: Tensor | None,
-    rope_sin: Tensor | None,
-    rope_partner: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-    key_is_final: bool,
-    sinks_Hq: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    """See `lragent::flash_lora_attention` in `lragent.kernels.ops` for arguments and semantics: `[T, Hq, Dv]`."""
+def flash_lora_attention(call: AttentionCall) -> Tensor:
+    """`lragent::flash_lora_attention`: `[T, Hq, Dv]`; see `AttentionCall` for arguments and semantics."""
+    query_THqDk, k_cache, v_cache = call.query_THqDk, call.k_cache, call.v_cache
     dtype = compute_dtype(query_THqDk.dtype)
     page_size = k_cache.shape[2]
     out = query_THqDk.new_zeros(query_THqDk.shape[0], query_THqDk.shape[1], v_cache.shape[3])
 
     def transform(key_LHD: Tensor) -> Tensor:
         """The key transform f of tokens 0..L-1 of a sequence."""
-        if norm_weight is not None:
-            key_LHD = rms_norm(key_LHD, norm_weight.to(dtype), norm_eps)
-        if rope_cos is not None and rope_sin is not None and rope_partner is not None:
+        if call.norm_weight is not None:
+            key_LHD = rms_norm(key_LHD, call.norm_weight.to(dtype), call.norm_eps)
+        if call.rope is not None:
+            cos, sin, partner_D = call.rope
             length = key_LHD.shape[0]
-            key_LHD = rotate(key_LHD, rope_cos[:length].to(dtype), rope_sin[:length].to(dtype), rope_partner)
+            key_LHD = rotate(key_LHD, cos[:length].to(dtype), sin[:length].to(dtype), partner_D)
         return key_LHD
 
-    for s in range(context_lens_S.shape[0]):
-        start, end, length = int(seq_starts[s]), int(seq_starts[s + 1]), int(context_lens_S[s])
+    for s in range(call.context_lens_S.shape[0]):
+        start, end, length = int(call.seq_starts[s]), int(call.seq_starts[s + 1]), int(call.context_lens_S[s])
         index_L = torch.arange(length, device=query_THqDk.device)
-        pages_L, offsets_L = page_table_SM[s, index_L // page_size], index_L % page_size
+        pages_L, offsets_L = call.page_table_SM[s, index_L // page_size], index_L % page_size
         slots_L = pages_L * page_size + offsets_L
         base_k_LHD = k_cache[pages_L, :, offsets_L].to(dtype)
         base_v_LHD = v_cache[pages_L, :, offsets_L].to(dtype)
-        for agent in agent_ids_T[start:end].unique().tolist():
-            rows_n = start + (agent_ids_T[start:end] == agent).nonzero()[:, 0]
+        agents_n = call.agent_ids_T[start:end]
+        for agent in agents_n.unique().tolist():
+            rows_n = start + (agents_n == agent).nonzero()[:, 0]
             key_LHD = base_k_LHD
-            if lr_k is not None and lr_k_table is not None and b_k is not None:
-                a_k_Lr = agent_columns(lr_k, lr_k_table[agent].tolist(), slots_L).to(dtype)
-                delta_LHD = torch.einsum("lr,hrd->lhd", a_k_Lr, b_k[agent, :, : a_k_Lr.shape[1]].to(dtype))
-                key_LHD = key_LHD + (transform(delta_LHD) if key_is_final else delta_LHD)
-            if not key_is_final:
+            if call.k_low_rank is not None:
+                lr, table, b = call.k_low_rank
+                a_k_Lr = agent_columns(lr, table[agent].tolist(), slots_L).to(dtype)
+                delta_LHD = torch.einsum("lr,hrd->lhd", a_k_Lr, b[agent, :, : a_k_Lr.shape[1]].to(dtype))
+                key_LHD = key_LHD + (transform(delta_LHD) if call.key_is_final else delta_LHD)
+            if not call.key_is_final:
                 key_LHD = transform(key_LHD)
+            query_nHqD, positions_n = query_THqDk[rows_n].to(dtype), length - end + rows_n
             weights = probabilities(
-                query_THqDk[rows_n].to(dtype), key_LHD, length - end + rows_n, sinks_Hq, scale, window, softcap
+                query_nHqD, key_LHD, positions_n, call.sinks_Hq, call.scale, call.window, call.softcap
             )
             result = weighted_values(weights, base_v_LHD)
-            if lr_v is not None and lr_v_table is not None and b_v is not None:
-                a_v_Lr = agent_columns(lr_v, lr_v_table[agent].tolist(), slots_L).to(dtype)
+            if call.v_low_rank is not None:
+                lr, table, b = call.v_low_rank
+                a_v_Lr = agent_columns(lr, table[agent].tolist(), slots_L).to(dtype)
                 group = result.shape[1] // v_cache.shape[1]
-                up_HqrD = b_v[agent, :, : a_v_Lr.shape[1]].to(dtype).repeat_interleave(group, dim=0)
+                up_HqrD = b[agent, :, : a_v_Lr.shape[1]].to(dtype).repeat_interleave(group, dim=0)
                 result = result + torch.einsum("hnr,hrd->nhd", weights @ a_v_Lr, up_HqrD)
             out[rows_n] = result.to(out.dtype)
     return out

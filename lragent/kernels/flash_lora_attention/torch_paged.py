@@ -7,7 +7,7 @@ expanded for the acting agent only.
 Legend: T = packed query tokens, S = sequences, M = pages of the longest one, P = tokens a page, L = M * P, n = query
 rows, Hq = query heads, H = KV heads, G = Hq / H, Dk / Dv = head dims, r = rank.
 
-Semantics: `lragent.kernels.ops.flash_lora_attention`; definition: `reference.py` beside this file.
+Semantics: `lragent.kernels.attention_call.AttentionCall`; definition: `reference.py` beside this file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lragent.kernels.attention_call import AttentionCall
 from lragent.kernels.flash_lora_attention.reference import compute_dtype
 from lragent.program.cache_schema import LR_OFFSET, LR_RANK
 
@@ -41,27 +42,19 @@ class _LowRank:
 
 @dataclass(frozen=True)
 class _Attention:
-    """Everything that one call has in common over sequences."""
+    """A call, its rotation, and the dtype in which it is computed."""
 
-    k_cache: Tensor
-    v_cache: Tensor
+    call: AttentionCall
     rope: tuple[Tensor, Tensor, Tensor] | None
-    norm_weight: Tensor | None
-    norm_eps: float
-    key_is_final: bool
-    sinks_Hq: Tensor | None
-    scale: float
-    window: int
-    softcap: float
     dtype: torch.dtype
 
     def transform(self, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The key transform f of `key [..., H, P, Dk]`; cos and sin broadcast against it."""
-        if self.norm_weight is not None:
-            weight = self.norm_weight.to(key.dtype)
+        if self.call.norm_weight is not None:
+            weight = self.call.norm_weight.to(key.dtype)
             over_all_heads = weight.dim() == 2
             mean = key.square().mean((-3, -1) if over_all_heads else -1, keepdim=True)
-            key = key * torch.rsqrt(mean + self.norm_eps) * (weight[:, None] if over_all_heads else weight)
+            key = key * torch.rsqrt(mean + self.call.norm_eps) * (weight[:, None] if over_all_heads else weight)
         if self.rope is not None:
             key = key * cos + key[..., self.rope[2]] * sin
         return key
@@ -74,7 +67,7 @@ class _Attention:
             delta: Tensor = (columns @ up_rHD.flatten(1)).unflatten(-1, up_rHD.shape[1:])
             return delta.transpose(-2, -3)
 
-        if not self.key_is_final or self.rope is None:
+        if not self.call.key_is_final or self.rope is None:
             return expanded(up_HrD)
         # (a B)[partner] = a (B[partner]): a second small product is cheaper than shuffling its long result.
         return expanded(up_HrD).mul_(cos).addcmul_(expanded(up_HrD[..., self.rope[2]]), sin)
@@ -82,7 +75,7 @@ class _Attention:
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin of positions 0..length-1, `[length, Dk]`; zeros follow where the tables end (padding only)."""
         if self.rope is None:
-            nothing = self.k_cache.new_empty(0)
+            nothing = self.call.k_cache.new_empty(0)
             return nothing, nothing
         cos, sin = (t[:length].to(self.dtype) for t in self.rope[:2])
         if cos.shape[0] < length:
@@ -92,59 +85,30 @@ class _Attention:
 
     def weights(self, scores: Tensor, hidden: Tensor) -> Tensor:
         """Softmax of scaled scores `[..., H, G, n, L]`; `hidden` is True where a key is not visible."""
-        if self.softcap > 0:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if self.call.softcap > 0:
+            scores = torch.tanh(scores / self.call.softcap) * self.call.softcap
         scores = scores.masked_fill(hidden, float("-inf"))
-        if self.sinks_Hq is None:
+        if self.call.sinks_Hq is None:
             return torch.softmax(scores, -1)
         heads, group, rows = scores.shape[-4:-1]
-        sinks = self.sinks_Hq.to(scores.dtype).view(heads, group, 1, 1).expand(*scores.shape[:-1], 1)
+        sinks = self.call.sinks_Hq.to(scores.dtype).view(heads, group, 1, 1).expand(*scores.shape[:-1], 1)
         assert sinks.shape[-2] == rows
         return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
 
 
-def flash_lora_attention(
-    query_THqDk: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    agent_ids_T: Tensor,
-    seq_starts: Tensor,
-    context_lens_S: Tensor,
-    page_table_SM: Tensor,
-    lr_k: Tensor | None,
-    lr_k_table: Tensor | None,
-    b_k: Tensor | None,
-    lr_v: Tensor | None,
-    lr_v_table: Tensor | None,
-    b_v: Tensor | None,
-    rope_cos: Tensor | None,
-    rope_sin: Tensor | None,
-    rope_partner: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-    key_is_final: bool,
-    sinks_Hq: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    """See `lragent::flash_lora_attention` in `lragent.kernels.ops`: `[T, Hq, Dv]`."""
-    dtype = compute_dtype(query_THqDk.dtype)
-    rope = None
-    if rope_cos is not None and rope_sin is not None and rope_partner is not None:
-        rope = (rope_cos, rope_sin, rope_partner)
-    call = _Attention(
-        k_cache, v_cache, rope, norm_weight, norm_eps, key_is_final, sinks_Hq, scale, window, softcap, dtype
-    )
-    page_size = k_cache.shape[2]
-    starts, lengths, agents = seq_starts.tolist(), context_lens_S.tolist(), agent_ids_T.tolist()
-    tables = [t.tolist() if t is not None else None for t in (lr_k_table, lr_v_table)]
-    query = query_THqDk.to(dtype)
-    out = query.new_empty(query.shape[0], query.shape[1], v_cache.shape[3])
+def flash_lora_attention(call: AttentionCall) -> Tensor:
+    """`lragent::flash_lora_attention_torch`: `[T, Hq, Dv]`."""
+    dtype = compute_dtype(call.query_THqDk.dtype)
+    attention = _Attention(call, call.rope, dtype)
+    all_pages, _, page_size, _ = call.k_cache.shape
+    starts, lengths, agents = (t.tolist() for t in (call.seq_starts, call.context_lens_S, call.agent_ids_T))
+    tables = [side[1].tolist() if side is not None else [] for side in (call.k_low_rank, call.v_low_rank)]
+    query = call.query_THqDk.to(dtype)
+    out = query.new_empty(query.shape[0], query.shape[1], call.v_cache.shape[3])
 
     def low_rank(agent: int) -> tuple[_LowRank | None, _LowRank | None]:
-        k_side = _low_rank(lr_k, tables[0], b_k, agent, k_cache.shape[0], page_size, dtype)
-        return k_side, _low_rank(lr_v, tables[1], b_v, agent, k_cache.shape[0], page_size, dtype)
+        k_side = _low_rank(call.k_low_rank, tables[0], agent, all_pages, page_size, dtype)
+        return k_side, _low_rank(call.v_low_rank, tables[1], agent, all_pages, page_size, dtype)
 
     decodes: dict[int, list[int]] = {}
     for s, length in enumerate(lengths):
@@ -152,18 +116,20 @@ def flash_lora_attention(
         if end - start == 1:
             decodes.setdefault(agents[start], []).append(s)
             continue
-        pages = page_table_SM[s, : -(-length // page_size)]
+        pages = call.page_table_SM[s, : -(-length // page_size)]
         for first, last in _runs(agents, start, end):
-            out[first:last] = _prefill(call, query[first:last], pages, length - end + first, low_rank(agents[first]))
+            out[first:last] = _prefill(
+                attention, query[first:last], pages, length - end + first, low_rank(agents[first])
+            )
     for agent, members in decodes.items():
         for batch in _batches(members, [-(-lengths[s] // page_size) for s in members]):
             rows = torch.tensor([starts[s] for s in batch], device=query.device)
             chosen = torch.tensor(batch, device=query.device)
             columns = max(-(-lengths[s] // page_size) for s in batch)
-            pages = page_table_SM.index_select(0, chosen)[:, :columns]
-            context = context_lens_S.index_select(0, chosen)
-            out[rows] = _decode(call, query.index_select(0, rows), pages, context, low_rank(agent))
-    return out.to(query_THqDk.dtype)
+            pages = call.page_table_SM.index_select(0, chosen)[:, :columns]
+            context = call.context_lens_S.index_select(0, chosen)
+            out[rows] = _decode(attention, query.index_select(0, rows), pages, context, low_rank(agent))
+    return out.to(call.query_THqDk.dtype)
 
 
 def _runs(agents: list[int], start: int, end: int) -> list[tuple[int, int]]:
@@ -185,46 +151,50 @@ def _batches(members: list[int], pages: list[int]) -> list[list[int]]:
 
 
 def _low_rank(
-    cache: Tensor | None,
-    table: list[list[int]] | None,
-    up_NHrD: Tensor | None,
+    side: tuple[Tensor, Tensor, Tensor] | None,
+    rows: list[list[int]],
     agent: int,
     pages: int,
     page_size: int,
     dtype: torch.dtype,
 ) -> _LowRank | None:
-    """An agent's block as pages; None if it has no columns here."""
-    if cache is None or table is None or up_NHrD is None or table[agent][LR_RANK] == 0:
+    """An agent's block as pages; None if it has no columns here.
+
+    Args:
+        side: LR columns, table and up-projections of K or V; rows: the table's.
+    """
+    if side is None or rows[agent][LR_RANK] == 0:
         return None
-    offset, rank = table[agent][LR_OFFSET], table[agent][LR_RANK]
+    cache, _, up_NHrD = side
+    offset, rank = rows[agent][LR_OFFSET], rows[agent][LR_RANK]
     block = cache[offset : offset + pages * page_size * rank].view(pages, page_size, rank)
     return _LowRank(block, up_NHrD[agent, :, :rank].to(dtype))
 
 
 def _decode(
-    call: _Attention,
+    attention: _Attention,
     query_SHqDk: Tensor,
     pages_SM: Tensor,
     context_S: Tensor,
     low_rank: tuple[_LowRank | None, _LowRank | None],
 ) -> Tensor:
     """One query a sequence, all of one agent: `[S, Hq, Dv]`. Padding pages are the scratch page."""
-    k_low, v_low = low_rank
+    call, (k_low, v_low) = attention.call, low_rank
     seqs, columns = pages_SM.shape
     _, heads, page_size, _ = call.k_cache.shape
     group = query_SHqDk.shape[1] // heads
     index = pages_SM.reshape(-1)
     tiles = (seqs, columns, heads, page_size)
-    key = call.k_cache.index_select(0, index).to(call.dtype).view(*tiles, -1)
-    value = call.v_cache.index_select(0, index).to(call.dtype).view(*tiles, -1)
-    cos, sin = call.tables(columns * page_size) if k_low is not None or not call.key_is_final else (key, key)
-    if call.rope is not None and (k_low is not None or not call.key_is_final):
+    key = call.k_cache.index_select(0, index).to(attention.dtype).view(*tiles, -1)
+    value = call.v_cache.index_select(0, index).to(attention.dtype).view(*tiles, -1)
+    cos, sin = attention.tables(columns * page_size) if k_low is not None or not call.key_is_final else (key, key)
+    if attention.rope is not None and (k_low is not None or not call.key_is_final):
         cos, sin = cos.view(columns, 1, page_size, -1), sin.view(columns, 1, page_size, -1)
     if k_low is not None:
-        columns_SMPr = k_low.pages(index, call.dtype).view(seqs, columns, page_size, -1)
-        key += call.low_rank_part(columns_SMPr, k_low.up_HrD, cos, sin)
+        columns_SMPr = k_low.pages(index, attention.dtype).view(seqs, columns, page_size, -1)
+        key += attention.low_rank_part(columns_SMPr, k_low.up_HrD, cos, sin)
     if not call.key_is_final:
-        key = call.transform(key, cos, sin)
+        key = attention.transform(key, cos, sin)
     positions_L = torch.arange(columns * page_size, device=index.device)
     past_SL = positions_L >= context_S[:, None]
     hidden_SL = past_SL
@@ -233,14 +203,14 @@ def _decode(
     grouped = query_SHqDk.view(seqs, 1, heads, group, -1) * call.scale
     scores_SMHGP = grouped @ key.transpose(-1, -2)
     scores_SHGL = scores_SMHGP.permute(0, 2, 3, 1, 4).reshape(seqs, heads, group, 1, -1)
-    weights = call.weights(scores_SHGL, hidden_SL[:, None, None, None])
+    weights = attention.weights(scores_SHGL, hidden_SL[:, None, None, None])
     weights_SMHGP = weights.view(seqs, heads, group, columns, page_size).permute(0, 3, 1, 2, 4)
     past_SMP = past_SL.view(seqs, columns, page_size)
     # Rows past the context were never written for this sequence: 0 times what stands there may be NaN.
     value.transpose(2, 3)[past_SMP] = 0
     out = (weights_SMHGP @ value).sum(1)
     if v_low is not None:
-        columns_SMPr = v_low.pages(index, call.dtype).view(seqs, columns, page_size, -1)
+        columns_SMPr = v_low.pages(index, attention.dtype).view(seqs, columns, page_size, -1)
         columns_SMPr[past_SMP] = 0
         reduced_SHGr = (weights_SMHGP @ columns_SMPr[:, :, None]).sum(1)
         out = out + reduced_SHGr @ v_low.up_HrD
@@ -248,27 +218,27 @@ def _decode(
 
 
 def _prefill(
-    call: _Attention,
+    attention: _Attention,
     query_nHqDk: Tensor,
     pages_M: Tensor,
     first_position: int,
     low_rank: tuple[_LowRank | None, _LowRank | None],
 ) -> Tensor:
     """Consecutive query rows of one sequence and one agent: `[n, Hq, Dv]`."""
-    k_low, v_low = low_rank
+    call, (k_low, v_low) = attention.call, low_rank
     rows = query_nHqDk.shape[0]
     heads = call.k_cache.shape[1]
     group = query_nHqDk.shape[1] // heads
     length = first_position + rows  # causal: later keys of the sequence are another agent's business
-    key_HLD = _gathered(call.k_cache, pages_M, length).to(call.dtype)
-    value_HLD = _gathered(call.v_cache, pages_M, length).to(call.dtype)
-    cos, sin = call.tables(length)
+    key_HLD = _gathered(call.k_cache, pages_M, length).to(attention.dtype)
+    value_HLD = _gathered(call.v_cache, pages_M, length).to(attention.dtype)
+    cos, sin = attention.tables(length)
     if k_low is not None:
-        columns_Lr = k_low.pages(pages_M, call.dtype).flatten(0, 1)[:length]
-        key_HLD += call.low_rank_part(columns_Lr, k_low.up_HrD, cos, sin)
+        columns_Lr = k_low.pages(pages_M, attention.dtype).flatten(0, 1)[:length]
+        key_HLD += attention.low_rank_part(columns_Lr, k_low.up_HrD, cos, sin)
     if not call.key_is_final:
-        key_HLD = call.transform(key_HLD, cos, sin)
-    v_columns_Lr = v_low.pages(pages_M, call.dtype).flatten(0, 1)[:length] if v_low is not None else None
+        key_HLD = attention.transform(key_HLD, cos, sin)
+    v_columns_Lr = v_low.pages(pages_M, attention.dtype).flatten(0, 1)[:length] if v_low is not None else None
     positions_L = torch.arange(length, device=pages_M.device)
     grouped_HGnD = query_nHqDk.view(rows, heads, group, -1).permute(1, 2, 0, 3) * call.scale
     out = query_nHqDk.new_empty(rows, heads, group, value_HLD.shape[-1])
@@ -283,7 +253,7 @@ def _prefill(
             hidden_nL = hidden_nL | (positions_L[low:high] <= at_n1 - call.window)
         queries = grouped_HGnD[:, :, start:stop].reshape(heads, group * (stop - start), -1)
         scores = queries @ key_HLD[:, low:high].transpose(-1, -2)
-        weights = call.weights(scores.view(heads, group, stop - start, -1), hidden_nL)
+        weights = attention.weights(scores.view(heads, group, stop - start, -1), hidden_nL)
         flat = weights.view(heads, group * (stop - start), -1)
         result = flat @ value_HLD[:, low:high]
         if v_low is not None and v_columns_Lr is not None:

@@ -12,11 +12,12 @@ in place of an output, 0 for none (row 0 of it = base).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
-from lragent.graph.fx_tools import add_constant
+from lragent.graph.fx_tools import add_constant, emit
 from lragent.loading.adapter_weights import ReplacedRows
 
 aten = torch.ops.aten
@@ -39,9 +40,7 @@ def replace_rows(
         ids: agent ids of the tokens in x, `[T]`.
         width: outputs of the module; tokens, if it is an embedding (`embeds`).
     """
-
-    def call(target: object, *args: object) -> fx.Node:
-        return graph.graph.call_function(target, args)  # type: ignore[arg-type]
+    call = partial(emit, graph)
 
     weight, bias, table = _tables(agents, rows, width)
     table_node = add_constant(graph, f"{name}_table", table.reshape(-1) if embeds else table)

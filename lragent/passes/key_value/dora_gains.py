@@ -15,10 +15,14 @@ Before:                              After:
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, fx
 
-from lragent.graph.fx_tools import add_shared_constant, placeholder
+from lragent.graph.attention_marker import QUERY
+from lragent.graph.fx_tools import add_shared_constant, argument, emit, placeholder, set_argument
+from lragent.passes.contract import Side
 from lragent.passes.key_value.key_transform import Probe, Underivable
 
 aten = torch.ops.aten
@@ -46,29 +50,27 @@ def per_head(probe: Probe, gain_NC: Tensor | None) -> Tensor | None:
     return gain_NHD.to(gain_NC.dtype)
 
 
-def scale_side(graph: fx.GraphModule, marker: fx.Node, position: int, gain_NHD: Tensor) -> None:
-    """Multiplies the query (position 1: the gain is K's) or the output (V's) of an attention op by the gain."""
-    query = marker.args[0]
+def scale_side(graph: fx.GraphModule, marker: fx.Node, side: Side, gain_NHD: Tensor) -> None:
+    """Multiplies the query (the gain is K's) or the output (the gain is V's) of an attention op by the gain."""
+    query = argument(marker, QUERY)
     assert isinstance(query, fx.Node)
     heads = int(query.meta["val"].shape[1])
     table = gain_NHD.repeat_interleave(heads // gain_NHD.shape[1], dim=1)
     ids = placeholder(graph, "agent_ids")
-
-    def call(target: object, *args: object) -> fx.Node:
-        return graph.graph.call_function(target, args)  # type: ignore[arg-type]
+    call = partial(emit, graph)
 
     def gain_of_tokens() -> fx.Node:
         return call(aten.index_select.default, add_shared_constant(graph, "lora_magnitude", table), 0, ids)
 
-    if position == 1:
+    if side is Side.KEY:
         with graph.graph.inserting_before(marker):
             gain = call(aten.unsqueeze.default, call(aten.transpose.int, gain_of_tokens(), 0, 1), 0)
             scaled = call(aten.mul.Tensor, query, gain)
         scaled.meta["val"] = query.meta["val"]
-        marker.args = (scaled, *marker.args[1:])
+        set_argument(marker, QUERY, scaled)
         return
     with graph.graph.inserting_after(marker):
-        end = graph.graph.call_function(aten.mul.Tensor, (marker, marker))
+        end = emit(graph, aten.mul.Tensor, marker, marker)
     with graph.graph.inserting_before(end):
         gain = call(aten.unsqueeze.default, gain_of_tokens(), 0)
     marker.replace_all_uses_with(end)

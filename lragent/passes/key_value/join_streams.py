@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from lragent.graph.fx_tools import add_shared_constant
+from lragent.graph.fx_tools import add_shared_constant, emit
 from lragent.passes.contract import RoutedLinear
 from lragent.passes.key_value.projection_path import ProjectionPath
 from lragent.passes.route_adapters import COLUMNS
@@ -33,9 +33,9 @@ def joined_columns(graph: fx.GraphModule, path: ProjectionPath) -> RoutedLinear:
         columns = [_flat(graph, routed, source) for routed, source in parts]
         both = columns[0]
         if len(columns) > 1:
-            both = graph.graph.call_function(aten.cat.default, (columns, -1))
+            both = emit(graph, aten.cat.default, columns, -1)
             order = add_shared_constant(graph, COLUMNS, torch.tensor(source_order(streams, stream)))
-            both = graph.graph.call_function(aten.index_select.default, (both, 2, order))
+            both = emit(graph, aten.index_select.default, both, 2, order)
     return RoutedLinear(stream.module, parts[0][0].base, both, stream)
 
 
@@ -43,7 +43,7 @@ def _flat(graph: fx.GraphModule, routed: RoutedLinear, source: fx.Node) -> fx.No
     assert routed.low_rank is not None
     if source.meta["val"].dim() == 3:
         return routed.low_rank
-    return graph.graph.call_function(aten.reshape.default, (routed.low_rank, [1, -1, routed.stream.width]))
+    return emit(graph, aten.reshape.default, routed.low_rank, [1, -1, routed.stream.width])
 
 
 def join(streams: list[LowRankStream]) -> LowRankStream:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from lragent.errors import Miss
+from lragent.graph.fx_tools import depends_on_ids, emit
 from lragent.passes.contract import RoutedLinear, routed_linear
+from lragent.probing.position_offset import POSITIONS
 
 aten = torch.ops.aten
 
@@ -27,7 +29,6 @@ _PROJECTIONS = (
     aten.embedding.default,
 )
 _SIZES = (aten.sym_size.int,)
-POSITIONS = "position_ids"
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class ProjectionPath:
                 flat_tokens(graph, routed.base if routed else source, source)
                 for source, routed in zip(self.sources, self.routed, strict=True)
             ]
-            return flat[0] if len(flat) == 1 else graph.graph.call_function(aten.cat.default, (flat, -1))
+            return flat[0] if len(flat) == 1 else emit(graph, aten.cat.default, flat, -1)
 
     def function(self, graph: fx.GraphModule) -> Callable[[Tensor, Tensor], Tensor]:
         """f as something that runs: `(x [1, n, sum of outs], positions [1, n]) -> [1, H, n, D]`."""
@@ -114,12 +115,12 @@ def flat_tokens(graph: fx.GraphModule, node: fx.Node, like: fx.Node) -> fx.Node:
     shape = like.meta["val"].shape
     if len(shape) == 3:
         return node
-    return graph.graph.call_function(aten.reshape.default, (node, [1, -1, int(shape[-1])]))
+    return emit(graph, aten.reshape.default, node, [1, -1, int(shape[-1])])
 
 
 def adapted_path(end: fx.Node, where: str) -> ProjectionPath | Miss | None:
     """The path to `end` from its projections; None if no projection on it has an adapter; a Miss if unclear."""
-    on_ids = _depends_on_token_ids(end.graph)
+    on_ids = depends_on_ids(end.graph, others=(POSITIONS, "agent_ids", "logits_rows"))
     seen: set[fx.Node] = set()
     sources: set[fx.Node] = set()
     stack = [end]
@@ -151,15 +152,3 @@ def _is_by_token(source: fx.Node, end: fx.Node) -> bool:
     """Whether a value is `[1, ..., 1, T, C]`."""
     shape = source.meta["val"].shape
     return len(shape) >= 2 and shape[-2] == end.meta["val"].shape[-2] and all(size == 1 for size in shape[:-2])
-
-
-def _depends_on_token_ids(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose values (not only shapes) depend on token ids."""
-    dependent: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            if node.target not in (POSITIONS, "agent_ids", "logits_rows"):
-                dependent.add(node)
-        elif node.target not in _SIZES and any(n in dependent for n in node.all_input_nodes):
-            dependent.add(node)
-    return dependent

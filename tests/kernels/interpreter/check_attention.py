@@ -7,7 +7,7 @@ does what it must not read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from lragent.kernels.attention_call import AttentionCall
 from lragent.kernels.flash_lora_attention.triton.launch import Plan, flash_lora_attention
 from lragent.kernels.flash_lora_attention.triton.variants import Tiles
 from tests.kernels.attention_cases import (
     CASES,
     Case,
+    Kernel,
     assert_as_exact_as_half_precision,
     assert_as_exact_as_reference,
-    call,
+    tensors_of,
 )
 from tests.kernels.interpreter import shim
 
@@ -47,13 +49,12 @@ def _exact_bfloat16() -> Iterator[None]:
         yield
 
 
-def watched(plan: Plan) -> Callable[..., Tensor]:
+def watched(plan: Plan) -> Kernel:
     """The kernels under a plan; an access outside the arguments raises."""
 
-    def run(*arguments: Any) -> Tensor:
-        tensors = {str(i): value for i, value in enumerate(arguments) if isinstance(value, Tensor)}
-        with shim.watched(tensors):
-            return flash_lora_attention(*arguments, plan=plan)
+    def run(call: AttentionCall) -> Tensor:
+        with shim.watched(tensors_of(call)):
+            return flash_lora_attention(call, plan)
 
     return run
 
@@ -111,16 +112,20 @@ def test_every_case_with_every_shape_of_step(case: Case, plan: Plan) -> None:
 def test_padding_changes_no_row(plan: Plan, decodes: bool) -> None:
     """Steps of padded sizes (`lragent/compile/gpu/packed_step.py`): tokens of no sequence, sequences without tokens."""
     sequences = tuple(MIXED[i] for i in ((0, 2) if decodes else (0, 1, 2)))
-    values = replace(WIDE, sequences=sequences).build()
-    expected = call(watched(plan), values)
+    call = replace(WIDE, sequences=sequences).build()
+    expected = watched(plan)(call)
     tokens, more = expected.shape[0], 3
-    ends = [tokens] * more
-    values["query"] = torch.cat([values["query"], torch.full_like(values["query"][:1], torch.nan).repeat(5, 1, 1)])
-    values["agent_ids"] = torch.cat([values["agent_ids"], torch.zeros(5, dtype=torch.int64)])
+    query = torch.cat([call.query_THqDk, torch.full_like(call.query_THqDk[:1], torch.nan).repeat(5, 1, 1)])
+    agent_ids = torch.cat([call.agent_ids_T, torch.zeros(5, dtype=torch.int64)])
     if decodes:
-        values["query"], values["agent_ids"] = (values[name][: tokens + more] for name in ("query", "agent_ids"))
-    values["seq_starts"] = torch.cat([values["seq_starts"], torch.tensor(ends)])
-    values["context_lens"] = torch.cat([values["context_lens"], torch.zeros(more, dtype=torch.int64)])
-    table = values["page_table"]
-    values["page_table"] = torch.cat([table, torch.zeros(more, table.shape[1], dtype=torch.int64)])
-    assert torch.equal(call(watched(plan), values)[:tokens], expected)
+        query, agent_ids = query[: tokens + more], agent_ids[: tokens + more]
+    table = call.page_table_SM
+    longer = replace(
+        call,
+        query_THqDk=query,
+        agent_ids_T=agent_ids,
+        seq_starts=torch.cat([call.seq_starts, torch.tensor([tokens] * more)]),
+        context_lens_S=torch.cat([call.context_lens_S, torch.zeros(more, dtype=torch.int64)]),
+        page_table_SM=torch.cat([table, torch.zeros(more, table.shape[1], dtype=torch.int64)]),
+    )
+    assert torch.equal(watched(plan)(longer)[:tokens], expected)

@@ -10,11 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from lragent.kernels.flash_lora_attention.triton.launch import Plan, flash_lora_attention
 from lragent.kernels.flash_lora_attention.triton.variants import Tiles
-from tests.kernels.attention_cases import ARGUMENTS, Case
+from tests.kernels.attention_cases import Case, tensors_of
 from tests.kernels.interpreter import shim
 
 HEADS, K_DIM, V_DIM, RANK, SIZE = 2, 32, 16, 8, 4
@@ -25,10 +24,9 @@ QUERIES_A_BLOCK = 10
 
 
 def _traffic(case: Case) -> shim.Traffic:
-    values = case.build()
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    with shim.watched(tensors) as traffic:
-        flash_lora_attention(*(values[name] for name in ARGUMENTS), plan=PLAN)
+    call = case.build()
+    with shim.watched(tensors_of(call)) as traffic:
+        flash_lora_attention(call, PLAN)
     return traffic
 
 

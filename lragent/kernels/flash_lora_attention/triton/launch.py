@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lragent.errors import InternalError
+from lragent.kernels.attention_call import AttentionCall
 from lragent.kernels.flash_lora_attention.triton.decode import decode_kernel
 from lragent.kernels.flash_lora_attention.triton.prefill import prefill_kernel
 from lragent.kernels.flash_lora_attention.triton.reduce import reduce_kernel
@@ -42,45 +43,20 @@ class Plan:
     splits: int
 
 
-def flash_lora_attention(
-    query_THqDk: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    agent_ids_T: Tensor,
-    seq_starts: Tensor,
-    context_lens_S: Tensor,
-    page_table_SM: Tensor,
-    lr_k: Tensor | None,
-    lr_k_table: Tensor | None,
-    b_k: Tensor | None,
-    lr_v: Tensor | None,
-    lr_v_table: Tensor | None,
-    b_v: Tensor | None,
-    rope_cos: Tensor | None,
-    rope_sin: Tensor | None,
-    rope_partner: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-    key_is_final: bool,
-    sinks_Hq: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    plan: Plan | None = None,
-) -> Tensor:
-    """See `lragent::flash_lora_attention` in `lragent.kernels.ops`: `[T, Hq, Dv]`.
+def flash_lora_attention(call: AttentionCall, plan: Plan | None = None) -> Tensor:
+    """`lragent::flash_lora_attention_triton`: `[T, Hq, Dv]`.
 
     Sequences may be empty, and tokens after the last sequence belong to none: their rows are left as they are.
 
     Raises:
         MiscompiledTiles: `plan` has prefill tiles that are known to give wrong numbers on the device.
     """
-    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+    if not (call.k_cache.is_contiguous() and call.v_cache.is_contiguous()):
         raise InternalError("cache pages are not contiguous")
-    tokens, query_heads, k_dim = query_THqDk.shape
-    _, heads, page_size, v_dim = v_cache.shape
-    sequences, columns = page_table_SM.shape
-    out = query_THqDk.new_empty(tokens, query_heads, v_dim)
+    tokens, query_heads, k_dim = call.query_THqDk.shape
+    _, heads, page_size, v_dim = call.v_cache.shape
+    sequences, columns = call.page_table_SM.shape
+    out = call.empty_output()
     if tokens == 0:
         return out
     variant = Variant(
@@ -89,30 +65,30 @@ def flash_lora_attention(
         page_size=page_size,
         k_dim=k_dim,
         v_dim=v_dim,
-        k_rank=b_k.shape[2] if b_k is not None else 0,
-        v_rank=b_v.shape[2] if b_v is not None else 0,
-        dot_dtype=dot_dtype(query_THqDk.dtype, k_cache.dtype, v_cache.dtype),
-        final=key_is_final,
-        rope=rope_cos is not None,
-        norm=norm_weight is not None,
-        sinks=sinks_Hq is not None,
-        window=window,
-        softcap=softcap,
+        k_rank=call.b_k.shape[2] if call.b_k is not None else 0,
+        v_rank=call.b_v.shape[2] if call.b_v is not None else 0,
+        dot_dtype=dot_dtype(call.query_THqDk.dtype, call.k_cache.dtype, call.v_cache.dtype),
+        final=call.key_is_final,
+        rope=call.rope_cos is not None,
+        norm=call.norm_weight is not None,
+        sinks=call.sinks_Hq is not None,
+        window=call.window,
+        softcap=call.softcap,
     )
     if plan is None:
-        plan = _plan(variant, sequences, columns * page_size, query_THqDk.device)
-    query, page_table = query_THqDk.contiguous(), page_table_SM.contiguous()
-    b_k, b_v = (b.contiguous() if b is not None else None for b in (b_k, b_v))
+        plan = _plan(variant, sequences, columns * page_size, call.query_THqDk.device)
+    query, page_table = call.query_THqDk.contiguous(), call.page_table_SM.contiguous()
+    b_k, b_v = (b.contiguous() if b is not None else None for b in (call.b_k, call.b_v))
     common = (
-        query, k_cache, v_cache, agent_ids_T, seq_starts, context_lens_S, page_table,
-        lr_k, lr_k_table, b_k, lr_v, lr_v_table,
+        query, call.k_cache, call.v_cache, call.agent_ids_T, call.seq_starts, call.context_lens_S, page_table,
+        call.lr_k, call.lr_k_table, b_k, call.lr_v, call.lr_v_table,
     )  # fmt: skip
-    transform = (rope_cos, rope_sin, rope_partner, norm_weight)
+    transform = (call.rope_cos, call.rope_sin, call.rope_partner, call.norm_weight)
     if tokens > sequences:
         tiles = plan.prefill
         blocks = tokens // (tiles.rows // variant.group) + sequences
         prefill_kernel[(heads, blocks)](
-            *common, b_v, *transform, sinks_Hq, out, norm_eps, scale, columns, sequences,
+            *common, b_v, *transform, call.sinks_Hq, out, call.norm_eps, call.scale, columns, sequences,
             **prefill_constants(variant, tiles, target_of(query.device)), **tiles.options(),
         )  # fmt: skip
     if tokens == sequences or sequences > 1:
@@ -122,12 +98,13 @@ def flash_lora_attention(
         partial = query.new_empty(*parts, v_dim + variant.v_rank, dtype=torch.float32)
         lse = query.new_empty(parts, dtype=torch.float32)
         decode_kernel[(heads * head_blocks, sequences, plan.splits)](
-            *common, *transform, partial, lse, norm_eps, scale, columns, plan.splits,
+            *common, *transform, partial, lse, call.norm_eps, call.scale, columns, plan.splits,
             **decode_constants(variant, tiles), **tiles.options(),
         )  # fmt: skip
         reduce_kernel[(query_heads, sequences)](
-            partial, lse, agent_ids_T, seq_starts, b_v, sinks_Hq, out, plan.splits, **reduce_constants(variant)
-        )
+            partial, lse, call.agent_ids_T, call.seq_starts, b_v, call.sinks_Hq, out, plan.splits,
+            **reduce_constants(variant),
+        )  # fmt: skip
     return out
 
 

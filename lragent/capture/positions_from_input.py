@@ -1,4 +1,15 @@
-"""Positions that a captured graph counts by itself are read from the input instead."""
+"""Positions that a captured graph counts by itself are read from the input instead.
+
+Before:                                          After:
+    n   = sym_size(input_ids, 1)                     row = select(position_ids, 0, 0)    [T]
+    row = arange(0, n)            [T]                at  = add(row, 2)                   [T]
+    at  = add(row, 2)             [T]                e   = embedding(table, at)          [T, D]
+    e   = embedding(table, at)    [T, D]
+
+A value counts rows if it depends on nothing but the number of tokens and is `0, 1, 2, ...` plus a constant at several
+lengths. A count that a tensor is indexed with stays, where only the row itself is right. Whether the graph then treats
+every token alike is for the caller to check.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lragent.capture.context import CaptureContext
+from lragent.errors import Miss
+from lragent.graph.fx_tools import dependents, emit
+from lragent.graph.passes import Pass, PassReport
 from lragent.probing.position_offset import POSITIONS
 
 # Ops that read the shape of a tensor only.
@@ -26,34 +41,27 @@ _OF_SHAPE = {
 _INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.gather.default, torch.ops.aten.index_select.default}
 
 
-def ask_for_positions(graph: fx.GraphModule) -> int:
-    """Reads positions from the input wherever the graph counts rows itself; returns how many places changed.
-
-    Before:                              After:
-        n   = sym_size(input_ids, 1)         row = select(position_ids, 0, 0)      [T]
-        row = arange(0, n)     [T]           at  = add(row, 2)                     [T]
-        at  = add(row, 2)      [T]           e   = embedding(table, at)
-        e   = embedding(table, at)
-
-    A value counts rows if it depends on nothing but the number of tokens and is `0, 1, 2, ...` plus a constant at
-    several lengths. Whether the graph then treats every token alike is for the caller to check.
-    """
+def _run(graph: fx.GraphModule, context: CaptureContext) -> PassReport:
     for check in graph.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.graph.erase_node(check)
     graph.graph.eliminate_dead_code()
     counting = _counting_nodes(graph)
+    picking = [node for node in counting if _picks_rows(node)]
     positions = next(n for n in graph.graph.nodes if n.op == "placeholder" and n.target == POSITIONS)
     for node, first in counting.items():
+        if node in picking:
+            continue
         with graph.graph.inserting_after(node):
             shape = node.meta["val"].shape
-            given = positions if len(shape) == 2 else graph.graph.call_function(torch.select, (positions, 0, 0))
+            given = positions if len(shape) == 2 else emit(graph, torch.select, positions, 0, 0)
         with graph.graph.inserting_after(node if given is positions else given):
-            moved = graph.graph.call_function(torch.add, (given, first))
+            moved = emit(graph, torch.add, given, first)
         node.replace_all_uses_with(moved)
         moved.meta["val"] = node.meta["val"]
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return len(counting)
+    misses = (Miss("row count", node.name, "a tensor is indexed with it, so it stays a row") for node in picking)
+    return PassReport(len(counting) - len(picking), tuple(misses))
 
 
 def _counting_nodes(graph: fx.GraphModule) -> dict[fx.Node, int]:
@@ -61,13 +69,11 @@ def _counting_nodes(graph: fx.GraphModule) -> dict[fx.Node, int]:
     fixed = _independent_of_values(graph.graph)
     starts: dict[fx.Node, list[int | None]] = {}
     for tokens in (5, 8):
-        for node, value in _run(graph, tokens).items():
+        for node, value in _values(graph, tokens).items():
             if node in fixed:
                 starts.setdefault(node, []).append(_count_start(value, tokens))
     return {
-        node: found[0]
-        for node, found in starts.items()
-        if found[0] is not None and all(s == found[0] for s in found) and not _picks_rows(node)
+        node: found[0] for node, found in starts.items() if found[0] is not None and all(s == found[0] for s in found)
     }
 
 
@@ -90,15 +96,13 @@ def _count_start(value: Any, tokens: int) -> int | None:
 
 def _independent_of_values(graph: fx.Graph) -> set[fx.Node]:
     """Call nodes that depend on sizes of inputs at most."""
-    dependent: set[fx.Node] = set()
-    for node in graph.nodes:
-        reads = node.target not in _OF_SHAPE and any(n in dependent for n in node.all_input_nodes)
-        if reads or node.op in ("placeholder", "get_attr"):
-            dependent.add(node)
+    dependent = dependents(
+        graph, lambda node: node.op in ("placeholder", "get_attr"), lambda node: node.target in _OF_SHAPE
+    )
     return {node for node in graph.nodes if node.op == "call_function" and node not in dependent}
 
 
-def _run(graph: fx.GraphModule, tokens: int) -> dict[fx.Node, Any]:
+def _values(graph: fx.GraphModule, tokens: int) -> dict[fx.Node, Any]:
     """Values of all nodes for some tokens."""
     values: dict[fx.Node, Any] = {}
 
@@ -110,3 +114,6 @@ def _run(graph: fx.GraphModule, tokens: int) -> dict[fx.Node, Any]:
     with torch.no_grad():
         Recorder(graph).run(torch.zeros(1, tokens, dtype=torch.int64), torch.arange(tokens)[None])
     return values
+
+
+POSITIONS_FROM_INPUT = Pass("positions_from_input", _run)
