@@ -1,12 +1,12 @@
-"""What adapters on all linear layers add to a layer's projections, for several numbers of agents and tokens.
+"""Times the projections of a layer with adapters on all linear layers, for several numbers of agents and tokens.
 
     python -m benchmarks.adapters [--rank 8] [--agents 3,8,32] [--tokens 1,8,128] [--one-agent]
 
 A layer of SmolLM2-135M's size (576 channels, 192 of K and V, 1536 of the MLP), float32, one thread; tokens are of
 random agents. CPU time, medians of ratios of runs in turn. "stacked": plain PyTorch, every agent's A and B as one
-matrix, masked by agent. "routed_linears": the C++ kernel, in which a token meets its own agent's B only, and its own
-agent's A only where the cache does not take the columns (`dense`: nowhere; `split`: on K and V). The time to hand a
-call its lists from Python is in it: about 25 us a layer with 3 agents, 120 us with 32.
+matrix, masked by agent. "routed_linears": the C++ kernel. It multiplies a token with its own agent's B only, and with
+its own agent's A only unless the LR values of all agents are cached (`dense`: never cached; `split`: on K and V). The
+time to pass a call its lists from Python is included: about 25 us per layer with 3 agents, 120 us with 32.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LAYERS = 4  # used in turn, so that weights come from memory as in a model
 
 @dataclass(frozen=True)
 class Group:
-    """Projections of one input, their adapters stacked over agents, and which of them the cache takes."""
+    """Projections of one input, their adapters stacked over agents, and which of their LR values are cached."""
 
     weights: list[Tensor]
     downs: list[Tensor]  # [agents * rank, inputs]
@@ -65,7 +65,7 @@ def stacked(group: Group, x: Tensor, ids: Tensor, mask: Tensor) -> None:
 
 
 def routed(group: Group, x: Tensor, ids: Tensor, routes: list[int], split: bool) -> None:
-    """One call; in `split` layout K's and V's deltas are attention's work, and their columns are outputs."""
+    """One call; in `split` layout attention adds the deltas of K and V, and their LR values are outputs."""
     streams = [split and cached for cached in group.cached]
     extra = [down for down, stream in zip(group.downs, streams, strict=True) if stream]
     tensors = [*group.weights, *extra]
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--agents", default="3,8,32")
     parser.add_argument("--tokens", default="1,8,128")
-    parser.add_argument("--one-agent", action="store_true", help="all tokens of a step are one agent's")
+    parser.add_argument("--one-agent", action="store_true", help="all tokens of a step belong to one agent")
     options = parser.parse_args()
     torch.set_num_threads(1)
     cpp_library.load()

@@ -1,13 +1,13 @@
-"""Times decode attention of the C++ kernel beside plain PyTorch on contiguous buffers, and beside memory's bandwidth.
+"""Times decode attention of the C++ kernel beside plain PyTorch on contiguous buffers and memory bandwidth.
 
     python -m benchmarks.attention [--contexts 512,2048,8192] [--batches 1,8,32] [--rank 8] [--threads 1]
 
-The heads of SmolLM2-135M: 9 query and 3 KV heads x 64; agents take turns over sequences. "plain" is the faster of
-PyTorch's ways to do the same for adapters on V: softmax between two products over `[B, H, L, 64 + r]` (values beside LR
-columns), or scaled_dot_product_attention over the same, queries and keys filled up with zeros; each with the query
-heads of a group as rows of one KV head, and the up-projection after it. They read buffers that no paged cache has.
-"q,v" and "q,k,v": the kernel, with adapters on V, and on K as well (f: rotary). CPU time, medians of runs in turn;
-bandwidth counts each cached number once.
+The heads of SmolLM2-135M: 9 query and 3 KV heads x 64; agents take turns over sequences. "plain" is the faster of two
+ways to compute the same in PyTorch for adapters on V: softmax between two products over `[B, H, L, 64 + r]` (values
+beside LR values), or scaled_dot_product_attention over the same, with queries and keys padded with zeros. Both take the
+query heads of a group as rows of one KV head, apply the up-projection afterwards, and read contiguous buffers, which a
+paged cache doesn't have. "q,v": the kernel with adapters on V; "q,k,v": with adapters on K as well (f: rotary). CPU
+time, medians of runs in turn. Bandwidth counts each cached number once.
 """
 
 from __future__ import annotations

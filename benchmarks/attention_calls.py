@@ -18,7 +18,7 @@ AGENTS = 3
 
 @dataclass(frozen=True)
 class Heads:
-    """KV heads, query heads of each, and channels."""
+    """KV heads, query heads per KV head, and channels per head."""
 
     kv: int
     group: int
@@ -27,7 +27,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Paged:
-    """Attention of one step, with and without an adapter on K; `bytes`: of the cache that it must read."""
+    """Attention of one step, with and without an adapter on K; `bytes`: bytes of the cache that it reads."""
 
     with_keys: AttentionCall
     without_keys: AttentionCall
@@ -36,7 +36,7 @@ class Paged:
 
 
 def held(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The numbers in memory such as the engine's caches have."""
+    """Copies of CPU tensors in huge pages, like the engine's caches; tensors of a GPU as they are."""
     if tensors[0].is_cuda:
         return tensors
     found = huge_pages.zeros([t.shape for t in tensors], tensors[0].dtype)
@@ -44,7 +44,7 @@ def held(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def rotation(positions: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """cos and sin `[positions, dim]` and each channel's partner, for rotary embeddings of halves."""
+    """cos and sin `[positions, dim]` and each channel's partner, for channel pairs (d, d + dim / 2)."""
     half = dim // 2
     angles = torch.outer(torch.arange(float(positions)), 1e-4 ** (torch.arange(half) / half)).repeat(1, 2)
     signs = torch.cat([-torch.ones(half), torch.ones(half)])
@@ -63,7 +63,7 @@ def paged(
 ) -> Paged:
     """`batch` sequences with `tokens` new tokens at the end of `context`; agents take turns over sequences.
 
-    `rope`: tables to share with other calls, as the layers of a model do; by default the call has its own.
+    `rope`: tables shared with other calls, as by the layers of a model; None: tables of this call alone.
     """
     pages = 1 + batch * (context // PAGE)
     stream = LowRankStream("", (rank,) * AGENTS, tuple(range(AGENTS)))

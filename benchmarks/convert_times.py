@@ -1,12 +1,12 @@
-"""Converts random models of several depths, compiled whole and by layer: seconds a stage, loading, and a decode step.
+"""Converts random models of several depths, compiled whole and by layer: seconds per stage, loading, decode step.
 
     python -m benchmarks.convert_times [--layers 2,8,30,60] [--sequences 1,8]
     python -m benchmarks.convert_times --model DIR --adapters plan=DIR,action=DIR --dtype bfloat16 --context 512
 
-All are CPU seconds, those of the C++ compiler included; Inductor's cache of earlier results is a new one each time.
-The random models are so narrow (64 channels) that what the units cost of themselves is most of a step. Steps of the two
-units are taken in turn, one thread, median of 31. Both read one file of weights: where a file lies in memory makes a
-difference of some percent.
+All times are CPU seconds, those of the C++ compiler included. Inductor's cache is empty at the start of each run. The
+random models are so narrow (64 channels) that the overhead of a unit is most of a step. Steps of the two units are
+timed in turn, one thread, median of 31. Both read one file of weights, because the place of a file in memory changes
+times by some percent.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHARING, REPEATS = "base_lr_shared", 31
 
 
 class Clock:
-    """CPU seconds by stage, of this process and of those that it waited for."""
+    """CPU seconds per stage, of this process and of the children it waited for."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -73,7 +73,7 @@ def step_seconds(programs: Mapping[str, Program], sequences: int, context: int) 
 
 
 def compare(name: str, model_dir: Path, adapters: Mapping[str, Path], options: argparse.Namespace) -> None:
-    """Converts one model in both units and prints what it took."""
+    """Converts one model in both units and prints the times."""
     with tempfile.TemporaryDirectory() as scratch:
         outs = {unit: Path(scratch) / f"{unit}.lragent" for unit in UNITS}
         for unit, out in outs.items():
@@ -99,8 +99,8 @@ def main() -> None:
     parser.add_argument("--layers", default="2,8,30,60")
     parser.add_argument("--sequences", default="1,8")
     parser.add_argument("--context", type=int, default=64)
-    parser.add_argument("--model", type=Path, help="this model, and no random ones")
-    parser.add_argument("--adapters", default="", help="its adapters: NAME=DIR,...")
+    parser.add_argument("--model", type=Path, help="convert this model instead of random ones")
+    parser.add_argument("--adapters", default="", help="adapters of --model: NAME=DIR,...")
     parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     torch.set_num_threads(1)

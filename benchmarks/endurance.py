@@ -2,7 +2,8 @@
 
     python -m benchmarks.endurance [--trajectories 2000] [--sharing base_lr_shared] [--concurrency 32]
 
-The model is a random two-layer one with three agents, so the runtime's own work dominates. Prints a line a tenth.
+The model is a random two-layer one with three agents, so the runtime's own work dominates. Prints one line per
+tenth of the trajectories.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m benchmarks.projections [--inputs 576] [--features 1536] [--tokens 1,4,8,32,512,2048]
 
-CPU time, medians. Several sets of weights are used in turn, so that they come from memory as in a model.
+CPU time, medians. Several sets of weights are used in turn, so that weights are read from memory, as in a model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Tokens a second and cache bytes over concurrent sequences, agents and context; writes figures.json.
+"""Tokens per second and cache bytes over concurrent sequences, agents and context; writes figures.json.
 
     python -m benchmarks.scaling MODEL OUT_DIR [--agents 1,2,4,8,16] [--contexts 512,2048,8192] [--read 512,2048]
 
-The model gets random adapters, r = 8 on `--targets` with an A of their own each, and is compiled in bfloat16.
+The model gets random adapters, r = 8 on `--targets`, each with its own A, and is compiled in bfloat16.
 
 Decode: steps of N sequences at a context, with three agents; wall time, medians. `dense` is the program of non_shared
 and full_shared, `split` that of base_lr_shared.
@@ -37,7 +37,7 @@ DECODE_AGENTS = 3
 
 @dataclass(frozen=True)
 class DecodePoint:
-    """One kind of decode step: seconds of the program with dense and with split layout."""
+    """Seconds of one kind of decode step, with dense and with split layout."""
 
     sequences: int
     context: int
@@ -47,7 +47,7 @@ class DecodePoint:
 
 @dataclass(frozen=True)
 class AgentsPoint:
-    """Seconds until all agents have answered on one trajectory, and the bytes it holds then."""
+    """Seconds until all agents have answered on one trajectory, and bytes that it then holds."""
 
     scheme: str
     agents: int
@@ -113,13 +113,16 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--agents", default="1,2,4,8,16")
-    parser.add_argument("--contexts", default="512,2048,8192", help="of decode steps")
+    parser.add_argument("--contexts", default="512,2048,8192", help="contexts of decode steps")
     parser.add_argument("--read", default="512,2048", help="contexts that agents read")
     parser.add_argument("--targets", default="q_proj,v_proj")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
-        "--most-read", type=int, default=40000, help="leave out what makes all agents together compute more tokens"
+        "--most-read",
+        type=int,
+        default=40000,
+        help="skip cases with more computed tokens than this",
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

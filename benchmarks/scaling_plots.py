@@ -1,8 +1,8 @@
-"""Draws what `benchmarks.scaling` measured: scaling-decode.svg and scaling-agents.svg.
+"""Draws the figures of `benchmarks.scaling`: scaling-decode.svg and scaling-agents.svg.
 
     python -m benchmarks.scaling_plots OUT_DIR/figures.json docs
 
-Wants matplotlib (`pip install -e ".[bench]"`).
+Needs matplotlib (`pip install -e ".[bench]"`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLOURS = {"non_shared": "tab:red", "base_lr_shared": "tab:blue", "full_shared":
 
 
 def draw_decode(points: list[dict[str, Any]], to: Path) -> None:
-    """Tokens a second over concurrent sequences, a line a context."""
+    """Tokens per second over concurrent sequences, one line per context."""
     contexts = sorted({p["context"] for p in points})
     figure, axes = pyplot.subplots(figsize=(6.4, 4))
     for shade, context in zip((1.0, 0.65, 0.4), contexts, strict=False):
@@ -39,7 +39,7 @@ def draw_decode(points: list[dict[str, Any]], to: Path) -> None:
 
 
 def draw_agents(points: list[dict[str, Any]], to: Path) -> None:
-    """Seconds and cache bytes over agents that read one trajectory; a column of plots a context."""
+    """Seconds and cache bytes over agents that read one trajectory; one column of plots per context."""
     contexts = sorted({p["context"] for p in points})
     figure, grid = pyplot.subplots(2, len(contexts), figsize=(3.4 * len(contexts), 6), sharex=True, squeeze=False)
     for column, context in enumerate(contexts):

@@ -1,12 +1,12 @@
-"""Times single steps of a compiled artifact beside their bound on this machine, and shows where the time goes.
+"""Times single steps of a compiled artifact beside their bound on this machine, and profiles them.
 
     python -m benchmarks.step ARTIFACT [--sharing base_lr_shared] [--context 512] [--sequences 1,8,32] [--prefill 512]
     python -m benchmarks.step ARTIFACT --device cuda [--backend eager]
 
-The bound of a step is the time to read what it must read (weights once, every sequence's cache) at the measured read
-bandwidth, or its floating point operations at the rate of a GEMM of the artifact's dtype, whichever is longer: as if
-all of the shorter one were hidden. "In turn" is the sum of both: as if nothing were. One thread unless told. On the
-CPU, times are CPU time; on a GPU, wall time until the device is done.
+The bound of a step is the longer of two times: reading the weights once and every sequence's cache, at the measured
+read bandwidth, and its floating point operations, at the rate of a GEMM of the artifact's dtype. It assumes that the
+shorter one is hidden completely. "In turn" is the sum of both. One thread by default. On the CPU, times are CPU time;
+on a GPU, wall time until the device is done.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from lragent.runtime.schemes import SCHEMES
 
 @dataclass(frozen=True)
 class Machine:
-    """What the bound is derived from: bytes a second read from memory, operations a second in a large GEMM."""
+    """Rates for the bound: bytes per second read from memory, operations per second in a large GEMM."""
 
     bandwidth: float
     gemm: float
 
 
 def spent(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of CPU time on the CPU, of wall time on a GPU, whose steps become graphs in the first three runs."""
+    """CPU seconds on the CPU, wall seconds on a GPU; there, steps become CUDA graphs in the first three runs."""
     if device.type == "cpu":
         return seconds(work, repeats)
 
@@ -53,8 +53,8 @@ def spent(work: Callable[[], object], device: torch.device, repeats: int) -> lis
 
 
 def measure_machine(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Machine:
-    """Best of several runs: the machine's limit, not its usual speed. Where a processor has no instructions for the
-    GEMM's dtype, float32 is the faster way, and the limit."""
+    """Best of several runs: the machine's limit, not its usual speed. The GEMM's rate is the better one of `dtype` and
+    float32, which is faster on a processor without instructions for `dtype`."""
     size = 1024 if device.type == "cpu" else 8192
     numbers = torch.randn(64 << 20, device=device)
     left, right = torch.randn(2, size, size, device=device)
@@ -87,7 +87,7 @@ def step_inputs(program: Program, sequences: int, tokens: int, context: int) -> 
 
 
 def runner(program: Program, sharing: str, step: StepInputs) -> Callable[[], torch.Tensor]:
-    """Runs a step over a cache of its own that is as large as the step's contexts."""
+    """A function that runs a step over a new cache as large as the step's contexts."""
     dtype, lr_blocks = dtype_named(program.facts["dtype"]), SCHEMES[sharing].lr_blocks
     pages, device = 1 + step.page_table.numel(), torch.device(program.facts["device"])
     cache = allocate(program.schema, lr_blocks, pages, PAGE_SIZE, dtype, device).tensors
@@ -97,8 +97,7 @@ def runner(program: Program, sharing: str, step: StepInputs) -> Callable[[], tor
 def least_times(
     program: Program, machine: Machine, weights: list[torch.Tensor], size: int, step: StepInputs
 ) -> tuple[float, float]:
-    """Seconds that a step's reading and its operations take (see the module's text); `size`: bytes of a number in the
-    cache."""
+    """Seconds of a step's reads and of its operations (see the module's docstring); `size`: bytes per cached number."""
     schema = program.schema
     tokens, contexts = step.token_ids.numel(), step.context_lens.double()
     cache = float(contexts.sum()) * schema.base_numbers_per_token() * size
@@ -118,12 +117,12 @@ def main() -> None:
     parser.add_argument("--sharing", default="base_lr_shared")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--sequences", default="1,8,32")
-    parser.add_argument("--prefill", type=int, default=512, help="tokens of the one prefill step; 0: none")
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prefill step; 0: no prefill step")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--profile", action="store_true", help="show the ops that take longest")
+    parser.add_argument("--profile", action="store_true", help="print the ops that take longest")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     program = lragent.load(

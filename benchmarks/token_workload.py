@@ -4,7 +4,7 @@
 
 The workload holds token ids only: for each trajectory a prompt and observations, for each agent a header and the number
 of tokens to generate. A step is a plan turn, an action turn and an observation; a reflect turn ends the trajectory.
-Greedy, end of text ignored. Loading and one short warm-up trajectory are outside of the time. With `--forks F` every
+Greedy, end of text ignored. The time excludes loading and one short warm-up trajectory. With `--forks F` every
 trajectory is forked F - 1 times after its prompt, and all branches do all steps.
 """
 
@@ -28,7 +28,7 @@ import lragent
 
 @dataclass
 class Measured:
-    """What the turns gave."""
+    """Generated tokens and times of all turns."""
 
     generated: list[list[int]] = field(default_factory=list)
     first_token: list[float] = field(default_factory=list)  # seconds
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--forks", type=int, default=1)
-    parser.add_argument("--n", type=int, default=0, help="first trajectories only; 0: all")
+    parser.add_argument("--n", type=int, default=0, help="number of trajectories, from the first; 0: all")
     parser.add_argument("--kv-memory", default="4GiB")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto")

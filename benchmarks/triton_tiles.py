@@ -1,9 +1,9 @@
-"""Times tile shapes of the Triton attention kernels on this machine's GPU: what `variants.py` was chosen by.
+"""Times tile shapes of the Triton attention kernels on this machine's GPU; `variants.py` was chosen by it.
 
     python -m benchmarks.triton_tiles OUT.jsonl [--kinds decode,prefill] [--calls 8x4x128r8,3x3x64r8]
 
 Tile shapes are compiled by several processes, then timed one by one over caches that don't fit into the GPU's L2, in a
-CUDA graph, so that launches don't count. The output has one line for each tile shape, step and number of splits.
+CUDA graph, so that launch times don't count. The output has one line per tile shape, step and number of splits.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def attend(call: Paged, job: Job, splits: int) -> torch.Tensor:
 
 
 def refusal(job: Job) -> str:
-    """Why a tile shape can't be used ("": it can), after a small step that leaves the kernel in Triton's cache.
+    """Runs a small step and returns the reason why a tile shape can't be used; "": it can. Triton caches the kernel.
 
-    A process of its own: after an access to memory that isn't there a process can't use the GPU any more.
+    Call it in a child process: after an access out of bounds a process can't use the GPU any more.
     """
     try:
         call = paged(2, 320, job.rank, torch.bfloat16, job.heads, 1 if job.kind == "decode" else 200, GPU)
@@ -90,7 +90,7 @@ def refusal(job: Job) -> str:
 
 
 def answer_of(answer: AsyncResult[str]) -> str:
-    """What `refusal` said; a process that crashed says nothing."""
+    """The answer of `refusal`; "no answer" if its process crashed."""
     try:
         return answer.get(timeout=60)
     except multiprocessing.TimeoutError:

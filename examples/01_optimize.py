@@ -1,6 +1,6 @@
 """Two agents on a live PEFT model share one KV cache: `python examples/01_optimize.py`.
 
-The model is tiny and random, so that this runs anywhere in seconds; a real one takes the same lines.
+The model is tiny and random, so that this runs anywhere in seconds. A real model needs the same lines.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def tiny_peft_model() -> Any:
 
 
 def main() -> None:
-    """Both agents read and extend one trajectory; the second computes only what the first has not."""
-    # The default compiles, which is faster to run; "eager" starts at once and needs no C++ compiler.
+    """Both agents read and extend one trajectory; the second computes only the tokens that the first has not."""
+    # backend="auto", the default, compiles: slower to start, faster to run. "eager" needs no C++ compiler.
     engine = lragent.optimize(tiny_peft_model(), sharing="base_lr_shared", kv_memory="16MiB", backend="eager")
     question, observation = list(range(40)), list(range(50, 60))
     with engine.trajectory(question) as t:

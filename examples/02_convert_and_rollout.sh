@@ -16,7 +16,7 @@ if [ ! -d "$model" ]; then
     python -c 'import pathlib, sys; from lragent_cli.demo_model import write_model; write_model(pathlib.Path(sys.argv[1]))' "$model"
 fi
 
-# What would be cached, and what would be refused, before anything is compiled.
+# Shows the cache streams and refusals before anything is compiled.
 lragent inspect "$model" --adapters "$adapters" --memory 1GiB
 
 if [ ! -d "$work/example.lragent" ]; then
@@ -27,7 +27,7 @@ fi
 
 python -m examples.fact_world.world --split test --n "${TASKS:-4}" --out "$work/example-tasks.jsonl"
 
-# Stop it with Ctrl-C and call it again: --resume goes on where it stopped.
+# After Ctrl-C, call it again: --resume skips the tasks that already have a result.
 lragent rollout "$work/example.lragent" --workflow "$world/workflow.py:workflow" \
     --tasks "$work/example-tasks.jsonl" --out "$work/example-results.jsonl" --resume \
     --sharing "${SHARING:-base_lr_shared}" --concurrency 4 --kv-memory 1GiB --backend "$backend"

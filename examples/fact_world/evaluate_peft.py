@@ -1,4 +1,4 @@
-"""Runs held-out tasks with plain PEFT (one cache an adapter) through the workflow.
+"""Runs held-out tasks with plain PEFT (one cache per adapter) through the workflow.
 
 python -m examples.fact_world.evaluate_peft --model MODEL_DIR --n 50
 """
@@ -22,7 +22,7 @@ ADAPTERS = Path(__file__).parent / "adapters"
 
 
 def evaluate(agents: PeftAgents, tasks: list[Task]) -> list[dict[str, Any]]:
-    """One row a task: the workflow's result, hops, tokens and the text of the trajectory."""
+    """One row per task: the workflow's result, hops, tokens and the text of the trajectory."""
     rows = []
     for task in tasks:
         trajectory = PeftTrajectory(agents)

@@ -44,17 +44,17 @@ def opening(question: str) -> Piece:
 
 
 def header(role: str) -> Piece:
-    """What the workflow appends before a turn of `role`."""
+    """The text that the workflow appends before a turn of `role`."""
     return Piece(HEADERS[role])
 
 
 def spoken(role: str, text: str) -> Piece:
-    """What the agent generates in its turn, stop string included."""
+    """The text that the agent generates in its turn, stop string included."""
     return Piece(f" {text}{STOP}", role)
 
 
 def observation(text: str) -> Piece:
-    """What the workflow appends after a tool call."""
+    """The text that the workflow appends after a tool call."""
     return Piece(f"Observation: {text}\n")
 
 

@@ -1,7 +1,7 @@
-"""Gold agents: what plan, action and reflect should say at every step of a task.
+"""Gold agents: the right texts of plan, action and reflect at every step of a task.
 
-They read only what the real agents read (the question and the observations), the chain of the task
-apart, and serve as the teacher in training and as a scripted agent in tests.
+They read the question, the observations and, unlike real agents, the task's chain. They are the teacher in training and
+a scripted agent in tests.
 """
 
 import random
@@ -15,7 +15,7 @@ from examples.fact_world.world import Entity, Fact, Task, World, world_of
 
 @dataclass
 class GoldTrajectory:
-    """A finished trajectory up to the finish action, and what is needed to judge it."""
+    """A finished trajectory up to the finish action, with the facts needed to judge it."""
 
     pieces: list[Piece]
     last_entity: Entity
@@ -29,7 +29,7 @@ def first_plan(task: Task) -> str:
 
 
 def next_plan(noun: str, name: str, mention: str, next_noun: str) -> str:
-    """What was found and which entry is needed next."""
+    """The fact that was found and the entry that is needed next."""
     return f"The {noun} of {name} is {mention}. Look up {mention} for the {next_noun}."
 
 
@@ -39,7 +39,7 @@ def resolve_plan(mention: str, kind: str, full: str, noun: str) -> str:
 
 
 def last_plan(noun: str, name: str, answer: str) -> str:
-    """What was found, and that it is the answer."""
+    """The fact that was found, as the answer."""
     return f"The {noun} of {name} is {answer}. Finish with {answer}."
 
 

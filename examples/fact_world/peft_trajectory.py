@@ -1,4 +1,4 @@
-"""A trajectory on plain PEFT and transformers, with one full KV cache an adapter.
+"""A trajectory on plain PEFT and transformers, with one full KV cache per adapter.
 
 This is what `non_shared` has to equal: every agent processes every token of the trajectory with its
 own adapter. Only the two methods that the workflow needs exist.
@@ -37,7 +37,7 @@ class PeftAgents:
 
 
 class PeftTrajectory:
-    """A growing token sequence and, for each agent, the cache of what it has read so far."""
+    """A growing token sequence and, for each agent, the cache of the tokens it has read so far."""
 
     def __init__(self, agents: PeftAgents) -> None:
         self._agents = agents
@@ -81,7 +81,7 @@ class PeftTrajectory:
 
     @torch.no_grad()
     def _next_token(self, cache: DynamicCache) -> int:
-        """Processes what this agent has not read yet and takes the most likely next token."""
+        """Processes the tokens that this agent has not read yet and takes the most likely next token."""
         unread = self.token_ids[cache.get_seq_length() :]
         self._agents.processed_tokens += len(unread)
         logits = self._agents.model(

@@ -16,7 +16,7 @@ class Relation:
 
     @property
     def leads_to_entity(self) -> bool:
-        """Whether the value has an entry of its own, so that a question can go on from it."""
+        """True if the value has its own entry, so that a question can continue from it."""
         return self.target in KINDS
 
 

@@ -1,4 +1,4 @@
-"""Trains the three role adapters with PEFT: one lora_A for all roles, one lora_B a role.
+"""Trains the three role adapters with PEFT: one lora_A for all roles, one lora_B per role.
 
     python -m examples.fact_world.train --model MODEL_DIR --role plan
     python -m examples.fact_world.train --model MODEL_DIR --role action
@@ -35,7 +35,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @dataclass
 class Recipe:
-    """Everything that decides the outcome of a run."""
+    """Settings that determine the outcome of a run."""
 
     role: str
     steps: int
@@ -64,7 +64,7 @@ class HeldOut:
 
 @dataclass
 class Log:
-    """What training_log.json holds."""
+    """Contents of training_log.json."""
 
     role: str
     command: str

@@ -1,6 +1,6 @@
 """Training examples: gold trajectories as token ids, with loss on one role's tokens only.
 
-An example may branch: `reflect` has one turn a trajectory, so several endings (a right answer,
+An example may branch: `reflect` has one turn per trajectory, so several endings (a right answer,
 wrong ones, one given too early) hang on the same trunk and share its tokens. A branch reads the trunk up
 to where it starts and itself, never another branch, exactly as if it were the only ending.
 """
@@ -37,7 +37,7 @@ class Example:
 
     @property
     def branched(self) -> bool:
-        """Whether there is anything but a trunk."""
+        """True if the example has branches."""
         return any(self.branch)
 
     def add(self, ids: list[int], is_label: list[bool], branch: int, start: int) -> None:
@@ -49,7 +49,7 @@ class Example:
         self.trunk_limit += [start if branch else len(ids)] * len(ids)
 
     def mask(self) -> torch.Tensor:
-        """Which token (row) reads which (column)."""
+        """Mask: True where the token of the row reads the token of the column."""
         branch = torch.tensor(self.branch)
         position = torch.tensor(self.positions)
         limit = torch.tensor(self.trunk_limit)
@@ -127,7 +127,7 @@ def _ending(noun: str, name: str, answer: str, verdict: str) -> list[Piece]:
 
 
 def _pieces_until_observation(trunk: list[Piece], short: list[Piece]) -> int:
-    """How many trunk pieces a trajectory that ends early has before its last turn."""
+    """Number of trunk pieces before the last turn of a trajectory that ends early."""
     cut = len(short) - 4
     if [piece.role for piece in trunk[:cut]] != [piece.role for piece in short[:cut]]:
         raise AssertionError("an early ending must be a prefix of the trunk")
@@ -159,7 +159,7 @@ def example_for(task: Task, role: str, tokenize: Tokenize, rng: random.Random, s
 
 
 def collate(batch: list[Example], pad: int = 0) -> dict[str, torch.Tensor | None]:
-    """Pads on the right. `attention_mask` stays None (plain causal) where nothing branches."""
+    """Pads on the right. `attention_mask` stays None (plain causal) if nothing branches."""
     longest = max(len(example.ids) for example in batch)
     ids = torch.full((len(batch), longest), pad)
     positions = torch.zeros((len(batch), longest), dtype=torch.long)

@@ -13,7 +13,7 @@ MAX_ROUNDS = 8
 
 
 class Turn(Protocol):
-    """What the workflow reads of a generated turn."""
+    """The parts of a generated turn that the workflow reads."""
 
     @property
     def text(self) -> str:
@@ -27,7 +27,7 @@ class Turn(Protocol):
 
 
 class Trajectory(Protocol):
-    """What the workflow needs of a trajectory."""
+    """The methods of a trajectory that the workflow calls."""
 
     def append(self, text: str) -> Any:
         """Appends text, tokenised on its own without special tokens."""
@@ -39,7 +39,7 @@ class Trajectory(Protocol):
 
 
 async def take_turn(t: Trajectory, role: str) -> str:
-    """Header, generated text, and always a closed line, also where the agent ran out of tokens."""
+    """Header and generated text; the line is closed even if the agent ran out of tokens."""
     t.append(fmt.header(role).text)
     turn: Turn = await t.agenerate(role, max_new_tokens=fmt.MAX_NEW_TOKENS[role], stop=[fmt.STOP], temperature=0.0)
     if turn.finish_reason != "stop":
@@ -53,7 +53,7 @@ def same_answer(left: str, right: str) -> bool:
 
 
 async def workflow(task: Task, t: Trajectory) -> dict[str, Any]:
-    """Answers one task; never raises for what an agent says."""
+    """Answers one task; never raises because of an agent's text."""
     world = world_of(task)
     t.append(fmt.opening(task["question"]).text)
     answer = ""

@@ -50,7 +50,7 @@ class Fact:
 
     @property
     def shortened(self) -> bool:
-        """Whether the entry gives only the first word of the name."""
+        """True if the entry gives only the first word of the name."""
         return self.mention != self.value
 
 
@@ -116,7 +116,7 @@ class World:
             yield task
 
     def _draw_task(self, rng: random.Random) -> Task | None:
-        """A random walk along relations; None where the walk comes back to itself."""
+        """A random walk along relations; None if the walk returns to an entity it has visited."""
         kind = rng.choices(KINDS, weights=(5, 2, 2, 1, 1))[0]
         start = rng.choice(self.by_kind[kind])
         hops = rng.choices((2, 3), weights=(2, 3))[0]
