@@ -56,7 +56,7 @@ def convert(
     from lragent.artifact.build import BuildOptions, build
     from lragent.compile.compile import require_unit
     from lragent.kernels.dispatch import require_attention, resolve
-    from lragent.loading.agent_slots import fit, slots_of
+    from lragent.loading.agent_slots import agent_slots_of, fit
     from lragent.loading.model import load_directories
 
     for layout in layouts:
@@ -70,7 +70,7 @@ def convert(
     stages = Stages(progress)
     loaded = stages.run("load", lambda: load_directories(model_dir, adapters, dtype))
     if spare > 0:
-        loaded = fit(loaded, slots_of(loaded, spare))
+        loaded = fit(loaded, agent_slots_of(loaded, spare))
     options = BuildOptions(compiled=now, attention=attention, unit=unit, overwrite=overwrite)
     return build(loaded, Path(out), options=options, stages=stages, wanted=layouts)
 

@@ -23,7 +23,7 @@ SPARE = "~"  # first letter of a spare slot's name; agents' names have none
 
 
 @dataclass(frozen=True)
-class Slots:
+class AgentSlots:
     """Args:
     names: agent of each slot, in order; `~1`, `~2`, ... for spare ones.
     ranks: module -> rank of each slot, 0 where it does not adapt the module.
@@ -35,7 +35,7 @@ class Slots:
     groups: Mapping[str, tuple[int, ...]]
 
 
-def slots_of(loaded: LoadedModel, spare: int) -> Slots:
+def agent_slots_of(loaded: LoadedModel, spare: int) -> AgentSlots:
     """One slot an agent, and spare ones that take any of their ranks."""
     agents = [agent.name for agent in loaded.agents]
     ranks, groups = {}, {}
@@ -44,10 +44,10 @@ def slots_of(loaded: LoadedModel, spare: int) -> Slots:
         ranks[module] = (*own, *(max(own) for _ in range(spare)))
         same = loaded.groups.get(module) or [_first_equal(by_agent, agents, i) for i in range(len(agents))]
         groups[module] = (*same, *range(len(agents), len(agents) + spare))
-    return Slots((*agents, *(f"{SPARE}{i + 1}" for i in range(spare))), ranks, groups)
+    return AgentSlots((*agents, *(f"{SPARE}{i + 1}" for i in range(spare))), ranks, groups)
 
 
-def assign(slots: Slots, names: Sequence[str]) -> Slots:
+def assign(slots: AgentSlots, names: Sequence[str]) -> AgentSlots:
     """The slots with new occupants: an agent that has a slot keeps it, others take free ones in order.
 
     Raises:
@@ -64,7 +64,7 @@ def assign(slots: Slots, names: Sequence[str]) -> Slots:
     return dataclasses.replace(slots, names=tuple(name or next(spare) for name in taken))
 
 
-def fit(loaded: LoadedModel, slots: Slots) -> LoadedModel:
+def fit(loaded: LoadedModel, slots: AgentSlots) -> LoadedModel:
     """The model with its agents in slots: in their order, filled up to their ranks, spare ones with zeros.
 
     Raises:
@@ -103,7 +103,7 @@ def _same_columns(left: LoraWeights, right: LoraWeights) -> bool:
     return constants and left.a.shape == right.a.shape and torch.equal(left.a, right.a)
 
 
-def _require_fits(name: str, module: str, weights: LoraWeights, slots: Slots) -> None:
+def _require_fits(name: str, module: str, weights: LoraWeights, slots: AgentSlots) -> None:
     rank = slots.ranks[module][slots.names.index(name)] if module in slots.ranks else 0
     if weights.rank > rank:
         found = f"has rank {rank} there" if rank else "does not adapt it"
@@ -128,7 +128,7 @@ def _padded(tensor: Tensor, rank: int, axis: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], axis)
 
 
-def _share(lora: dict[str, LoraWeights], slots: Slots, module: str, by_agent: Mapping[str, LoraWeights]) -> None:
+def _share(lora: dict[str, LoraWeights], slots: AgentSlots, module: str, by_agent: Mapping[str, LoraWeights]) -> None:
     """Slots of one group must have one A; a slot without adapter takes the others'."""
     for leader in set(slots.groups[module]):
         members = [

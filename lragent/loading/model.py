@@ -23,9 +23,9 @@ from lragent.errors import AdapterError, RequestError
 from lragent.loading import adapter_config, adapter_files, checkpoint
 from lragent.loading.adapter_weights import LoraWeights, ReplacedRows, digest, require_finite
 from lragent.loading.peft_layers import Adapted, add_biases, put_hooks, take_apart
-from lragent.probing.mask_limits import mask_reach
+from lragent.probing.mask_limits import mask_limit
 from lragent.probing.position_offset import position_offset
-from lragent.probing.rotary_limits import position_reach
+from lragent.probing.rotary_limits import rotary_limit
 from lragent.program.agent import Agent
 
 if TYPE_CHECKING:
@@ -209,10 +209,10 @@ def _describe(causal_lm: Any, adapted: Adapted, names: Sequence[str], tokenizer_
 def _reach(causal_lm: Any, positions: int, offset: int) -> int:
     """How many positions are served exactly; says so where they are fewer than the model has."""
     reaches = {
-        "rotates the keys of all tokens anew, and cached ones stay as they are": position_reach(
+        "rotates the keys of all tokens anew, and cached ones stay as they are": rotary_limit(
             causal_lm, positions, offset
         ),
-        "hides tokens that are neither later nor outside a sliding window": mask_reach(causal_lm, positions, offset),
+        "hides tokens that are neither later nor outside a sliding window": mask_limit(causal_lm, positions, offset),
     }
     reason, reach = min(reaches.items(), key=lambda item: item[1])
     if reach < positions:

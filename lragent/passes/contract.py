@@ -124,7 +124,7 @@ class RewriteContext:
     groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     state: PassState = field(default_factory=PassState)
 
-    def lora_role(self, node: object) -> tuple[str, str] | None:
+    def lora_side(self, node: object) -> tuple[str, str] | None:
         """(projection FQN, "a" or "b") of a `get_attr` node of a captured adapter weight; None for any other node."""
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None

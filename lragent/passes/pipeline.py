@@ -217,7 +217,7 @@ def _drop_unused(graph: fx.GraphModule) -> None:
 
 def _require_routed(graph: fx.GraphModule, context: RewriteContext) -> None:
     """Raises InternalError if the rewritten graph still reads a captured adapter weight, which no agent owns."""
-    left = sorted(str(n.target) for n in graph.graph.find_nodes(op="get_attr") if context.lora_role(n) is not None)
+    left = sorted(str(n.target) for n in graph.graph.find_nodes(op="get_attr") if context.lora_side(n) is not None)
     if left:
         raise InternalError(f"adapter weight {left[0]} is still used by the rewritten graph")
 

@@ -63,10 +63,10 @@ def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
     roots: dict[fx.Node, fx.Node] = {}
     misses: list[Miss] = []
     for down in calls(graph, aten.linear.default, aten.embedding.default):
-        role = _weight_role(down, context)
-        if role is None or role[1] != "a":
+        lora_side = _weight_lora_side(down, context)
+        if lora_side is None or lora_side[1] != "a":
             continue
-        found = _match(graph, down, role[0], context)
+        found = _match(graph, down, lora_side[0], context)
         if isinstance(found, Miss):
             misses.append(found)
         else:
@@ -91,15 +91,15 @@ def _left_over(graph: fx.GraphModule, context: RewriteContext, missed: set[str])
     """Adapter weights that are still read, for modules not in `missed`: nobody's, whoever acts."""
     left: dict[str, Miss] = {}
     for node in graph.graph.find_nodes(op="get_attr"):
-        module, _ = context.lora_role(node) or ("", "")
+        module, _ = context.lora_side(node) or ("", "")
         if module and module not in missed and node.users:
             left.setdefault(module, Miss(module, node.name, "its adapter's weights are read by another op than linear"))
     return list(left.values())
 
 
-def _weight_role(node: fx.Node, context: RewriteContext) -> tuple[str, str] | None:
+def _weight_lora_side(node: fx.Node, context: RewriteContext) -> tuple[str, str] | None:
     """Projection and side of the captured adapter weight that a linear or embedding op reads, if it reads one."""
-    return context.lora_role(node.args[0 if node.target is aten.embedding.default else 1])
+    return context.lora_side(node.args[0 if node.target is aten.embedding.default else 1])
 
 
 def _match(graph: fx.GraphModule, down: fx.Node, module: str, context: RewriteContext) -> _Chain | Miss:
@@ -110,7 +110,7 @@ def _match(graph: fx.GraphModule, down: fx.Node, module: str, context: RewriteCo
     if not embeds and len(down.args) > 2 and down.args[2] is not None:
         return miss(down, "lora_A has a bias")
     up = only_user(down)
-    if up is None or up.target is not aten.linear.default or _weight_role(up, context) != (module, "b"):
+    if up is None or up.target is not aten.linear.default or _weight_lora_side(up, context) != (module, "b"):
         return miss(up or down, "the output of lora_A does not go into lora_B alone")
     if len(up.args) > 2 and up.args[2] is not None:
         return miss(up, "lora_B has a bias")

@@ -28,7 +28,7 @@ _TOKENS = 7
 
 
 @dataclass(frozen=True)
-class AttentionCall:
+class ProbedCall:
     """A call of attention.
 
     Args:
@@ -43,7 +43,7 @@ class AttentionCall:
     mask: MaskFunction | None
     own_mask: bool = False
 
-    def is_as_told(self, positions: int) -> bool:
+    def mask_is_as_declared(self, positions: int) -> bool:
         """Whether the mask is causal with that window, over some positions."""
         if self.mask is None:
             return True
@@ -56,7 +56,7 @@ class AttentionCall:
         try:
             seen = self.mask(first, first, rows_R1, columns_P)
         except IndexError:  # it looks something up by token: only the call's own can be compared
-            return most <= _TOKENS or self.is_as_told(_TOKENS)
+            return most <= _TOKENS or self.mask_is_as_declared(_TOKENS)
         return bool((seen == expected).all())
 
 
@@ -70,7 +70,7 @@ class TokensAlone:
         failure: the error of a model that fails with this attention; "" if it ran.
     """
 
-    calls: list[AttentionCall]
+    calls: list[ProbedCall]
     logits_1TV: Tensor | None
     failure: str
 
@@ -123,7 +123,7 @@ def make_mask(made: list[MaskFunction], **given: Any) -> Tensor:
 
 
 @contextmanager
-def tokens_alone(model: Any, masks: bool = True) -> Iterator[list[AttentionCall]]:
+def tokens_alone(model: Any, masks: bool = True) -> Iterator[list[ProbedCall]]:
     """While it lasts, every token attends to itself only; calls of attention are collected.
 
     Args:
@@ -131,7 +131,7 @@ def tokens_alone(model: Any, masks: bool = True) -> Iterator[list[AttentionCall]
     """
     from transformers.masking_utils import AttentionMaskInterface
 
-    calls: list[AttentionCall] = []
+    calls: list[ProbedCall] = []
     made: list[MaskFunction] = []
 
     def attend(
@@ -151,7 +151,7 @@ def tokens_alone(model: Any, masks: bool = True) -> Iterator[list[AttentionCall]
                 "A KV cache holds one key per token, so it can't be converted.",
             )
         mask = _known(attention_mask, made)
-        calls.append(AttentionCall(caller, int(sliding_window or 0), mask, attention_mask is not None and mask is None))
+        calls.append(ProbedCall(caller, int(sliding_window or 0), mask, attention_mask is not None and mask is None))
         return own_value(query, key, value), None
 
     with attention_as(model, attend):
@@ -163,7 +163,7 @@ def tokens_alone(model: Any, masks: bool = True) -> Iterator[list[AttentionCall]
             AttentionMaskInterface._global_mapping.pop(ATTENTION_NAME, None)
 
 
-def mask_reach(model: Any, positions: int, offset: int) -> int:
+def mask_limit(model: Any, positions: int, offset: int) -> int:
     """How many of `positions` may be used before a mask is another one than its attention call says.
 
     All of them where it is another one from the start: then the model is refused, not cut short. All of them, too, for
@@ -180,7 +180,7 @@ def mask_reach(model: Any, positions: int, offset: int) -> int:
         return positions
 
     def as_told(count: int) -> bool:
-        return all(call.is_as_told(count) for call in alone.calls)
+        return all(call.mask_is_as_declared(count) for call in alone.calls)
 
     if as_told(positions) or not as_told(min(_TOKENS, positions)):
         return positions

@@ -22,7 +22,7 @@ from lragent.probing.position_offset import require_logits_at, takes_positions
 _TOKENS = 11
 
 
-def position_reach(model: Any, positions: int, offset: int) -> int:
+def rotary_limit(model: Any, positions: int, offset: int) -> int:
     """How many of `positions` may be used before a later one changes what the model computes of positions below it.
 
     Every module that takes positions and holds no weights is run by itself, so that answers are compared to the bit.

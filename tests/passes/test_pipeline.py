@@ -94,7 +94,7 @@ def _adds(module: str) -> Callable[[fx.GraphModule, RewriteContext], PassReport]
     """A rewrite that adds a captured adapter weight of a module to the logits."""
 
     def run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
-        weight = next(name for name, role in context.lora_parameters.items() if role == (module, "b"))
+        weight = next(name for name, lora_side in context.lora_parameters.items() if lora_side == (module, "b"))
         output = graph.graph.output_node()
         with graph.graph.inserting_before(output):
             left = graph.graph.get_attr(f"model.{weight}")
