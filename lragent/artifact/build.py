@@ -146,7 +146,7 @@ def write(
 def write_programs(loaded: LoadedModel, rewritten: Rewritten, directory: Path, stages: Stages) -> Manifest:
     """Writes programs, weights and tokenizer; returns the manifest, which is still to be written."""
     tensors: dict[str, Tensor] = {}
-    slots = agent_slots_of(loaded, spare=0)
+    agent_slots = agent_slots_of(loaded, spare=0)
     layouts: dict[str, LayoutEntry] = {}
     (directory / "programs").mkdir()
     for layout, program in rewritten.programs.items():
@@ -178,8 +178,8 @@ def write_programs(loaded: LoadedModel, rewritten: Rewritten, directory: Path, s
         weights=weights,
         aliases=aliases,
         tokenizer=write_tokenizer(loaded.tokenizer_source, directory),
-        agent_slot_ranks=dict(slots.ranks),
-        agent_slot_groups=dict(slots.groups),
+        agent_slot_ranks=dict(agent_slots.ranks),
+        agent_slot_groups=dict(agent_slots.groups),
     )
 
 

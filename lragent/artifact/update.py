@@ -50,10 +50,10 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
     artifact = open_artifact(path)
     manifest = artifact.manifest
     loaded = stages.run("load", lambda: load_directories(model_dir, adapters, manifest.dtype))
-    slots = AgentSlots(
+    agent_slots = AgentSlots(
         tuple(agent.name for agent in manifest.agents), manifest.agent_slot_ranks, manifest.agent_slot_groups
     )
-    loaded = fit(loaded, assign(slots, tuple(adapters)))
+    loaded = fit(loaded, assign(agent_slots, tuple(adapters)))
     programs = rewrite(loaded, tuple(layout for layout in LAYOUTS if layout in manifest.layouts), stages).programs
     tensors: dict[str, Tensor] = {}
     for program in programs.values():

@@ -1,8 +1,8 @@
-"""What an adapted module is replaced with while the model is captured: the module plus one fixed chain of rank 1.
+"""Replaces an adapted module during capture: the module plus one placeholder LoRA chain of rank 1.
 
-Which variant of LoRA an adapter is does not show in the captured graph: every adapted module, linear or embedding, is
-captured as `base(x) + 0.5 * B A x` with weights of rank 1 that are nobody's. `route_adapters` finds the chain by its
-parameters and puts in its place what the agents' adapters compute.
+Every adapted module, linear or embedding, is captured as `base(x) + 0.5 * B A x` with placeholder weights of rank 1,
+whichever LoRA variants its adapters are. `route_adapters` finds the chain by its parameters and replaces it by the
+computation of the agents' adapters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ HOOK_SCALING = 0.5
 
 
 class Hook(nn.Module):
-    """A linear module (or embedding) with the chain; anything else that is asked of it, the module itself answers."""
+    """A linear module or embedding with the placeholder chain. Other attributes are read from the wrapped module.
+
+    Args:
+        base: the module, with weight `[out, in]`, its transpose (Conv1D), or `[tokens, out]` (embedding).
+        inputs: input features; for an embedding, its number of tokens.
+        outputs: output features.
+        seed: seed of the placeholder weights; different for each hook.
+    """
 
     def __init__(self, base: nn.Module, inputs: int, outputs: int, seed: int) -> None:
         super().__init__()
