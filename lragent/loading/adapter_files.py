@@ -128,8 +128,8 @@ def _require_shape(
     found = tensor.shape[1] if part.endswith("_A") else tensor.shape[0]
     if found != expected:
         raise AdapterError(
-            f"adapter {name} ({path}): {key} has shape {list(tensor.shape)}, but {owner} of the base needs"
-            f" {expected} there",
+            f"adapter {name} ({path}): {key} has shape {list(tensor.shape)}, but {owner} of the base has"
+            f" {expected} {'input' if part.endswith('_A') else 'output'} features",
             "The adapter was trained on another base model; use that one.",
         )
 

@@ -1,7 +1,6 @@
 """Agent slots of a program: which adapters can be swapped in without recompiling.
 
-An agent slot has a rank on each adapted module, and either an A of its own there or the A of another slot. An adapter
-fits if it adapts no other modules, has no larger rank on any, and shares its A where the slot does. Smaller ranks are
+On each adapted module, an agent slot has a rank and either its own A or the A of another slot. An adapter fits if it adapts no other modules, has no larger rank on any, and shares its A where the slot does. Smaller ranks are
 padded with zeros. A slot without adapter is spare; no agent can act in it.
 """
 
@@ -112,7 +111,7 @@ def _same_stream(left: LoraWeights, right: LoraWeights) -> bool:
 def _require_fits(name: str, module: str, weights: LoraWeights, agent_slots: AgentSlots) -> None:
     rank = agent_slots.ranks[module][agent_slots.names.index(name)] if module in agent_slots.ranks else 0
     if weights.rank > rank:
-        found = f"has rank {rank} there" if rank else "does not adapt it"
+        found = f"has rank {rank}" if rank else "does not adapt it"
         raise AdapterError(
             f"adapter {name} has rank {weights.rank} on {module}, its slot {found}",
             "Convert anew: an update keeps the compiled program, and with it ranks and adapted modules.",

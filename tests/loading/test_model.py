@@ -193,7 +193,7 @@ def test_adapter_of_a_base_with_other_sizes(written: WrittenModel) -> None:
     name = next(n for n in tensors if "lora_A" in n)
     tensors[name] = torch.cat([tensors[name], tensors[name]], 1)
     save_file(tensors, file)
-    with pytest.raises(AdapterError, match=r"has shape \[8, 192\], but .* needs 96 there"):
+    with pytest.raises(AdapterError, match=r"has shape \[8, 192\], but .* has 96 input features"):
         load_directories(written.model_dir, written.adapters)
 
 
