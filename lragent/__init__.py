@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from lragent.runtime.trajectory import Trajectory
     from lragent.runtime.turn import Turn
 
-# How often an OpenMP thread looks for its next work before it sleeps: about 0.3 ms. A step has some hundred parallel
-# regions, one right after the other; threads that sleep between them (OMP_WAIT_POLICY=PASSIVE) double the time of a
-# small step. GNU OpenMP reads this once, when torch loads it.
+# Spin iterations of an idle OpenMP thread before it sleeps: about 0.3 ms. A step has about a hundred parallel regions
+# in quick succession; threads that sleep between them (OMP_WAIT_POLICY=PASSIVE) double the time of a small step. GNU
+# OpenMP reads the variable once, when torch loads it.
 if "torch" not in sys.modules:
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
@@ -53,7 +53,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when first used: `import lragent` alone stays light."""
+    """Imports public names on first use, which keeps `import lragent` cheap."""
     if name not in __all__:
         raise AttributeError(f"module 'lragent' has no attribute {name!r}")
     return getattr(import_module(_HOMES.get(name, "lragent.api")), name)

@@ -1,4 +1,4 @@
-"""The entry points, in the order of the project's flow: convert, update, load, optimize, rollout, verify, inspect."""
+"""The Python API in the order of the project's flow: convert, update, load, optimize, rollout, verify, inspect."""
 
 from __future__ import annotations
 
@@ -38,25 +38,38 @@ def convert(
     spare: int = 0,
     unit: str = "model",
 ) -> ConvertReport:
-    """Writes an artifact from a model directory and adapters.
+    """Converts a model directory and its adapters into an artifact.
 
     Args:
+        model_dir: model directory or GGUF file.
         adapters: agent name -> PEFT adapter directory.
-        layouts: layouts that are compiled for this machine now. Another one is compiled when it is first loaded.
-        attention: name of the attention implementation with which they are compiled, or "auto".
-        compiled: False compiles nothing; then no C++ compiler is needed.
+        out: directory of the artifact.
+        dtype: "auto" (float32), "float32", "bfloat16" or "float16".
+        layouts: cache layouts to compile for this machine now. Others are compiled when they are first loaded.
+        attention: attention implementation of the compiled layouts, or "auto".
+        overwrite: True to replace an existing artifact at `out`.
+        compiled: False to write the programs without compiling them; no C++ compiler is needed then.
         progress: called with the name of each stage when it begins.
-        spare: number of slots kept free for agents that `update` adds later.
-        unit: "model" compiles the whole model at once. "layer" compiles each kind of layer once, in a time that does
-            not grow with depth. A model that can't be cut is compiled whole; the report gives the reason.
+        spare: number of spare agent slots, for agents that `update` adds later.
+        unit: "model": compile the model as one package. "layer": compile identical layers once; compile time is
+            independent of depth. A model that can't be cut into layers is compiled as one package, and the report gives
+            the reason.
+
+    Returns:
+        A report of agents, stages, sizes and misses.
 
     Raises:
-        UserError: one of its kinds, which says what was found, where, and what to do. Nothing is left behind.
+        ModelError, AdapterError: the model or an adapter can't be used.
+        SplitRefused: an adapter can't be routed.
+        ArtifactError: `out` exists and `overwrite` is False, or can't be written.
+        CompilerMissing, NoSpace: compilation is not possible.
+        RequestError: an argument is not valid.
+        On any error, no partial artifact is left.
     """
     from lragent.artifact.build import BuildOptions, build
     from lragent.compile.compile import require_unit
     from lragent.kernels.dispatch import require_attention, resolve
-    from lragent.loading.agent_slots import fit, slots_of
+    from lragent.loading.agent_slots import agent_slots_of, fit
     from lragent.loading.model import load_directories
 
     for layout in layouts:
@@ -70,7 +83,7 @@ def convert(
     stages = Stages(progress)
     loaded = stages.run("load", lambda: load_directories(model_dir, adapters, dtype))
     if spare > 0:
-        loaded = fit(loaded, slots_of(loaded, spare))
+        loaded = fit(loaded, agent_slots_of(loaded, spare))
     options = BuildOptions(compiled=now, attention=attention, unit=unit, overwrite=overwrite)
     return build(loaded, Path(out), options=options, stages=stages, wanted=layouts)
 
@@ -81,14 +94,19 @@ def update(
     adapters: Mapping[str, str | Path],
     progress: Progress | None = None,
 ) -> ConvertReport:
-    """Puts other adapters of the same form into an artifact; its compiled programs stay.
+    """Changes the adapters of an artifact without recompiling.
 
     Args:
-        adapters: all agents of the artifact after the update. Known names are replaced, new ones take spare slots,
-            and agents that are left out are removed.
+        path: the artifact.
+        model_dir: the base model that the artifact was converted from.
+        adapters: agent name -> PEFT adapter directory, for all agents after the update. A present agent is replaced, a
+            new one takes a spare agent slot, and one that is not named is removed.
+        progress: called with the name of each stage when it begins.
 
     Raises:
-        UserError: one of its kinds; the artifact is unchanged then.
+        AdapterError: an adapter does not fit its agent slot, or there are more agents than slots.
+        ArtifactError: the base model, the version or the compiled program differs.
+        On any error, the artifact is unchanged.
     """
     from lragent.artifact.update import update as update_artifact
 
@@ -111,16 +129,26 @@ def load(
     """Opens an artifact as an engine.
 
     Args:
-        sharing: sharing scheme; it decides which of the two programs is run.
-        kv_memory: bytes, or text such as "2GiB".
+        path: the artifact.
+        sharing: sharing scheme; it determines the cache layout and thereby the program.
+        kv_memory: size of the cache in bytes, or text such as "2GiB".
+        max_batch_tokens: largest number of tokens per step.
         backend: "compiled"; "eager", which runs op by op (on a GPU as CUDA graphs where Triton is installed) and needs
-            no C++ compiler; "auto": compiled on a CPU, eager on a GPU. On a GPU, "compiled" runs each package in a
-            child process first.
-        allow_compiled: False compiles again instead of running machine code from the artifact.
-        agents: agents that will act besides `base`; the cache stores no LR values of others. None: all agents.
+            no C++ compiler; "auto": compiled on a CPU, eager on a GPU. On a GPU, "compiled" first tests each package in
+            a child process.
+        attention: attention implementation, or "auto".
+        device: "cpu", "cuda" or "cuda:N".
+        threads: CPU threads of torch, for the whole process; None: unchanged.
+        kv_dtype: dtype of the cache; "auto": that of the weights.
+        allow_compiled: False to compile again instead of running machine code from the artifact.
+        agents: agents that will act besides `base`; the cache stores LR values only for these. None: all agents.
 
     Raises:
-        ArtifactError, RequestError, CompilerMissing, SplitRefused: say what was found, where, and what to do.
+        ArtifactError: the artifact is missing, damaged or of another version.
+        SplitRefused: the scheme needs a layout that the artifact lacks.
+        CompilerMissing: a program must be compiled, but there is no C++ compiler.
+        CacheMemoryError: the cache is too small or can't be allocated.
+        RequestError: an argument is not valid.
     """
     from lragent.artifact.directory import open_artifact
     from lragent.artifact.open import program_of_artifact, resolve_backend
@@ -164,15 +192,20 @@ def optimize(
     threads: int | None = None,
     unit: str = "model",
 ) -> Engine:
-    """A live PEFT model -> an engine; the model is not changed and shares its weights with the engine.
+    """Makes an engine from a live PEFT model, on the CPU. The model is not changed; the engine shares its weights.
 
     Args:
+        peft_model: a PEFT model with LoRA adapters, or a plain causal LM.
+        sharing, kv_memory, max_batch_tokens, attention, threads: see `load`.
         tokenizer: a transformers tokenizer, or a directory with tokenizer files; None: token ids only.
-        backend: "compiled", "eager", or "auto", which is "compiled" (see `load`).
-        unit: what is compiled at once, see `convert`.
+        backend: "compiled", "eager", or "auto", which means "compiled" (see `load`).
+        unit: "model" or "layer", see `convert`.
 
     Raises:
-        UserError: one of its kinds, which says what was found, where, and what to do.
+        ModelError, AdapterError: the model or an adapter can't be used.
+        SplitRefused: the scheme needs the split layout, which the model does not allow, or an adapter can't be routed.
+        CompilerMissing, NoSpace: compilation is not possible.
+        RequestError: an argument is not valid.
     """
     from lragent.artifact.build import BuildOptions, write
     from lragent.artifact.open import resolve_backend
@@ -216,19 +249,20 @@ def rollout(
     concurrency: int = 32,
     on_result: Callable[[RolloutResult], None] | None = None,
 ) -> RolloutSummary:
-    """Runs a workflow over a file of tasks; every finished task becomes one line of a result file at once.
+    """Runs a workflow over a file of tasks and writes a result line as soon as a task finishes.
 
     Args:
         workflow: `async def workflow(task, t) -> dict`, or "FILE.py:FUNC".
-        tasks: JSON lines, one object a task; "id" names the task, else its line number does.
-        out: JSON lines, one object a finished task.
-        existing: what happens to a file at `out`: "refuse" raises, "resume" keeps its results and runs the other
-            tasks, "overwrite" drops them.
-        concurrency: largest number of tasks in progress at a time.
-        on_result: called with every result after its line was written.
+        tasks: JSON lines file with one object per task. A task is named by "id" or, without it, by its line number.
+        out: JSON lines file with one object per finished task.
+        existing: treatment of an existing file at `out`: "refuse" raises, "resume" keeps its results and runs the other
+            tasks, "overwrite" deletes them.
+        concurrency: largest number of concurrent tasks.
+        on_result: called with every result after its line is written.
 
     Raises:
-        RequestError, TaskFileError: say what was found, where, and what to do.
+        TaskFileError: a file or the workflow can't be read or written, or `out` exists and `existing` is "refuse".
+        RequestError: an argument is not valid.
     """
     from lragent.rollouts.run import run_rollout
     from lragent.rollouts.workflow_loading import open_workflow
@@ -248,19 +282,23 @@ def verify(
     engine_for: Callable[[str], Engine] | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Compares greedy turns of an artifact's agents with PEFT in float32, after a check of the files' hashes.
+    """Checks the hashes of an artifact's files, and compares greedy turns of its agents with PEFT in float32.
 
     Args:
-        model_dir, adapters: the files from which the artifact was converted.
+        path: the artifact.
+        model_dir, adapters: model directory and adapter directories that the artifact was converted from.
         prompts: texts that the turns continue; None: three short ones.
-        new_tokens: tokens generated for each prompt.
-        tolerance: largest accepted difference of log-probabilities. None: 0.001; for an artifact of 16 bits, twice the
-            error of PEFT in that dtype if that is more.
+        schemes: sharing schemes to check.
+        new_tokens: tokens generated per prompt.
+        tolerance: largest accepted difference of log-probabilities. None: 0.001 or, for a 16-bit artifact, twice the
+            error of PEFT in that dtype if it is larger.
         engine_for: opens the artifact with a sharing scheme; None: `load` with its defaults.
         progress: called with the name of each stage when it begins.
 
     Raises:
-        AdapterError, ArtifactError, RequestError: say what was found, where, and what to do.
+        AdapterError: the adapters differ from those of the artifact.
+        ArtifactError: the artifact is missing or damaged.
+        RequestError: an argument is not valid.
     """
     from lragent.reports import verification
 
@@ -278,10 +316,15 @@ def verify(
 
 
 def inspect(path: str | Path, adapters: Mapping[str, str | Path] | None = None) -> Inspection:
-    """Describes an artifact, or the artifact that a model directory with adapters would give (a dry run).
+    """Describes an artifact, or the artifact that `convert` would make of a model directory (a dry run).
+
+    Args:
+        path: an artifact or, if `adapters` is given, a model directory or GGUF file.
+        adapters: agent name -> PEFT adapter directory; None: `path` is an artifact.
 
     Raises:
-        UserError: one of its kinds.
+        ArtifactError: the artifact is missing, damaged or of another version.
+        ModelError, AdapterError: the model or an adapter can't be used.
     """
     from lragent.reports.inspection import inspect_artifact, inspect_model
 

@@ -1,7 +1,7 @@
-"""Errors: what a user can mend (`UserError` and its kinds) apart from what only we can (`InternalError`).
+"""Error types: `UserError` for problems that the user can fix, `InternalError` for defects of this project.
 
-Every `UserError` says what was found, where, and what to do; the CLI prints it on one line with its hint and exits
-with code 1. An `InternalError` is a defect of this project and keeps its traceback.
+Every `UserError` says what was found, where, and what to do. The CLI prints it with its hint and exits with code 1. An
+`InternalError` keeps its traceback.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ MOST_SHOWN = 300
 
 
 def shortened(error: BaseException) -> str:
-    """An error of a library as part of a sentence: on one line, and not without end."""
+    """Text of a library's error on one line, cut to `MOST_SHOWN` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
 
@@ -20,11 +20,11 @@ class LRAgentError(Exception):
 
 
 class UserError(LRAgentError):
-    """Something in the caller's input or environment.
+    """A problem in the caller's input or environment.
 
     Args:
-        message: what was found and where.
-        hint: what to do about it, as a sentence; shown after the message.
+        message: the finding and its place.
+        hint: a sentence on how to fix it; shown after the message.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -38,12 +38,18 @@ class ModelError(UserError):
 
 
 class AdapterError(UserError):
-    """An adapter that is missing, broken, of another base, or of a kind that is not supported."""
+    """An adapter that is missing, damaged, trained on another base, or of an unsupported kind."""
 
 
 @dataclass(frozen=True)
 class Miss:
-    """A place in a graph where a pass expected to match and could not."""
+    """A place in a graph where a pass should match but does not.
+
+    Args:
+        where: module FQN or layer.
+        node: name of the graph node.
+        reason: cause of the miss.
+    """
 
     where: str
     node: str
@@ -57,7 +63,7 @@ class SplitRefused(UserError):
     """An adapter that can't be routed, or a layer whose K or V can't be split into a base and a low-rank stream.
 
     Args:
-        misses: every refused place; the message names the first few.
+        misses: all refused places; the message names the first few.
     """
 
     def __init__(self, message: str, hint: str = "", misses: tuple[Miss, ...] = ()) -> None:
@@ -70,11 +76,11 @@ class ArtifactError(UserError):
 
 
 class CompilerMissing(UserError):
-    """No C++ compiler where one is needed."""
+    """A C++ compiler is needed but none was found."""
 
 
 class NoSpace(UserError):
-    """No room on disk for the files that a compiler writes on the way."""
+    """No disk space for a compiler's temporary files."""
 
 
 class RequestError(UserError):
@@ -82,7 +88,7 @@ class RequestError(UserError):
 
 
 class CacheMemoryError(RequestError):
-    """A trajectory that can never fit into the cache memory it was given."""
+    """A cache that is too small or can't be allocated, or a trajectory that doesn't fit into it even alone."""
 
 
 class TaskFileError(UserError):
@@ -90,4 +96,4 @@ class TaskFileError(UserError):
 
 
 class InternalError(LRAgentError):
-    """A broken invariant of this project; please report it."""
+    """A broken invariant of this project. Please report it."""

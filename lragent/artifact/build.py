@@ -25,7 +25,7 @@ from lragent.compile.fingerprint import fingerprint
 from lragent.errors import ArtifactError, Miss
 from lragent.files.checked_file import FileEntry, describe_file
 from lragent.kernels.dispatch import graphs, resolve
-from lragent.loading.agent_slots import slots_of
+from lragent.loading.agent_slots import agent_slots_of
 from lragent.loading.model import LoadedModel
 from lragent.loading.stages import Stages
 from lragent.passes.pipeline import Rewritten, Transformed, lower, rewrite
@@ -148,7 +148,7 @@ def write(
 def write_programs(loaded: LoadedModel, rewritten: Rewritten, directory: Path, stages: Stages) -> Manifest:
     """Writes programs, weights and tokenizer; returns the manifest, which is still to be written."""
     tensors: dict[str, Tensor] = {}
-    slots = slots_of(loaded, spare=0)
+    agent_slots = agent_slots_of(loaded, spare=0)
     layouts: dict[str, LayoutEntry] = {}
     (directory / "programs").mkdir()
     for layout, program in rewritten.programs.items():
@@ -180,8 +180,8 @@ def write_programs(loaded: LoadedModel, rewritten: Rewritten, directory: Path, s
         weights=weights,
         aliases=aliases,
         tokenizer=write_tokenizer(loaded.tokenizer_source, directory),
-        slot_ranks=dict(slots.ranks),
-        slot_groups=dict(slots.groups),
+        agent_slot_ranks=dict(agent_slots.ranks),
+        agent_slot_groups=dict(agent_slots.groups),
     )
 
 

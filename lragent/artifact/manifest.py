@@ -47,7 +47,7 @@ class Manifest:
         refusal, refused: message and every place of a refused split layout; empty if it was not refused.
         weights: weight files; aliases: name of a tied tensor -> name under which it is stored.
         tokenizer: True if the artifact holds one.
-        slot_ranks, slot_groups: see `lragent.loading.agent_slots.Slots`.
+        agent_slot_ranks, agent_slot_groups: see `lragent.loading.agent_slots.AgentSlots`.
         compiled: target -> `CompiledKey` as text -> the file to load (`lragent.artifact.compiled_files`).
         unit: "model" or "layer", used when the artifact is compiled for another machine.
     """
@@ -66,8 +66,8 @@ class Manifest:
     weights: tuple[FileEntry, ...]
     aliases: dict[str, str]
     tokenizer: bool
-    slot_ranks: dict[str, tuple[int, ...]]
-    slot_groups: dict[str, tuple[int, ...]]
+    agent_slot_ranks: dict[str, tuple[int, ...]]
+    agent_slot_groups: dict[str, tuple[int, ...]]
     compiled: dict[str, dict[str, FileEntry]] = field(default_factory=dict)
     unit: str = "model"
     format: int = FORMAT
@@ -135,8 +135,8 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
             "layouts": {name: _layout(entry) for name, entry in raw["layouts"].items()},
             "refused": _misses(raw["refused"]),
             "weights": tuple(FileEntry(**entry) for entry in raw["weights"]),
-            "slot_ranks": {module: tuple(ranks) for module, ranks in raw["slot_ranks"].items()},
-            "slot_groups": {module: tuple(group) for module, group in raw["slot_groups"].items()},
+            "agent_slot_ranks": {module: tuple(ranks) for module, ranks in raw["agent_slot_ranks"].items()},
+            "agent_slot_groups": {module: tuple(group) for module, group in raw["agent_slot_groups"].items()},
             "compiled": {
                 target: {key: FileEntry(**entry) for key, entry in packages.items()}
                 for target, packages in raw["compiled"].items()

@@ -26,7 +26,7 @@ from lragent.compile.fingerprint import fingerprint
 from lragent.errors import ArtifactError
 from lragent.files.checked_file import FileEntry
 from lragent.files.locks import directory_lock
-from lragent.loading.agent_slots import Slots, assign, fit
+from lragent.loading.agent_slots import AgentSlots, assign, fit
 from lragent.loading.model import load_directories
 from lragent.loading.stages import Stages
 from lragent.passes.pipeline import rewrite
@@ -50,8 +50,10 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
     artifact = open_artifact(path)
     manifest = artifact.manifest
     loaded = stages.run("load", lambda: load_directories(model_dir, adapters, manifest.dtype))
-    slots = Slots(tuple(agent.name for agent in manifest.agents), manifest.slot_ranks, manifest.slot_groups)
-    loaded = fit(loaded, assign(slots, tuple(adapters)))
+    agent_slots = AgentSlots(
+        tuple(agent.name for agent in manifest.agents), manifest.agent_slot_ranks, manifest.agent_slot_groups
+    )
+    loaded = fit(loaded, assign(agent_slots, tuple(adapters)))
     programs = rewrite(loaded, tuple(layout for layout in LAYOUTS if layout in manifest.layouts), stages).programs
     tensors: dict[str, Tensor] = {}
     for program in programs.values():

@@ -210,7 +210,7 @@ def _require_masks_as_told(alone: TokensAlone, loaded: LoadedModel) -> None:
     for call in alone.calls:
         if call.own_mask:
             raise _own_mask(f"attention of {call.caller}")
-        if not call.is_as_told(loaded.max_positions):
+        if not call.mask_is_as_declared(loaded.max_positions):
             told = f"a sliding window of {call.window}" if call.window else "no sliding window"
             raise ModelError(
                 f"attention of {call.caller} is under a mask that is not causal with {told}, as it says",

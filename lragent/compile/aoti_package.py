@@ -1,4 +1,4 @@
-"""AOTInductor packages (.pt2): an exported program becomes machine code without weights, and is loaded again."""
+"""AOTInductor packages (.pt2): compiles exported programs to machine code without weights, and loads them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from lragent.errors import InternalError, NoSpace
 from lragent.graph.quiet_export import without_exporter_noise
 
-# Takes the list of inputs, which it empties.
+# Takes the list of inputs and empties it.
 Run = Callable[[list[Any]], list[Tensor]]
 
 
@@ -32,18 +32,25 @@ def write_package(program: torch.export.ExportedProgram, path: Path) -> None:
                 package_path=str(path),
                 inductor_configs={"aot_inductor.package_constants_in_so": False},
             )
-    except (RuntimeError, OSError) as error:  # the C++ compiler's, as Inductor hands it on, and Python's
+    except (RuntimeError, OSError) as error:  # raised by the C++ compiler (Inductor forwards it) or by Python
         if os.strerror(errno.ENOSPC) not in str(error):
             raise
         where = tempfile.gettempdir()
         raise NoSpace(
-            f"no space left in {where} to compile in", "Make room, or let TMPDIR name another place."
+            f"no space left in {where} to compile in", "Free some space, or set TMPDIR to another directory."
         ) from error
 
 
 def open_package(path: Path, weights: Mapping[str, Tensor], device: torch.device) -> Run:
-    """Loads a package and lets it read `weights` where they are; nothing is copied, and the caller keeps them alive."""
-    # A run that leaves events behind for other threads can't be captured in a CUDA graph.
+    """Loads a package, which reads `weights` in place: nothing is copied, and the caller must keep them alive.
+
+    Args:
+        weights: weights by name, on `device`, contiguous.
+
+    Raises:
+        InternalError: the package reads a weight that `weights` lacks.
+    """
+    # Multi-threaded runs record events for other threads, which can't be captured in a CUDA graph.
     on_gpu = device.type == "cuda"
     runner = torch._inductor.aoti_load_package(
         str(path), run_single_threaded=on_gpu, device_index=device.index if on_gpu else -1
@@ -51,10 +58,10 @@ def open_package(path: Path, weights: Mapping[str, Tensor], device: torch.device
     names = runner.get_constant_fqns()
     missing = [name for name in names if name not in weights]
     if missing:
-        raise InternalError(f"package {path.name} wants weight {missing[0]}, which the artifact does not hold")
+        raise InternalError(f"package {path.name} reads weight {missing[0]}, which the artifact does not contain")
     if names:
-        held = {name: weights[name].detach() for name in names}
-        runner.load_constants(held, check_full_update=True, user_managed=True)
-    # The runner's own call reads how inputs are nested from text each time, which takes longer than a small segment.
+        constants = {name: weights[name].detach() for name in names}
+        runner.load_constants(constants, check_full_update=True, user_managed=True)
+    # The runner's __call__ parses the input tree spec on each call, which takes longer than running a small segment.
     run: Run = runner.loader.boxed_run
     return run

@@ -1,8 +1,8 @@
-"""Stage 4b: an exported program becomes something that runs: a `Program` for the runtime.
+"""Turns a lowered graph into a `Program` for the runtime.
 
-`backend="compiled"` is AOTInductor: one package (unit "model") or one for each kind of layer (unit "layer") for
-prefill, decode and mixed steps, without weights, which are given to it as they lie in mapped files. `backend="eager"`
-runs the same lowered graph op by op.
+`backend="compiled"` uses AOTInductor: one package (unit "model") or one per kind of layer (unit "layer") serves
+prefill, decode and mixed steps. Packages contain no weights; they read them in place from memory-mapped files.
+`backend="eager"` runs the same lowered graph op by op.
 """
 
 from __future__ import annotations
@@ -35,15 +35,18 @@ log = logging.getLogger(__name__)
 
 UNITS = ("model", "layer")
 PACKAGE = "program.pt2"
-# Version of the custom ops' signatures and meaning: a package compiled against another one is not loaded.
+# Version of the custom ops' signatures and semantics. A package compiled for another version is not loaded.
 OP_ABI = 2
 
 
 @dataclass(frozen=True)
 class ProgramFacts:
-    """What a `Program` says of itself beside the callable.
+    """The fields of a `Program` other than its callable.
 
-    `attention`: the chosen implementation. `fallback`: the layers that run `implementations.FALLBACK` instead.
+    Args:
+        dtype: dtype of the weights.
+        attention: the chosen attention implementation.
+        fallback: one miss per layer that runs `implementations.FALLBACK` instead.
     """
 
     schema: CacheSchema
@@ -69,7 +72,7 @@ class ProgramFacts:
 
 
 def target_name(device: torch.device = CPU) -> str:
-    """Names what a compiled package depends on: kind of device, instruction set, torch version, op signatures."""
+    """Names the target of a compiled package: kind of device, instruction set, torch version, `OP_ABI`."""
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
     elif torch.version.hip is not None:
@@ -81,7 +84,7 @@ def target_name(device: torch.device = CPU) -> str:
 
 
 def require_compiler() -> None:
-    """Raises CompilerMissing if Inductor would find no C++ compiler."""
+    """Raises CompilerMissing if Inductor finds no C++ compiler, or can't run it."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -98,7 +101,12 @@ _COMPILER_HINT = 'Install g++ (or set CXX), or use backend="eager", which needs 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a graph was compiled into: a package, or a plan beside several, and why not in segments ("": it was)."""
+    """The result of `compile_graph`.
+
+    Args:
+        file: a package, or the plan of several packages.
+        refusal: reason why unit "layer" was not used; "" if it was, or was not requested.
+    """
 
     file: Path
     refusal: str = ""
@@ -119,15 +127,18 @@ def compile_graph(
     directory: Path,
     device: torch.device = CPU,
 ) -> Compiled:
-    """Compiles a lowered graph, whose weights are on `device`, into `directory`; what is written holds no weights.
+    """Compiles a lowered graph into `directory`. The files contain no weights.
 
     Args:
-        graph_name: which of an attention implementation's graphs it is (`lragent.kernels.dispatch.graphs`).
-        unit: "model", all in one package; or "layer", a package for each kind of segment (`compile/segments`), which a
-            graph that can't be cut is not, nor one on a GPU.
+        graph: the lowered graph, with its weights on `device`.
+        kv_dtype: dtype of the cache tensors.
+        graph_name: name of the graph among those of its attention implementation (`lragent.kernels.dispatch.graphs`).
+        unit: "model": one package; "layer": one package per kind of segment (`compile/segments`). A graph on a GPU, and
+            one that can't be cut, is compiled as with "model".
 
     Raises:
         CompilerMissing: there is no C++ compiler.
+        NoSpace: the directory of temporary files is full.
     """
     require_compiler()
     steps = GRAPHS[graph_name].steps
@@ -137,7 +148,7 @@ def compile_graph(
             return Compiled(compile_segments(graph, schema, kv_dtype, steps, directory))
         except CannotCut as error:
             refusal = str(error)
-            log.warning("compiled whole: the model can't be compiled by layer: %s", refusal)
+            log.warning("the model is compiled in one package, not by layer: %s", refusal)
     package = directory / PACKAGE
     write_package(export_graph(graph, schema, kv_dtype, steps, device), package)
     return Compiled(package, refusal)
@@ -146,12 +157,18 @@ def compile_graph(
 def load_compiled(
     file: Path, schema: CacheSchema, weights: Mapping[str, Tensor], device: torch.device
 ) -> Callable[..., Tensor]:
-    """Loads what `compile_graph` wrote for a device and lets it read `weights` where they are; nothing is copied.
+    """Loads the result of `compile_graph`.
 
-    The returned callable takes all graph inputs, and keeps the weights alive.
+    Args:
+        file: `Compiled.file`.
+        weights: weights by name, on `device`; they are read in place, nothing is copied.
+
+    Returns:
+        A callable over all graph inputs that returns logits `[R, vocab]`. It keeps the weights alive.
 
     Raises:
-        ArtifactError: the plan of a graph that was compiled in segments is damaged.
+        ArtifactError: the file is a damaged plan.
+        InternalError: the program reads a weight that `weights` lacks.
     """
     if is_plan(file):
         return load_segments(file, weights, (*STEP_INPUTS, *cache_input_names(schema)))
@@ -159,7 +176,7 @@ def load_compiled(
 
 
 class _PackageCall:
-    """A loaded package together with the weights that it reads."""
+    """A loaded package and the weights that it reads."""
 
     def __init__(self, run: Run, weights: Mapping[str, Tensor]) -> None:
         self._run = run
@@ -174,7 +191,7 @@ class _PackageCall:
 
 
 def eager_call(graph: fx.GraphModule) -> Callable[..., Tensor]:
-    """Runs a lowered graph op by op."""
+    """Returns a callable over all graph inputs that runs a lowered graph op by op, without gradients."""
 
     def call(*inputs: Tensor) -> Tensor:
         with torch.no_grad():
@@ -185,15 +202,25 @@ def eager_call(graph: fx.GraphModule) -> Callable[..., Tensor]:
 
 
 def join(calls: Mapping[str, Callable[..., Tensor]]) -> Callable[..., Tensor]:
-    """One callable out of an implementation's graphs, by graph name."""
+    """Combines the graphs of one attention implementation into a callable that serves any step.
+
+    Args:
+        calls: graph name (`lragent.kernels.dispatch.graphs`) -> callable over all graph inputs: one graph for any step,
+            or one for decodes and one for prefill.
+
+    Returns:
+        A callable over all graph inputs (`STEP_INPUTS`, then the cache) that returns logits `[R, vocab]`.
+    """
     by_steps = {GRAPHS[name].steps: call for name, call in calls.items()}
     return by_steps["any"] if "any" in by_steps else homogeneous_call(by_steps["decode"], by_steps["prefill"])
 
 
 def program(call: Callable[..., Tensor], facts: ProgramFacts, backend: str, device: torch.device) -> Program:
-    """Wraps a callable over all graph inputs, which lie on `device`, as the runtime's `Program`.
+    """Wraps a callable as the runtime's `Program`. Logs one warning if some layers run the fallback attention.
 
-    One warning is logged if some layers run another attention implementation than the chosen one.
+    Args:
+        call: takes all graph inputs on `device` and returns logits `[R, vocab]`.
+        backend: "compiled" or "eager", for reports.
     """
     if facts.fallback:
         log.warning("attention %s: %s", facts.attention_text, facts.fallback[0].reason)

@@ -1,4 +1,4 @@
-"""Devices: which can be used, and a graph that was captured on the CPU on another one."""
+"""Selects a device by name and moves weights and graphs to it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ KINDS = ("cpu", "cuda")  # HIP devices are called cuda, too
 
 
 def device_named(name: str) -> torch.device:
-    """A device of this machine, with its index: tensors on `cuda` say that they are on `cuda:0`.
+    """Returns a device of this machine; a CUDA device always has an index, as the devices of tensors do.
+
+    Args:
+        name: "cpu", "cuda" (index 0) or "cuda:N".
 
     Raises:
-        RequestError: this machine has no such device, or programs can't run on its kind.
+        RequestError: the name is unknown, the machine has no such device, or programs don't run on its kind.
     """
     hint = "Use cpu, cuda or cuda:N."
     try:
@@ -31,29 +34,29 @@ def device_named(name: str) -> torch.device:
         if count <= (device.index or 0):
             built = "" if torch.backends.cuda.is_built() else ", which is built without CUDA"
             raise RequestError(
-                f"device {name!r} is not there: PyTorch {torch.__version__}{built}, sees {count} GPUs", hint
+                f"device {name!r} does not exist: PyTorch {torch.__version__}{built}, sees {count} GPUs", hint
             )
         return torch.device("cuda", device.index or 0)
     return device
 
 
 def moved(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Weights on a device; names of one tensor still name one."""
-    there: dict[int, Tensor] = {}
+    """Moves weights to a device; tied weights stay tied."""
+    on_device: dict[int, Tensor] = {}
     for tensor in weights.values():
-        if id(tensor) not in there:
-            there[id(tensor)] = tensor.detach().to(device)
-    return {name: there[id(tensor)] for name, tensor in weights.items()}
+        if id(tensor) not in on_device:
+            on_device[id(tensor)] = tensor.detach().to(device)
+    return {name: on_device[id(tensor)] for name, tensor in weights.items()}
 
 
 def placed(graph: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-    """The graph with its weights on a device (those that are there stay), and what it creates as well; it is changed.
+    """Moves a graph to a device, in place: its weights, and the tensors that its ops create.
 
     Before:                                      After:
         i = arange(T, device=cpu)                    i = arange(T, device=cuda:0)
         y = to(x, device(cpu), float32)              y = to(x, device(cuda:0), float32)
 
-    Weights that are tied stay so.
+    Weights already on the device are not copied. Tied weights stay tied.
     """
     if device.type == "cpu":
         return graph

@@ -1,7 +1,7 @@
-"""Stage 4a: a transformed graph as an `ExportedProgram` with dynamic shapes, with or without its weights.
+"""Exports a transformed graph as an `ExportedProgram` with dynamic shapes, with or without its weights.
 
-The exported form is what AOTInductor compiles and what an artifact stores. Legend: T = packed tokens of a step, S =
-sequences, M = page table columns, R = logits rows; page count and LR lengths depend on the memory given at load.
+AOTInductor compiles the exported form, and artifacts store it. Legend: T = packed tokens of a step, S = sequences,
+M = pages per sequence, R = logits rows. The page count and the LR lengths depend on the cache memory set at load.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lragent.graph.quiet_export import without_exporter_noise
 from lragent.kernels import ops  # registers the ops that exported programs call
 from lragent.program.cache_schema import CacheSchema
 from lragent.program.step import (
+    ELEMENTS,
     PAGE_SIZE,
     CacheTensors,
     Size,
@@ -28,19 +29,23 @@ from lragent.program.step import (
 )
 
 CPU = torch.device("cpu")
+# Smallest and largest value of each named size.
 _LIMITS = {
     "tokens": (1, 1 << 20),
     "seqs": (1, 1 << 16),
-    "columns": (1, 1 << 20),
+    "pages_per_seq": (1, 1 << 20),
     "rows": (1, 1 << 20),
     "pages": (2, 1 << 30),
-    "elements": (2, 1 << 40),
 }
+_ELEMENT_LIMITS = (2, 1 << 40)
 assert ops.flash_lora_attention is not None
 
 
 def example_step(agents: int, seqs: int = 2, tokens: int = 3) -> StepInputs:
-    """A step of some sequences with some tokens each: sizes of the usual one differ from each other, and from 0, 1."""
+    """Builds a step of `seqs` sequences with `tokens` tokens each.
+
+    The default sizes differ from each other and from 0 and 1, so that export doesn't merge or specialise dimensions.
+    """
     slots = torch.tensor([PAGE_SIZE * (1 + s) + t for s in range(seqs) for t in range(tokens)])
     return StepInputs(
         token_ids=torch.zeros_like(slots),
@@ -56,7 +61,7 @@ def example_step(agents: int, seqs: int = 2, tokens: int = 3) -> StepInputs:
 
 
 def example_cache(schema: CacheSchema, dtype: torch.dtype) -> CacheTensors:
-    """Three pages of every stream."""
+    """A cache of three pages per stream, filled with zeros."""
     pages = 3
     return CacheTensors(
         k_base=tuple(torch.zeros(pages, b.kv_heads, PAGE_SIZE, b.k_dim, dtype=dtype) for b in schema.base),
@@ -67,12 +72,12 @@ def example_cache(schema: CacheSchema, dtype: torch.dtype) -> CacheTensors:
 
 
 def dynamic_shapes(shapes: Iterable[tuple[Size, ...]]) -> tuple[dict[int, Any], ...]:
-    """What `torch.export` is to take as dynamic: named sizes, from 1 on (pages and elements: from 2)."""
+    """Builds `torch.export`'s dynamic shapes: a `Dim` per named size, with a minimum of 1 (pages, elements: 2)."""
     roots: dict[str, Any] = {}
 
     def dim(size: str) -> Any:
         name, _, more = size.partition(" + ")
-        low, high = next(limits for stem, limits in _LIMITS.items() if name.startswith(stem))
+        low, high = _ELEMENT_LIMITS if name.startswith(ELEMENTS) else _LIMITS[name]
         root = roots.setdefault(name, torch.export.Dim(name, min=low, max=high))
         return root + int(more) if more else root
 
@@ -80,16 +85,18 @@ def dynamic_shapes(shapes: Iterable[tuple[Size, ...]]) -> tuple[dict[int, Any], 
 
 
 def value_of(size: Size, sizes: Mapping[str, int]) -> int:
-    """A size as a number.
+    """Evaluates a size.
 
     Args:
-        sizes: a number for "tokens", "seqs", ...; of "elements_0", "elements_1", ... each gets one of its own.
+        sizes: values of "tokens", "seqs", ... and "elements". "elements_j" evaluates to elements + j * tokens, so that
+            every LR tensor gets a different length.
     """
     if isinstance(size, int):
         return size
     name, _, more = size.partition(" + ")
-    stem, _, number = name.partition("_")
-    return sizes[stem] + int(number or 0) * sizes["tokens"] + int(more or 0)
+    if name.startswith(ELEMENTS):
+        return sizes["elements"] + int(name.removeprefix(ELEMENTS)) * sizes["tokens"]
+    return sizes[name] + int(more or 0)
 
 
 def export_graph(
@@ -99,17 +106,23 @@ def export_graph(
     steps: StepKind = "any",
     device: torch.device = CPU,
 ) -> torch.export.ExportedProgram:
-    """Exports a transformed graph, whose weights are on `device`; sizes are those of `input_sizes`."""
+    """Exports a graph with the dynamic shapes of `input_sizes`.
+
+    Args:
+        graph: a transformed or lowered graph whose weights are on `device`.
+        kv_dtype: dtype of the cache tensors.
+        steps: kind of step that the exported program accepts.
+    """
     shape = {"any": (2, 3), "decode": (3, 1), "prefill": (1, 3)}[steps]
     inputs = (*example_step(len(schema.agents), *shape).tensors(), *example_cache(schema, kv_dtype).tensors())
     shapes = dynamic_shapes(input_sizes(schema, steps).values())
     with without_exporter_noise(), torch.no_grad():
-        there = tuple(tensor.to(device) for tensor in inputs)
-        return torch.export.export(graph, there, dynamic_shapes=shapes, strict=False)
+        on_device = tuple(tensor.to(device) for tensor in inputs)
+        return torch.export.export(graph, on_device, dynamic_shapes=shapes, strict=False)
 
 
 def tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name; names of one tied tensor all appear."""
+    """Returns all parameters and buffers by name. A tied tensor appears under each of its names."""
     return {
         **dict(graph.named_parameters(remove_duplicate=False)),
         **dict(graph.named_buffers(remove_duplicate=False)),
@@ -117,7 +130,7 @@ def tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def save_without_weights(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Saves the graph with one stored number in place of each weight.
+    """Saves the graph without its weights: each is replaced by a tensor of the same shape with one stored number.
 
     Raises:
         OSError: the file can't be written.
@@ -125,10 +138,10 @@ def save_without_weights(program: torch.export.ExportedProgram, path: Path) -> N
     weights, constants, inputs = program.state_dict, program.constants, program.example_inputs
     program._state_dict = {name: _hollow(t) for name, t in weights.items()}
     program._constants = {name: _hollow(t) for name, t in constants.items()}
-    program._example_inputs = None  # they would be stored pickled
+    program._example_inputs = None  # would be pickled into the file
     try:
         with without_exporter_noise():
-            archive = io.BytesIO()  # PyTorch's own writer ends the process if the disk is full
+            archive = io.BytesIO()  # PyTorch's file writer aborts the process if the disk is full
             torch.export.save(program, archive)
     finally:
         program._state_dict, program._constants, program._example_inputs = weights, constants, inputs
@@ -136,7 +149,7 @@ def save_without_weights(program: torch.export.ExportedProgram, path: Path) -> N
 
 
 def _hollow(value: Any) -> Any:
-    """A tensor of the same shape and kind over a single stored number."""
+    """Returns a tensor of the same shape, dtype and type that stores a single number."""
     if not isinstance(value, Tensor):
         return value
     hollow = torch.zeros((), dtype=value.dtype).expand(value.shape)
@@ -144,7 +157,7 @@ def _hollow(value: Any) -> Any:
 
 
 def load_with_weights(path: Path, weights: Mapping[str, Tensor]) -> fx.GraphModule:
-    """The graph saved by `save_without_weights`, reading `weights` in place (they are not copied)."""
+    """Loads a graph saved by `save_without_weights` and binds `weights` by name, without a copy."""
     with without_exporter_noise():
         graph = plain_graph(torch.export.load(path))
     put_weights(graph, weights)
@@ -152,7 +165,7 @@ def load_with_weights(path: Path, weights: Mapping[str, Tensor]) -> fx.GraphModu
 
 
 def put_weights(graph: fx.GraphModule, weights: Mapping[str, Tensor]) -> None:
-    """Makes a graph read `weights` in place of those of the same names; names of one tensor stay tied."""
+    """Replaces a graph's weights by `weights`, by name and in place. Tied weights stay tied."""
     parameters: dict[int, torch.nn.Parameter] = {}
     for name in tensors_of(graph):
         owner_name, _, leaf = name.rpartition(".")

@@ -1,7 +1,8 @@
-"""What a compiled package depends on besides its target: the program's code and the form of its constants.
+"""Fingerprint of a program: everything that a compiled package depends on besides its target.
 
-A package holds no weights, so a program whose weights changed may keep its package. Exceptions are constants of up to
-eight numbers, which Inductor writes into the code, and those that say whose columns are where (`route_adapters`).
+A package holds no weights, so a program with other weights of the same shapes can keep it. The fingerprint contains the
+values of two kinds of constants only: those of up to eight numbers, which Inductor inlines into the code, and the
+gather indices and routes of the adapters (`route_adapters`).
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from lragent.compile.export import tensors_of
 from lragent.passes.route_adapters import COLUMNS, ROUTE
 from lragent.program.cache_schema import CacheSchema
 
-# Inductor inlines constants without axes, and those of one axis up to this length.
+# Inductor inlines scalars, and one-dimensional constants up to this length.
 INLINED = 8
 
 
 def fingerprint(graph: fx.GraphModule, schema: CacheSchema) -> str:
-    """sha256 of a rewritten program, whoever its agents are; equal fingerprints compile to equal packages."""
+    """sha256 of a rewritten program, independent of the agents' names; equal fingerprints compile to equal packages."""
     sha = hashlib.sha256(graph.code.encode())
     for line in sorted(constants(graph).items()):
         sha.update(json.dumps(line).encode())
     streams = [(layer.kv_heads, layer.k_dim, layer.v_dim) for layer in schema.base]
-    columns = [(stream.module, stream.ranks, stream.shares_a_with) for stream in schema.low_rank]
-    sha.update(json.dumps([schema.layout, len(schema.agents), streams, columns]).encode())
+    low_rank = [(stream.module, stream.ranks, stream.shares_a_with) for stream in schema.low_rank]
+    sha.update(json.dumps([schema.layout, len(schema.agents), streams, low_rank]).encode())
     return sha.hexdigest()
 
 
 def constants(graph: fx.GraphModule) -> dict[str, str]:
-    """Name of each constant -> dtype, shape, what it is another name of, and its numbers where code holds them."""
+    """Describes each constant: dtype, shape, the name it is tied to, and its values if packages depend on them."""
     first: dict[tuple[int, object, object], str] = {}
     described: dict[str, str] = {}
     for name, tensor in tensors_of(graph).items():

@@ -32,7 +32,20 @@ def program_of_model(
     kv_dtype: torch.dtype,
     unit: str = "model",
 ) -> Program:
-    """The runnable program of a model in memory; places where a rewriting pass did not match are logged."""
+    """Lowers and compiles the program of a model in memory, on the CPU. Misses of rewriting passes are logged.
+
+    Args:
+        loaded: the model and its agents.
+        transformed: its rewritten graph in one layout.
+        backend: "compiled" or "eager".
+        attention: name of an attention implementation, already resolved.
+        kv_dtype: dtype of the cache.
+        unit: "model" or "layer", see `compile_graph`.
+
+    Raises:
+        CompilerMissing: the backend is "compiled" and there is no C++ compiler.
+        NoSpace: the directory of temporary files is full.
+    """
     from lragent.passes.pipeline import lower
 
     for miss in transformed.misses:

@@ -1,8 +1,8 @@
-"""A step split into calls that are alike: runs of decodes, and prefill chunks one by one.
+"""Splits a mixed step into decode-only and single-prefill calls.
 
-Some attention implementations have one graph for steps in which every sequence has one token, and one for a single
-sequence (`lragent.kernels.implementations`).
-Sequences keep their order: a later one may be of the same trajectory and reads what an earlier one wrote.
+Some attention implementations have a decode graph (one token per sequence) and a prefill graph (one sequence); see
+`lragent.kernels.implementations`. Consecutive decodes form one call; each prefill chunk is a call. Sequences keep their
+order: a later one may belong to the same trajectory and read what an earlier one wrote.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Call = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class _Part:
-    """Sequences `[first, last)` of a step; their tokens are `[start, end)`."""
+    """Sequences `[first, last)` of a step, with tokens `[start, end)`; `decodes`: one token per sequence."""
 
     decodes: bool
     first: int
@@ -31,7 +31,15 @@ class _Part:
 
 
 def homogeneous_call(decode: Call, prefill: Call) -> Call:
-    """A callable over all graph inputs that serves any step through a decode graph and a prefill graph."""
+    """Combines a decode graph and a prefill graph into one callable for any step.
+
+    Args:
+        decode, prefill: callables over all graph inputs (`STEP_INPUTS`, then the cache); they return logits
+            `[R, vocab]`.
+
+    Returns:
+        A callable over the same inputs.
+    """
 
     def call(*inputs: Tensor) -> Tensor:
         step, cache = StepInputs(*inputs[: len(STEP_INPUTS)]), inputs[len(STEP_INPUTS) :]
@@ -40,7 +48,7 @@ def homogeneous_call(decode: Call, prefill: Call) -> Call:
         for part in _parts(step.seq_starts.tolist()):
             mine = (rows >= part.start) & (rows < part.end)
             wanted = rows[mine] - part.start
-            # A graph gives at least one row; nobody reads this one.
+            # Graphs return at least one row; a placeholder row is dropped below.
             given = wanted if len(wanted) else torch.zeros(1, dtype=rows.dtype, device=rows.device)
             found = (decode if part.decodes else prefill)(*_cut(step, part, given).tensors(), *cache)
             if logits is None:

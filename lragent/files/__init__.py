@@ -1,1 +1,1 @@
-"""Files and directories on disk: locks, replacing a directory in one step, checked files."""
+"""Files and directories on disk: locks, atomic replacement of a directory, files with size and hash."""

@@ -1,6 +1,6 @@
-"""Locks on files and directories that end with the process that holds them, however it ends.
+"""Advisory locks on files and directories. The system releases them when the process ends, even if it is killed.
 
-Windows, and file systems without locks, have none: callers go on as if they held one.
+On Windows and on file systems without locks, nothing is locked, and callers proceed as if they held the lock.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ if sys.platform != "win32":
 
 
 def try_lock(descriptor: int) -> bool:
-    """Locks an open file or directory until it is closed; False if somebody else has it."""
+    """Locks an open file or directory until it is closed.
+
+    Returns:
+        False if another process holds the lock; True otherwise, also where locks are not supported.
+    """
     if sys.platform != "win32":
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -29,7 +33,14 @@ def try_lock(descriptor: int) -> bool:
 
 @contextmanager
 def directory_lock(directory: Path, wait: bool = True) -> Iterator[bool]:
-    """Holds a directory's lock; yields False if somebody else has it and `wait` is False."""
+    """Holds the lock of a directory inside the context.
+
+    Args:
+        wait: True to wait for the lock; False to yield False if another process holds it.
+
+    Raises:
+        OSError: the directory can't be opened.
+    """
     if sys.platform == "win32":
         yield True
         return

@@ -1,4 +1,4 @@
-"""Puts a finished directory in the place of another one, in one step where the system can."""
+"""Replaces a directory by another one, atomically where the system supports it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 
 
 def put_in_place(finished: Path, out: Path) -> None:
-    """`finished` becomes `out`; what `out` was before is removed. Both lie in one directory.
+    """Renames `finished` to `out` and deletes the former `out`, if any. Both must have the same parent directory.
 
-    Where names can be exchanged (Linux), whoever looks at `out`, or is killed on the way, finds the old directory or
-    the new one. Elsewhere `out` is missing for a moment.
+    On Linux the two names are exchanged atomically: `out` is the old or the new directory at any time, even if the
+    process is killed. On other systems `out` is missing for a moment.
+
+    Raises:
+        OSError: a directory can't be renamed or deleted.
     """
     if not out.exists():
         finished.rename(out)
@@ -30,7 +33,7 @@ def put_in_place(finished: Path, out: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names; False if the system or the file system can't."""
+    """Exchanges two names atomically; returns False if the system or the file system does not support it."""
     if sys.platform != "linux":
         return False
     try:

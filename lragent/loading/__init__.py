@@ -1,1 +1,1 @@
-"""Model directory or live model, with adapters -> `LoadedModel`."""
+"""Loads a model directory or a live model, with adapters, into a `LoadedModel`."""

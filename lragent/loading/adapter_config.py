@@ -1,4 +1,4 @@
-"""`adapter_config.json` of an adapter: what PEFT's settings mean here, and which are refused."""
+"""Reads `adapter_config.json` and refuses PEFT settings that are not supported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
 
-# Settings of PEFT's LoraConfig that change what an adapter computes and that are refused: name -> (what, what to do).
+# Refused settings of PEFT's LoraConfig, which change what an adapter computes: name -> (description, hint).
 _WITHOUT = "Train the adapter without it."
 _MERGE = "Merge the adapter into a model of its own, or train it on linear layers."
 UNSUPPORTED = {
@@ -29,7 +29,7 @@ UNSUPPORTED = {
     "velora_config": ("VeLoRA", _WITHOUT),
     "monteclora_config": ("MonteCLoRA", _WITHOUT),
 }
-# How A and B were initialised does not matter once they are trained, unless the base was changed with it.
+# Initialisations of A and B that leave the base weights unchanged.
 _INITIAL_WEIGHTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -37,7 +37,7 @@ def read_config(name: str, path: Path) -> dict[str, Any]:
     """Reads and checks `adapter_config.json`.
 
     Raises:
-        AdapterError: no such folder or file, not JSON, or a kind of adapter that is not supported.
+        AdapterError: the folder or file is missing, is not JSON, or has an unsupported kind of adapter.
     """
     if not path.is_dir():
         raise AdapterError(f"adapter {name}: no directory at {path}", f"Give a folder with {CONFIG}.")
@@ -49,22 +49,25 @@ def read_config(name: str, path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise AdapterError(f"adapter {name}: {file} is not JSON: {error}", "Save the adapter again.") from error
     if not isinstance(config, dict):
-        raise AdapterError(f"adapter {name}: {file} holds no JSON object", "Save the adapter again.")
+        raise AdapterError(f"adapter {name}: {file} is not a JSON object", "Save the adapter again.")
     require_supported(name, config, str(file))
     return config
 
 
 def require_supported(name: str, config: Mapping[str, Any], where: str) -> None:
-    """Refuses what is not LoRA, and what LoRA can't be shared with.
+    """Checks that a config describes a supported LoRA adapter.
+
+    Args:
+        where: source of the config, for messages.
 
     Raises:
-        AdapterError: names adapter, setting and value.
+        AdapterError: the adapter is not LoRA, or has an unsupported setting; names adapter, setting and value.
     """
     kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
     if kind != "LORA":
         raise AdapterError(
             f"adapter {name}: peft_type is {kind!r} in {where}",
-            "Only LoRA adapters have low-rank columns to share; train the role as LoRA.",
+            "Only LoRA adapters have a low-rank stream to share; train the role as LoRA.",
         )
     for setting, (what, remedy) in UNSUPPORTED.items():
         if config.get(setting):
@@ -80,9 +83,10 @@ def require_supported(name: str, config: Mapping[str, Any], where: str) -> None:
 
 
 def lora_config(name: str, config: Mapping[str, Any]) -> Any:
-    """PEFT's `LoraConfig` for loading: settings that this version of PEFT does not know are left out, with a warning;
-    weights are not initialised in a special way; biases are read by `adapter_files`, as PEFT would write them into the
-    base that all agents share.
+    """Builds PEFT's `LoraConfig` for loading an adapter.
+
+    Settings unknown to the installed PEFT are dropped with a warning. Initialisation is PEFT's default. `bias` is
+    "none": PEFT would write trained biases into the shared base; `adapter_files` reads them instead.
     """
     from peft import LoraConfig
 
@@ -96,7 +100,11 @@ def lora_config(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def require_same_base(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Adapters of one set must name the same base model (compared by the last part of its name)."""
+    """Checks that all adapters name the same base model, compared by the last part of its name.
+
+    Raises:
+        AdapterError: they name different ones.
+    """
     bases = {
         name: str(config["base_model_name_or_path"]).rstrip("/").rsplit("/", 1)[-1]
         for name, config in configs.items()

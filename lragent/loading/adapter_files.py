@@ -1,4 +1,4 @@
-"""Adapter weight files as PEFT and tools around it write them: reading, names of keys, checks against the base."""
+"""Reads adapter weight files of PEFT and related tools, normalises their keys, and checks them against the base."""
 
 from __future__ import annotations
 
@@ -19,24 +19,29 @@ WEIGHTS = "adapter_model.safetensors"
 OLD_WEIGHTS = "adapter_model.bin"
 PEFT_PREFIX = "base_model.model."
 
-# Tools wrap the model before they save: torch.compile, FSDP, data parallel.
+# Prefixes of modules that torch.compile and FSDP insert into keys.
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)(?=\.)")
 _PART = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.|$)")
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """One adapter's tensors under PEFT's keys, and trained biases by module FQN."""
+    """Weights of one adapter.
+
+    Args:
+        tensors: PEFT key -> tensor.
+        biases: module FQN -> trained bias.
+    """
 
     tensors: dict[str, Tensor]
     biases: dict[str, Tensor]
 
 
 def read_weights(name: str, path: Path) -> dict[str, Tensor]:
-    """Reads `adapter_model.safetensors`, or the `adapter_model.bin` of older versions (tensors only, nothing is run).
+    """Reads `adapter_model.safetensors`, or `adapter_model.bin` of older versions (tensors only, no code is run).
 
     Raises:
-        AdapterError: missing or damaged.
+        AdapterError: the file is missing or damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -52,31 +57,33 @@ def read_weights(name: str, path: Path) -> dict[str, Tensor]:
         raise AdapterError(
             f"adapter {name}: {file} is damaged ({error}); size {file.stat().st_size} bytes", "Copy the file again."
         ) from error
-    except Exception as error:  # what unpickling raises is not one kind
+    except Exception as error:  # unpickling can raise any type
         raise AdapterError(
             f"adapter {name}: {old} can't be read as tensors only ({type(error).__name__})",
             "Save the adapter as safetensors.",
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise AdapterError(f"adapter {name}: {old} holds no tensors by name", "Save the adapter as safetensors.")
+        raise AdapterError(f"adapter {name}: {old} is not a dictionary of tensors", "Save the adapter as safetensors.")
     return loaded
 
 
 def in_peft_names(
     name: str, path: Path, weights: Mapping[str, Tensor], saved_modules: Sequence[str], base: torch.nn.Module
 ) -> AdapterFile:
-    """Brings keys into the names that PEFT reads, and sets biases apart.
+    """Normalises the keys of an adapter's weights to PEFT's names and separates trained biases.
 
-    Accepted: with or without `base_model.model.`, with the adapter's name inside (`lora_A.default.weight`), with
-    `_orig_mod.` or `_fsdp_wrapped_module.` anywhere. A copy of a base weight (saved when embeddings are adapted) is
-    dropped if it is equal to the base's.
+    Accepts keys with or without the prefix `base_model.model.`, with the adapter's name (`lora_A.default.weight`), and
+    with `_orig_mod.` or `_fsdp_wrapped_module.` anywhere. Drops copies of base weights (PEFT saves them with adapted
+    embeddings) if they equal the base's.
 
     Args:
-        saved_modules: `modules_to_save` of the adapter's config: ends of module names.
+        path: the adapter's directory, for messages.
+        saved_modules: `modules_to_save` of the adapter's config: suffixes of module FQNs.
+        base: the base model without adapters.
 
     Raises:
-        AdapterError: a key that belongs to no module of the base or is there twice, a shape or dtype that does not fit,
-            a copy of a base weight that differs.
+        AdapterError: a key belongs to no module of the base or appears twice, a shape or dtype does not fit, or a copy
+            of a base weight differs from the base.
     """
     modules = dict(base.named_modules())
     found = AdapterFile({}, {})
@@ -90,7 +97,7 @@ def in_peft_names(
             if owner not in modules:
                 raise AdapterError(
                     f"adapter {name} ({path}) adapts module {owner}, which {type(base).__name__} does not have",
-                    "The adapter was trained on another architecture; use the base model that it was trained on.",
+                    "The adapter was trained on another architecture; use its base model.",
                 )
             _require_shape(name, path, key, tensor, part[1], owner, modules[owner])
             leaf = ".bias" if plain.endswith(".bias") else ".weight" if part[1] in ("lora_A", "lora_B") else ""
@@ -121,26 +128,26 @@ def _require_shape(
     found = tensor.shape[1] if part.endswith("_A") else tensor.shape[0]
     if found != expected:
         raise AdapterError(
-            f"adapter {name} ({path}): {key} has shape {list(tensor.shape)}, but {owner} of the base needs"
-            f" {expected} there",
+            f"adapter {name} ({path}): {key} has shape {list(tensor.shape)}, but {owner} of the base has"
+            f" {expected} {'input' if part.endswith('_A') else 'output'} features",
             "The adapter was trained on another base model; use that one.",
         )
 
 
 def _require_base_copy(name: str, path: Path, key: str, tensor: Tensor, module: torch.nn.Module) -> None:
-    """A weight of the base inside an adapter must be the base's: agents share it."""
-    own = getattr(module, key.rpartition(".")[2], None)
-    if isinstance(own, Tensor) and own.shape == tensor.shape and torch.equal(own, tensor.to(own.dtype)):
+    """Raises AdapterError unless a base weight in an adapter's file equals the base's, which agents share."""
+    weight = getattr(module, key.rpartition(".")[2], None)
+    if isinstance(weight, Tensor) and weight.shape == tensor.shape and torch.equal(weight, tensor.to(weight.dtype)):
         return
     raise AdapterError(
-        f"adapter {name} ({path}): {key} holds another weight than the base, which agents share",
-        "Use the base that it was trained on; weights that were trained whole belong into modules_to_save.",
+        f"adapter {name} ({path}): {key} differs from the base weight, which agents share",
+        "Use the base that it was trained on; list fully trained modules in modules_to_save.",
     )
 
 
 @contextmanager
 def peft_errors(name: str, path: Path) -> Iterator[None]:
-    """Turns what PEFT raises while it injects an adapter into an AdapterError."""
+    """Converts errors that PEFT raises while it injects an adapter into AdapterError."""
     try:
         yield
     except AdapterError:

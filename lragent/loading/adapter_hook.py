@@ -1,7 +1,7 @@
-"""What an adapted module is replaced with while the model is captured: the module plus one marker op.
+"""Replaces an adapted module during capture: the module plus one marker op.
 
-Which variant of LoRA an adapter is does not show in the captured graph: every adapted module, linear or embedding, is
-captured as `adapter_marker(x, base(x), FQN)`. `route_adapters` puts in its place what the agents' adapters compute.
+Every adapted module, linear or embedding, is captured as `adapter_marker(x, base(x), FQN)`, whichever LoRA variants its
+adapters are. `route_adapters` replaces the marker by the computation of the agents' adapters.
 """
 
 from __future__ import annotations
@@ -39,7 +39,12 @@ def _(x: Tensor, y: Tensor, module: str) -> Tensor:
 
 
 class Hook(nn.Module):
-    """A linear module (or embedding) with the marker; the module itself answers for all other attributes."""
+    """A linear module or embedding with the marker. Other attributes are read from the wrapped module.
+
+    Args:
+        base: the module.
+        fqn: its fully qualified name.
+    """
 
     def __init__(self, base: nn.Module, fqn: str) -> None:
         super().__init__()

@@ -1,11 +1,9 @@
-"""What one adapter does to one module, whichever LoRA variant it was trained as.
-
-Every variant is brought into one of two forms:
+"""Weights of one adapter on one module, in one of two forms that cover all supported LoRA variants:
 
     LoraWeights      y = gain * (base(x) + scaling * B A x) + constant       rsLoRA, DoRA, biases, embeddings
     ReplacedRows     y[i] = weight_i x + bias_i for some i, else base(x)[i]  modules_to_save, trainable tokens
 
-`base(x)` is the module without adapter, its bias included. For an embedding, x is one-hot: A x is a column of A, and a
+`base(x)` is the module without adapter, including its bias. For an embedding, x is one-hot: A x is a column of A, and
 replaced row i is the row of token i.
 """
 
@@ -25,11 +23,13 @@ from lragent.errors import AdapterError
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """Low-rank form: A `[r, in]`, B `[out, r]`.
+    """Low-rank form: y = gain * (base(x) + scaling * B A x) + constant. Tensors have the dtype of the base weight.
 
     Args:
-        gain: DoRA's magnitude over the norm of the adapted weight, `[out]`; None: 1.
-        constant: a trained bias, and what DoRA keeps out of the base's bias, `[out]`; None: 0.
+        a: `[r, in]`.
+        b: `[out, r]`.
+        gain: `[out]`, DoRA's magnitude divided by the norm of the adapted weight; None: 1.
+        constant: `[out]`, from trained biases and, for DoRA, (1 - gain) * base bias; None: 0.
     """
 
     a: Tensor
@@ -45,7 +45,13 @@ class LoraWeights:
 
 @dataclass(frozen=True)
 class ReplacedRows:
-    """Outputs (for an embedding: tokens) `index` `[K]` with rows of their own: `weight [K, in]`, `bias [K]` or None."""
+    """Weight rows that replace rows of the base.
+
+    Args:
+        index: `[K]` int64, replaced outputs; for an embedding, tokens.
+        weight: `[K, in]`; for an embedding, `[K, out]`.
+        bias: `[K]`; None: the module has no bias.
+    """
 
     index: Tensor
     weight: Tensor
@@ -53,12 +59,16 @@ class ReplacedRows:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is infinite or NaN; without a mask as large as the tensor."""
+    """True if no value is infinite or NaN. Uses the extremes, which needs no mask of the tensor's size."""
     return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax())
 
 
 def require_finite(where: str, weights: LoraWeights | ReplacedRows) -> None:
-    """Raises AdapterError if a weight or the scaling is infinite or NaN; `where` begins the message."""
+    """Raises AdapterError if a weight or the scaling is infinite or NaN.
+
+    Args:
+        where: subject of the message, such as "adapter plan: module FQN".
+    """
     names = {"a": "lora_A", "b": "lora_B"}
     for field in dataclasses.fields(weights):
         value = getattr(weights, field.name)
@@ -70,7 +80,14 @@ def require_finite(where: str, weights: LoraWeights | ReplacedRows) -> None:
 
 
 def dora_gain(weight_OI: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude_O: Tensor) -> Tensor:
-    """DoRA's factor of each output: magnitude / |W + scaling B A| over the inputs."""
+    """DoRA's gain `[out]`: magnitude / norm of W + scaling * B A over the inputs, computed in at least float32.
+
+    Args:
+        weight_OI: base weight `[out, in]`; the result has its dtype.
+        a: `[r, in]`.
+        b: `[out, r]`.
+        magnitude_O: DoRA's magnitude vector, `[out]` up to axes of size 1.
+    """
     wide = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
     adapted = weight_OI.to(wide) + scaling * (b.to(wide) @ a.to(wide))
     gain: Tensor = magnitude_O.to(wide).reshape(-1) / torch.linalg.norm(adapted, dim=1)
@@ -78,7 +95,12 @@ def dora_gain(weight_OI: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude
 
 
 def digest(lora: Mapping[str, LoraWeights], rows: Mapping[str, ReplacedRows]) -> str:
-    """sha256 over an adapter's weights and scalings by module, independent of its name."""
+    """sha256 of an adapter's weights and scalings, independent of its name.
+
+    Args:
+        lora: module FQN -> weights.
+        rows: module FQN -> replaced rows.
+    """
     sha = hashlib.sha256()
     for module in sorted(lora):
         pair = lora[module]

@@ -1,8 +1,8 @@
-"""Places for agents in a program: what an adapter may be replaced with while the program stays as it is compiled.
+"""Agent slots of a program: which adapters can be swapped in without recompiling.
 
-A slot has a rank on each adapted module and, there, columns of its own or in common with other slots (one A). An
-adapter fits a slot if it adapts no other modules, has no larger rank anywhere, and shares A where the slot does; it is
-filled up with zeros. A slot without adapter is spare: nobody acts in it.
+On each adapted module, an agent slot has a rank and either its own A or the A of another slot. An adapter fits if it
+adapts no other modules, has no larger rank on any, and shares its A where the slot does. Smaller ranks are padded with
+zeros. A slot without adapter is spare; no agent can act in it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from lragent.loading.adapter_weights import LoraWeights
 from lragent.loading.model import LoadedModel
 from lragent.program.agent import Agent
 
-SPARE = "~"  # first letter of a spare slot's name; agents' names have none
+SPARE = "~"  # first character of a spare slot's name; names of agents can't contain it
 
 
 @dataclass(frozen=True)
-class Slots:
-    """Args:
-    names: agent of each slot, in order; `~1`, `~2`, ... for spare ones.
-    ranks: module -> rank of each slot, 0 where it does not adapt the module.
-    groups: module -> for each slot, the first slot whose A it has (itself if none).
+class AgentSlots:
+    """The agent slots of one program.
+
+    Args:
+        names: agent of each slot, in order; `~1`, `~2`, ... for spare slots.
+        ranks: module FQN -> rank of each slot; 0 where the slot does not adapt the module.
+        groups: module FQN -> for each slot, index of the first slot with the same A (its own index if none).
     """
 
     names: tuple[str, ...]
@@ -35,23 +37,26 @@ class Slots:
     groups: Mapping[str, tuple[int, ...]]
 
 
-def slots_of(loaded: LoadedModel, spare: int) -> Slots:
-    """One slot an agent, and spare ones that take any of their ranks."""
+def agent_slots_of(loaded: LoadedModel, spare: int) -> AgentSlots:
+    """Makes one slot per agent, and `spare` slots with the largest rank of any agent on each module."""
     agents = [agent.name for agent in loaded.agents]
     ranks, groups = {}, {}
     same = groups_of(loaded)
     for module, by_agent in loaded.lora.items():
-        own = [by_agent[name].rank if name in by_agent else 0 for name in agents]
-        ranks[module] = (*own, *(max(own) for _ in range(spare)))
+        used = [by_agent[name].rank if name in by_agent else 0 for name in agents]
+        ranks[module] = (*used, *(max(used) for _ in range(spare)))
         groups[module] = (*same[module], *range(len(agents), len(agents) + spare))
-    return Slots((*agents, *(f"{SPARE}{i + 1}" for i in range(spare))), ranks, groups)
+    return AgentSlots((*agents, *(f"{SPARE}{i + 1}" for i in range(spare))), ranks, groups)
 
 
 def groups_of(loaded: LoadedModel) -> dict[str, tuple[int, ...]]:
-    """Who shares an A: module FQN -> for each agent, the first agent with the same columns `x A`, itself if none.
+    """Finds the agents that share an A.
 
-    An adapted module has the groups that the model was fitted with, else those of bit-equal A. A constant is one more
-    column, so agents share only if both or neither have one.
+    An adapted module keeps the groups that the model was fitted with; otherwise agents with a bit-equal A share it. A
+    constant is one more column of `x A`, so agents share only if both or neither have one.
+
+    Returns:
+        Module FQN -> for each agent, index of the first agent with the same A, its own index if there is none.
     """
     agents = [agent.name for agent in loaded.agents]
     return {
@@ -60,66 +65,70 @@ def groups_of(loaded: LoadedModel) -> dict[str, tuple[int, ...]]:
     }
 
 
-def assign(slots: Slots, names: Sequence[str]) -> Slots:
-    """The slots with new occupants: an agent that has a slot keeps it, others take free ones in order.
+def assign(agent_slots: AgentSlots, names: Sequence[str]) -> AgentSlots:
+    """Assigns agents to slots. An agent that has a slot keeps it; new agents take free slots in order.
+
+    Args:
+        names: all agents that get a slot; slots of other agents become spare.
 
     Raises:
         AdapterError: more agents than slots.
     """
-    if len(names) > len(slots.names):
+    if len(names) > len(agent_slots.names):
         raise AdapterError(
-            f"the artifact has slots for {len(slots.names)} agents, not for {len(names)}",
+            f"the artifact has slots for {len(agent_slots.names)} agents, not for {len(names)}",
             "Convert anew, with --spare to keep slots free for later agents.",
         )
-    new = [name for name in names if name not in slots.names]
-    taken = [name if name in names else new.pop(0) if new else "" for name in slots.names]
+    new = [name for name in names if name not in agent_slots.names]
+    taken = [name if name in names else new.pop(0) if new else "" for name in agent_slots.names]
     spare = (f"{SPARE}{i + 1}" for i in range(len(taken)))
-    return dataclasses.replace(slots, names=tuple(name or next(spare) for name in taken))
+    return dataclasses.replace(agent_slots, names=tuple(name or next(spare) for name in taken))
 
 
-def fit(loaded: LoadedModel, slots: Slots) -> LoadedModel:
-    """The model with its agents in slots: in their order, filled up to their ranks, spare ones with zeros.
+def fit(loaded: LoadedModel, agent_slots: AgentSlots) -> LoadedModel:
+    """Returns the model with one agent per slot, in slot order. Weights are padded to the slots' ranks with zeros.
 
     Raises:
-        AdapterError: an adapter that does not fit its slot; names agent, module and both sizes.
+        AdapterError: an adapter does not fit its slot (the message names agent, module and both ranks), or no agent
+            adapts a module of the program any more.
     """
     present = {agent.name: agent for agent in loaded.agents}
     for module, by_agent in loaded.lora.items():
         for name in by_agent:
-            _require_fits(name, module, by_agent[name], slots)
+            _require_fits(name, module, by_agent[name], agent_slots)
     lora: dict[str, dict[str, LoraWeights]] = {}
-    for module, ranks in slots.ranks.items():
+    for module, ranks in agent_slots.ranks.items():
         by_agent = loaded.lora.get(module, {})
         if not by_agent:
-            raise AdapterError(f"no agent adapts {module} any more", "Convert anew: the program changes with it.")
+            raise AdapterError(f"no agent adapts {module} any more", "Convert anew: the compiled program would change.")
         shapes = next(iter(by_agent.values()))
         lora[module] = {}
-        for name, rank in zip(slots.names, ranks, strict=True):
+        for name, rank in zip(agent_slots.names, ranks, strict=True):
             if rank:
                 lora[module][name] = _filled(by_agent.get(name), shapes, rank)
-        _share(lora[module], slots, module, by_agent)
-    agents = tuple(present.get(name) or Agent(name) for name in slots.names)
-    return dataclasses.replace(loaded, agents=agents, lora=lora, groups=slots.groups)
+        _share(lora[module], agent_slots, module, by_agent)
+    agents = tuple(present.get(name) or Agent(name) for name in agent_slots.names)
+    return dataclasses.replace(loaded, agents=agents, lora=lora, groups=agent_slots.groups)
 
 
 def _first_equal(by_agent: Mapping[str, LoraWeights], agents: Sequence[str], index: int) -> int:
-    own = by_agent.get(agents[index])
-    for other in range(index if own is not None else 0):
+    this = by_agent.get(agents[index])
+    for other in range(index if this is not None else 0):
         weights = by_agent.get(agents[other])
-        if own is not None and weights is not None and _same_columns(own, weights):
+        if this is not None and weights is not None and _same_stream(this, weights):
             return other
     return index
 
 
-def _same_columns(left: LoraWeights, right: LoraWeights) -> bool:
+def _same_stream(left: LoraWeights, right: LoraWeights) -> bool:
     constants = (left.constant is None) == (right.constant is None)
     return constants and left.a.shape == right.a.shape and torch.equal(left.a, right.a)
 
 
-def _require_fits(name: str, module: str, weights: LoraWeights, slots: Slots) -> None:
-    rank = slots.ranks[module][slots.names.index(name)] if module in slots.ranks else 0
+def _require_fits(name: str, module: str, weights: LoraWeights, agent_slots: AgentSlots) -> None:
+    rank = agent_slots.ranks[module][agent_slots.names.index(name)] if module in agent_slots.ranks else 0
     if weights.rank > rank:
-        found = f"has rank {rank} there" if rank else "does not adapt it"
+        found = f"has rank {rank}" if rank else "does not adapt it"
         raise AdapterError(
             f"adapter {name} has rank {weights.rank} on {module}, its slot {found}",
             "Convert anew: an update keeps the compiled program, and with it ranks and adapted modules.",
@@ -141,11 +150,19 @@ def _padded(tensor: Tensor, rank: int, axis: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], axis)
 
 
-def _share(lora: dict[str, LoraWeights], slots: Slots, module: str, by_agent: Mapping[str, LoraWeights]) -> None:
-    """Slots of one group must have one A; a slot without adapter takes the others'."""
-    for leader in set(slots.groups[module]):
+def _share(
+    lora: dict[str, LoraWeights], agent_slots: AgentSlots, module: str, by_agent: Mapping[str, LoraWeights]
+) -> None:
+    """Makes slots of one group share one A; a slot without adapter on the module gets the A of the others.
+
+    Raises:
+        AdapterError: two adapters of a group differ in their A.
+    """
+    for leader in set(agent_slots.groups[module]):
         members = [
-            n for n, group in zip(slots.names, slots.groups[module], strict=True) if group == leader and n in lora
+            n
+            for n, group in zip(agent_slots.names, agent_slots.groups[module], strict=True)
+            if group == leader and n in lora
         ]
         present = [name for name in members if name in by_agent]
         for name in members if present else ():
@@ -154,5 +171,5 @@ def _share(lora: dict[str, LoraWeights], slots: Slots, module: str, by_agent: Ma
             elif not torch.equal(lora[name].a, lora[present[0]].a):
                 raise AdapterError(
                     f"adapters {present[0]} and {name} differ in their A on {module}, which their slots share",
-                    "Convert anew: shared columns are part of the compiled program.",
+                    "Convert anew: the sharing of A is part of the compiled program.",
                 )

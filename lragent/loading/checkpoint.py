@@ -1,4 +1,4 @@
-"""A base model as it lies on disk: a directory with safetensors in one file or many, or a GGUF file."""
+"""Reads a base model from disk: a directory with one or several safetensors files, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -19,22 +19,27 @@ GGUF = ".gguf"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a model is read from: its directory, and the GGUF file in it (None: config.json and safetensors)."""
+    """Location of a model.
+
+    Args:
+        directory: the model directory.
+        gguf: name of the GGUF file in it; None: config.json and safetensors.
+    """
 
     directory: Path
     gguf: str | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What transformers' `from_pretrained` takes besides the directory."""
+        """Keyword arguments of transformers' `from_pretrained` besides the directory."""
         return {} if self.gguf is None else {"gguf_file": self.gguf}
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """What `path` names: a GGUF file, a directory with config.json, or a directory with exactly one GGUF file.
+    """Locates the model at `path`: a GGUF file, a directory with config.json, or one with exactly one GGUF file.
 
     Raises:
-        ModelError: nothing there, no config.json, or several GGUF files.
+        ModelError: the path doesn't exist, or has neither a config.json nor exactly one GGUF file.
     """
     if path.is_file() and path.suffix == GGUF:
         return Checkpoint(path.parent, path.name)
@@ -53,10 +58,14 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_base(path: Path, dtype: torch.dtype) -> Any:
-    """The causal LM at `path` in one dtype; GGUF weights are dequantised.
+    """Loads the causal LM at `path` in one dtype. GGUF weights are dequantised.
+
+    Returns:
+        A transformers model.
 
     Raises:
-        ModelError: it can't be read, lacks weights, or is quantised in a way that has no plain linear layers.
+        ModelError: the model can't be read, lacks weights, has weights of another shape than its config or with
+            infinite values or NaN, or is quantised (other than GGUF).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -73,7 +82,7 @@ def read_base(path: Path, dtype: torch.dtype) -> Any:
                 config=config,
                 dtype=dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are told of below
+                ignore_mismatched_sizes=True,  # reported below
                 **checkpoint.arguments,
             )
     except ModelError:
@@ -81,11 +90,11 @@ def read_base(path: Path, dtype: torch.dtype) -> Any:
     except Exception as error:
         raise ModelError(
             f"transformers can't load a causal LM from {path}: {type(error).__name__}: {shortened(error)}",
-            "Check its config.json, and that all weight files are there and whole.",
+            "Check its config.json, and that all weight files are present and complete.",
         ) from error
     if info["missing_keys"]:
         some = sorted(info["missing_keys"])
-        raise ModelError(f"{path} lacks {len(some)} weights, {some[0]} for one", "The checkpoint is not complete.")
+        raise ModelError(f"{path} lacks {len(some)} weights, {some[0]} for one", "Use a complete checkpoint.")
     if info["mismatched_keys"]:
         key, found, wanted = min(info["mismatched_keys"])
         raise ModelError(
@@ -102,7 +111,7 @@ def read_base(path: Path, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _without_reports() -> Iterator[None]:
-    """transformers' tables of missing and superfluous weights stay away: those that matter are errors here."""
+    """Silences transformers' tables of missing and unexpected weights; those that matter raise errors here."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -118,6 +127,7 @@ UNLIMITED_POSITIONS = 1 << 15
 
 
 def max_positions(config: Any) -> int:
+    """Number of positions of a model, from its config."""
     for attribute in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
         value = getattr(config, attribute, None)
         if isinstance(value, int) and value > 0:
@@ -126,10 +136,10 @@ def max_positions(config: Any) -> int:
 
 
 def stop_tokens(model: Any) -> tuple[int, ...]:
-    """Default stops: generation_config first, then the config.
+    """Default stop token ids: `eos_token_id` of the generation config or, if that has none, of the config.
 
     Raises:
-        ModelError: an eos_token_id that is no token id.
+        ModelError: `eos_token_id` is not an integer or a list of integers.
     """
     for holder in (getattr(model, "generation_config", None), model.config):
         value = getattr(holder, "eos_token_id", None)

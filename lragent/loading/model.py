@@ -1,9 +1,8 @@
-"""Stage 1: a model directory or a live PEFT model, with its adapters -> `LoadedModel`.
+"""Loads a model directory or a live PEFT model, with its adapters, into a `LoadedModel`.
 
-Everything that can be wrong with the input is found here, before anything is captured: a missing file, an adapter of
-another base or architecture, a kind of adapter that is not supported. PEFT decides which modules an adapter is on and
-puts its weights there; then its layers are read and replaced (`peft_layers.py`). The caller's live model is never
-changed: modules are copied, tensors are shared.
+Input errors are found here, before capture: a missing file, an adapter of another base or architecture, an unsupported
+kind of adapter. PEFT injects an adapter's layers and weights into the model; then they are read and replaced by hooks
+(`peft_layers.py`). The caller's live model is never changed: modules are copied, tensors are shared.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from lragent.errors import AdapterError, RequestError
 from lragent.loading import adapter_config, adapter_files, checkpoint
 from lragent.loading.adapter_weights import LoraWeights, ReplacedRows, digest, require_finite
 from lragent.loading.peft_layers import Adapted, add_biases, put_hooks, take_apart
-from lragent.probing.mask_limits import mask_reach
+from lragent.probing.mask_limits import mask_limit
 from lragent.probing.position_offset import position_offset
-from lragent.probing.rotary_limits import position_reach
+from lragent.probing.rotary_limits import rotary_limit
 from lragent.program.agent import Agent
 
 if TYPE_CHECKING:
@@ -34,21 +33,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BASE_AGENT = "base"
-INTERNAL = "adapter"  # PEFT's name of the adapter that is being read; agents' names may hold dots, PEFT's may not
+INTERNAL = "adapter"  # adapter name inside PEFT, which allows no dots; names of agents may contain them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal LM in eval mode with every adapter's weights known.
+    """A causal LM in eval mode, and the weights of its adapters.
 
     Args:
         model: the module to capture; each adapted module is a hook (`lragent.loading.adapter_hook`).
         lora: module FQN -> agent name -> weights.
-        rows: module FQN -> agent name -> outputs (tokens) with weights of their own.
-        groups: module FQN -> for each agent, the first agent whose A it shares; empty: whoever has an equal A.
-        max_positions: how many positions a trajectory may have.
-        position_offset: what the model adds to positions 0, 1, 2, ... when it isn't told them.
+        max_positions: largest number of positions of a trajectory.
+        position_offset: constant that the model adds to positions 0, 1, 2, ... when none are passed.
+        dtype: dtype of the weights.
+        tokenizer_source: directory of the tokenizer; None: unknown.
+        rows: module FQN -> agent name -> replaced weight rows.
+        groups: module FQN -> for each agent, index of the first agent with the same A; empty: found by comparing A.
     """
 
     model: Any
@@ -72,7 +73,9 @@ def load_directories(model_dir: str | Path, adapters: Mapping[str, str | Path], 
         dtype: "auto" (float32 on CPU), "float32", "bfloat16" or "float16".
 
     Raises:
-        ModelError, AdapterError, RequestError: says what was found, where, and what to do.
+        ModelError: the model can't be read or run.
+        AdapterError: an adapter is missing, damaged, unsupported, or does not fit the model.
+        RequestError: an agent name or the dtype is not valid.
     """
     check_agent_names(adapters)
     paths = {name: Path(path) for name, path in adapters.items()}
@@ -86,7 +89,7 @@ def load_directories(model_dir: str | Path, adapters: Mapping[str, str | Path], 
         for name, path in paths.items()
     }
     adapted = Adapted()
-    # One at a time: PEFT can't hold adapters of all variants beside each other.
+    # One adapter at a time: PEFT can't mix adapters of all variants in one model.
     for name, path in paths.items():
         with adapter_files.peft_errors(name, path):
             _inject(model, name, path, configs[name], files[name].tensors)
@@ -96,7 +99,7 @@ def load_directories(model_dir: str | Path, adapters: Mapping[str, str | Path], 
 
 
 def load_live(peft_model: Any, tokenizer_source: str | None = None) -> LoadedModel:
-    """Reads a live PEFT model (or a plain causal LM); it is not changed.
+    """Reads a live PEFT model or a plain causal LM, without changing it.
 
     Raises:
         ModelError, AdapterError: see `load_directories`.
@@ -110,8 +113,8 @@ def load_live(peft_model: Any, tokenizer_source: str | None = None) -> LoadedMod
         adapter_config.require_supported(name, config, "the live model")
         if config.get("bias", "none") != "none":
             raise AdapterError(
-                f"adapter {name}: bias={config['bias']!r}: the live model's own biases were trained over",
-                "Save the adapter and convert it with the model directory, which still has them.",
+                f"adapter {name}: bias={config['bias']!r}: training has overwritten the live model's base biases",
+                "Save the adapter and convert it with the model directory, which has the base biases.",
             )
     check_agent_names(names)
     adapted = Adapted()
@@ -121,6 +124,7 @@ def load_live(peft_model: Any, tokenizer_source: str | None = None) -> LoadedMod
 
 
 def check_agent_names(names: Mapping[str, object] | list[str]) -> None:
+    """Raises RequestError for a reserved name or one with characters other than letters, digits, `_`, `.`, `-`."""
     for name in names:
         if name == BASE_AGENT:
             raise RequestError(
@@ -139,29 +143,38 @@ def _resolve_dtype(dtype: str) -> torch.dtype:
 
 
 def _inject(model: Any, name: str, path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Lets PEFT put an adapter's layers and weights into the model."""
+    """Injects an adapter's layers and weights into the model with PEFT.
+
+    Raises:
+        AdapterError: weights are missing, or the file has weights outside the config's target modules.
+    """
     from peft import PeftModel, set_peft_model_state_dict
 
     peft_model = PeftModel(
         model, adapter_config.lora_config(name, config), adapter_name=INTERNAL, autocast_adapter_dtype=False
     )
     report = set_peft_model_state_dict(peft_model, dict(tensors), adapter_name=INTERNAL)
-    held = dict(peft_model.named_parameters(remove_duplicate=False))
-    loaded = {id(parameter) for key, parameter in held.items() if key not in report.missing_keys}
-    # What is tied to something that is there (token rows of a tied LM head) is stored once.
+    parameters = dict(peft_model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for key, parameter in parameters.items() if key not in report.missing_keys}
+    # A tied parameter (token rows of a tied LM head) is stored once, under the name of the other.
     absent = [key for key in report.missing_keys if INTERNAL in key.split(".")]
-    missing = [key for key in absent if key not in held or id(held[key]) not in loaded]
+    missing = [key for key in absent if key not in parameters or id(parameters[key]) not in loaded]
     if missing:
         raise AdapterError(f"adapter {name}: {path} has no weights for {missing[0]}", "Save the adapter again.")
     if report.unexpected_keys:
         raise AdapterError(
-            f"adapter {name}: {path} has weights {report.unexpected_keys[0]}, which its config does not speak of",
-            "Save the adapter again, with its own config.",
+            f"adapter {name}: {path} has weights {report.unexpected_keys[0]}, which its config does not mention",
+            "Save the adapter again, together with its config.",
         )
 
 
 def _describe(causal_lm: Any, adapted: Adapted, names: Sequence[str], tokenizer_source: str | None) -> LoadedModel:
-    """Collects the facts of a model and of the agents `names`."""
+    """Replaces adapted modules by hooks, and collects the facts of the model and of the agents `names`.
+
+    Raises:
+        ModelError: the model does not run, or has an unsupported attention call.
+        AdapterError: an adapter adapts no module, or has infinite weights or NaN.
+    """
     put_hooks(causal_lm, adapted)
     causal_lm.eval()
     for parameter in causal_lm.parameters():
@@ -171,8 +184,8 @@ def _describe(causal_lm: Any, adapted: Adapted, names: Sequence[str], tokenizer_
     for name in names:
         lora = {m: by_agent[name] for m, by_agent in adapted.lora.items() if name in by_agent}
         rows = {m: by_agent[name] for m, by_agent in adapted.rows.items() if name in by_agent}
-        for held in (lora, rows):
-            for module, weights in held.items():
+        for adapted_modules in (lora, rows):
+            for module, weights in adapted_modules.items():
                 require_finite(f"adapter {name}: module {module}", weights)
         if not lora and not rows:
             raise AdapterError(f"adapter {name} adapts no module of this model", "Check its target_modules.")
@@ -187,12 +200,11 @@ def _describe(causal_lm: Any, adapted: Adapted, names: Sequence[str], tokenizer_
         )
     offset = position_offset(causal_lm, int(config.vocab_size))
     positions = checkpoint.max_positions(config) - offset
-    reach = _reach(causal_lm, positions, offset)
     return LoadedModel(
         model=causal_lm,
         agents=tuple(agents),
         lora=adapted.lora,
-        max_positions=reach,
+        max_positions=_exact_positions(causal_lm, positions, offset),
         position_offset=offset,
         vocab_size=int(config.vocab_size),
         stop_token_ids=checkpoint.stop_tokens(causal_lm),
@@ -203,15 +215,17 @@ def _describe(causal_lm: Any, adapted: Adapted, names: Sequence[str], tokenizer_
     )
 
 
-def _reach(causal_lm: Any, positions: int, offset: int) -> int:
-    """How many positions are served exactly; says so where they are fewer than the model has."""
-    reaches = {
-        "rotates the keys of all tokens anew, and cached ones stay as they are": position_reach(
+def _exact_positions(causal_lm: Any, positions: int, offset: int) -> int:
+    """Returns the number of positions that are served exactly; logs a warning if the model has more."""
+    limits = {
+        "changes the rotary frequencies of all tokens, which cached keys can't follow": rotary_limit(
             causal_lm, positions, offset
         ),
-        "hides tokens that are neither later nor outside a sliding window": mask_reach(causal_lm, positions, offset),
+        "masks tokens that are neither later nor outside a sliding window": mask_limit(causal_lm, positions, offset),
     }
-    reason, reach = min(reaches.items(), key=lambda item: item[1])
-    if reach < positions:
-        log.warning("trajectories end at %d of the model's %d positions: beyond, it %s", reach, positions, reason)
-    return reach
+    reason, limit = min(limits.items(), key=lambda item: item[1])
+    if limit < positions:
+        log.warning(
+            "trajectories are limited to %d of the model's %d positions: beyond, it %s", limit, positions, reason
+        )
+    return limit

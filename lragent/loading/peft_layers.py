@@ -1,7 +1,7 @@
-"""Reads adapters off a PEFT model's layers, and puts hooks (`adapter_hook.py`) where they were.
+"""Reads adapters from the layers of a PEFT model and replaces the layers by hooks (`adapter_hook.py`).
 
-The PEFT model is taken apart: its wrappers go, its base modules stay. What a wrapper computes for an adapter is kept as
-`LoraWeights` or `ReplacedRows`; a wrapper that computes something else is refused by name.
+PEFT's wrappers are removed and their base modules put back. The adapter weights of a wrapper become `LoraWeights` or
+`ReplacedRows`. A wrapper that computes anything else is refused by name.
 """
 
 from __future__ import annotations
@@ -21,21 +21,27 @@ from lragent.loading.adapter_weights import LoraWeights, ReplacedRows, dora_gain
 
 @dataclass
 class Adapted:
-    """Adapters by module FQN and agent name."""
+    """Adapters of a model.
+
+    Args:
+        lora: module FQN -> agent name -> weights.
+        rows: module FQN -> agent name -> replaced rows.
+    """
 
     lora: dict[str, dict[str, LoraWeights]] = field(default_factory=dict)
     rows: dict[str, dict[str, ReplacedRows]] = field(default_factory=dict)
 
 
 def take_apart(root: nn.Module, internal: Mapping[str, str], found: Adapted) -> None:
-    """Reads adapters of a PEFT model's base model into `found` and puts its base modules back, in place.
+    """Reads the adapters of a PEFT model into `found` and replaces PEFT's wrappers by their base modules, in place.
 
     Args:
         root: the base model inside the PEFT model.
         internal: agent name -> PEFT adapter name.
+        found: is extended.
 
     Raises:
-        AdapterError: names the module and what is not supported.
+        AdapterError: a wrapper is not supported; names the module and the kind of wrapper.
     """
     for fqn, wrapper in _wrappers(root):
         parent, _, leaf = fqn.rpartition(".")
@@ -45,25 +51,26 @@ def take_apart(root: nn.Module, internal: Mapping[str, str], found: Adapted) -> 
 
 
 def add_biases(root: nn.Module, agent: str, biases: Mapping[str, Tensor], found: Adapted) -> None:
-    """A trained bias is the base's bias plus a constant of the agent.
+    """Adds an agent's trained biases to its `LoraWeights`, as the difference from the base's bias.
 
     Args:
-        biases: module FQN -> trained bias that stands in place of the module's own.
+        biases: module FQN -> trained bias `[out]`, which replaces the module's bias.
+        found: is changed.
 
     Raises:
-        AdapterError: a bias of a module that the agent does not adapt otherwise.
+        AdapterError: the agent does not adapt the module otherwise, or the module has no bias.
     """
     for fqn, bias in biases.items():
-        own = getattr(root.get_submodule(fqn), "bias", None)
-        if own is not None and torch.equal(bias.to(own.dtype), own):
+        base_bias = getattr(root.get_submodule(fqn), "bias", None)
+        if base_bias is not None and torch.equal(bias.to(base_bias.dtype), base_bias):
             continue
         weights = found.lora.get(fqn, {}).get(agent)
-        if weights is None or own is None:
+        if weights is None or base_bias is None:
             raise AdapterError(
                 f"adapter {agent} trained the bias of {fqn}, which it does not adapt otherwise",
                 'Biases of adapted linear layers can differ by agent: train with bias="lora_only".',
             )
-        trained = bias.to(own.dtype) - own.detach()
+        trained = bias.to(base_bias.dtype) - base_bias.detach()
         constant = trained if weights.constant is None else weights.constant + trained
         found.lora[fqn][agent] = dataclasses.replace(weights, constant=constant)
 
@@ -76,7 +83,7 @@ def put_hooks(root: nn.Module, found: Adapted) -> None:
 
 
 def in_out(module: nn.Module) -> tuple[int, int] | None:
-    """Input and output width of a linear module (either layout of its weight) or an embedding; None for others."""
+    """Input and output features of a linear module (Linear or Conv1D) or an embedding; None for other modules."""
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -88,14 +95,14 @@ def in_out(module: nn.Module) -> tuple[int, int] | None:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """`[out, in]` of a linear module or an embedding (whose input is one-hot)."""
+    """Weight `[out, in]` of a linear module or an embedding (whose input is one-hot)."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach() if isinstance(module, nn.Linear) else weight.detach().T
 
 
 def _wrappers(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """PEFT's outermost wrappers."""
+    """Yields FQN and module of PEFT's outermost wrappers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -163,8 +170,8 @@ def _lora(where: str, wrapper: Any, key: str) -> LoraWeights | None:
             )
         magnitude = wrapper.lora_magnitude_vector[key].weight.detach()
         gain = dora_gain(weight_of(base), a, b, scaling, magnitude)
-        own = getattr(base, "bias", None)
-        constant = None if own is None else (1 - gain) * own.detach()
+        base_bias = getattr(base, "bias", None)
+        constant = None if base_bias is None else (1 - gain) * base_bias.detach()
     return LoraWeights(a, b, scaling * _embed_scale(base), gain, constant)
 
 
@@ -175,7 +182,7 @@ def _saved_module(where: str, wrapper: Any, key: str) -> ReplacedRows | None:
     if not isinstance(base, (nn.Linear, nn.Embedding)):
         raise AdapterError(
             f"{where} ({type(base).__name__}) is in modules_to_save",
-            "Linear layers and embeddings may be trained whole; leave other modules as the base has them.",
+            "Only linear layers and embeddings can be in modules_to_save; remove this module from it.",
         )
     dtype = base.weight.dtype
     weight = saved.weight.detach().to(dtype) * _embed_scale(base)
@@ -193,6 +200,6 @@ def _token_rows(where: str, wrapper: Any, key: str) -> ReplacedRows | None:
 
 
 def _embed_scale(base: nn.Module) -> float:
-    """What an embedding multiplies its rows with (some models scale them)."""
+    """Factor that an embedding applies to its rows; 1 for other modules."""
     scale = getattr(base, "embed_scale", 1.0)
     return float(scale) if isinstance(base, nn.Embedding) else 1.0

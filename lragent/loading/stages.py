@@ -1,4 +1,4 @@
-"""Long work in named stages: each is announced and timed."""
+"""Runs long work in named stages, announces each and measures its time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ Progress = Callable[[str], None]
 
 @dataclass
 class Stages:
-    """Runs stages and keeps their seconds; `progress` is told a stage's name when it begins."""
+    """Runs stages and records their seconds.
+
+    Args:
+        progress: called with the name of each stage when it begins.
+        seconds: stage name -> seconds, of finished stages.
+    """
 
     progress: Progress | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -24,7 +29,7 @@ class Stages:
         """Runs `work` as a stage and returns its result.
 
         Raises:
-            InternalError: a stage of this name has run already; its seconds would be lost.
+            InternalError: a stage of this name has already run.
         """
         if name in self.seconds:
             raise InternalError(f"stage {name!r} has run already")

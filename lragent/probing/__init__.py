@@ -1,1 +1,1 @@
-"""Facts about a model that are found by running it: masks, rotary frequencies, position offset."""
+"""Finds facts about a model by running it: masks, rotary frequencies, position offset."""

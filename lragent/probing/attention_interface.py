@@ -1,4 +1,4 @@
-"""transformers' attention interface with a function of ours in it, for as long as a model is looked at."""
+"""Temporarily replaces the attention function of a transformers model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ ATTENTION_NAME = "lragent_marker"
 
 @contextmanager
 def attention_as(model: Any, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
-    """Sends the model's attention calls to `function` while it lasts, which are then given no mask."""
+    """Routes the model's attention calls to `function` inside the context.
+
+    transformers passes no mask, unless a mask function is registered under `ATTENTION_NAME` too.
+
+    Args:
+        model: a transformers model.
+        function: takes the arguments of transformers' attention interface and returns (output, None).
+    """
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, function)
@@ -28,7 +35,18 @@ def attention_as(model: Any, function: Callable[..., tuple[Tensor, None]]) -> It
 
 
 def own_value(query_1HqTD: Tensor, key_1HTD: Tensor, value_1HTDv: Tensor) -> Tensor:
-    """Stands for attention where each token sees itself only; what it gives still depends on all of query and key."""
+    """Replaces attention by a function in which each token attends to itself only.
+
+    The output depends on every element of query, key and value, so that a dependence on other tokens shows in it.
+
+    Args:
+        query_1HqTD: `[1, query heads, T, D]`.
+        key_1HTD: `[1, KV heads, T, D]`.
+        value_1HTDv: `[1, KV heads, T, Dv]`.
+
+    Returns:
+        `[1, T, query heads, Dv]`, as transformers' attention interface returns it.
+    """
     groups = query_1HqTD.shape[1] // value_1HTDv.shape[1]
     query_1HqT1, key_1HT1 = (
         torch.tanh((x @ torch.cos(torch.arange(x.shape[-1]) + 1.0).to(x.dtype))[..., None])

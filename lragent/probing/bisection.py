@@ -1,4 +1,4 @@
-"""Where a condition on whole numbers stops holding."""
+"""Bisection over whole numbers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 
 def largest(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest number below `high` for which a condition holds that holds at `low` and not at `high`.
+    """Finds the largest number below `high` for which a condition holds, by bisection.
 
-    It is asked about as many numbers as the distance has bits, so it must stop holding once only.
+    Args:
+        holds: a condition that holds up to some number and never after it.
+        low: a number for which it holds.
+        high: a number for which it does not hold.
     """
     while high - low > 1:
         middle = (low + high) // 2

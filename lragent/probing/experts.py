@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers that compute every token by itself."""
+"""Makes mixture-of-experts layers compute each token independently."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 @contextmanager
 def row_wise_experts(model: Any) -> Iterator[None]:
-    """Makes transformers' expert layers gather the weights of each token's experts for as long as it lasts.
+    """Makes transformers' expert layers gather the weights of each token's experts, inside the context.
 
-    By default they loop over the experts that were hit. A loop can't be exported, and its products have as many rows as
-    tokens chose the expert, so that other tokens change how a token is rounded.
+    By default they loop over the selected experts. Such a loop can't be exported. Its matrix products also have one row
+    per token that selected the expert, so that other tokens change a token's rounding.
     """
     config = model.config.get_text_config()
     before = getattr(config, "_experts_implementation", None)

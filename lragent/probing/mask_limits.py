@@ -1,7 +1,7 @@
-"""Which mask every attention call gets, and up to which position that is what the call says of itself.
+"""Checks that each attention call's declared window equals its mask, and finds the position limit up to which it does.
 
-Attention is captured without masks: a call is causal, with the sliding window that it passes. transformers makes masks
-apart from that, by functions of two positions, so each function is compared with its call.
+Capture drops masks: it treats every call as causal, with the sliding window that the call declares. transformers builds
+masks independently, from functions of two positions. Each mask function is compared with the declaration of its call.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from lragent.probing.position_offset import logits_at
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-# Masks are compared up to this position: longer windows and chunks than that are not in use.
+# Masks are compared up to this many positions; no known model has a longer window or chunk.
 MOST_POSITIONS = 1 << 16
 _TOKENS = 7
 
 
 @dataclass(frozen=True)
-class AttentionCall:
-    """A call of attention.
+class ProbedCall:
+    """An attention call recorded while probing a model.
 
     Args:
-        caller: the class of the module that called.
-        window: the sliding window that the call passes, in tokens; 0: none.
-        mask: the function behind the mask of the call; None if it has no mask, or one of its own.
-        own_mask: the call has a mask that is not one of those that transformers made.
+        caller: class name of the calling module.
+        window: sliding window that the call declares, in tokens; 0: none.
+        mask: transformers' function for the call's mask; None if the call has no mask or a private one.
+        own_mask: True if the call's mask was not made by transformers, or was changed.
     """
 
     caller: str
@@ -43,20 +43,22 @@ class AttentionCall:
     mask: MaskFunction | None
     own_mask: bool = False
 
-    def is_as_told(self, positions: int) -> bool:
-        """Whether the mask is causal with that window, over some positions."""
+    def mask_is_as_declared(self, positions: int) -> bool:
+        """True if the mask is causal with the declared window over the first `positions` positions (sampled rows)."""
         if self.mask is None:
             return True
         most = min(positions, MOST_POSITIONS)
-        rows = torch.tensor(sorted({i for i in (0, 1, 7, 100, most // 7, most // 3, most // 2, most - 1) if i < most}))
-        rows_R1, columns_P, first = rows[:, None], torch.arange(most), torch.tensor(0)
-        expected = columns_P <= rows_R1
+        sampled = torch.tensor(
+            sorted({i for i in (0, 1, 7, 100, most // 7, most // 3, most // 2, most - 1) if i < most})
+        )
+        queries_R1, keys_P, first = sampled[:, None], torch.arange(most), torch.tensor(0)
+        expected = keys_P <= queries_R1
         if self.window:
-            expected = expected & (columns_P > rows_R1 - self.window)
+            expected = expected & (keys_P > queries_R1 - self.window)
         try:
-            seen = self.mask(first, first, rows_R1, columns_P)
-        except IndexError:  # it looks something up by token: only the call's own can be compared
-            return most <= _TOKENS or self.is_as_told(_TOKENS)
+            seen = self.mask(first, first, queries_R1, keys_P)
+        except IndexError:  # it indexes per-token data, which exists for the probed tokens only
+            return most <= _TOKENS or self.mask_is_as_declared(_TOKENS)
         return bool((seen == expected).all())
 
 
@@ -65,12 +67,12 @@ class TokensAlone:
     """One forward in which every token attends to itself only.
 
     Args:
-        calls: the calls of attention.
-        logits_1TV: the model's answer; None if it failed.
-        failure: the error of a model that fails with this attention; "" if it ran.
+        calls: the attention calls, in order.
+        logits_1TV: logits `[1, T, vocab]`; None if the model failed.
+        failure: error of a model that fails with this attention; "" if it ran.
     """
 
-    calls: list[AttentionCall]
+    calls: list[ProbedCall]
     logits_1TV: Tensor | None
     failure: str
 
@@ -78,14 +80,16 @@ class TokensAlone:
 def run_tokens_alone(model: Any, ids_1T: Tensor, positions_1T: Tensor, masks: bool = True) -> TokensAlone:
     """Runs the model with every token attending to itself only.
 
-    Any error of the model's own code is an answer: this attention does not fit the model, though its own does.
+    Errors of the model's own code are returned as `failure`: the model does not run with this attention.
 
     Args:
-        masks: masks are made, so that calls and masks can be compared; else the interface has none.
+        ids_1T: token ids `[1, T]`, int64.
+        positions_1T: position ids `[1, T]`, int64.
+        masks: True to make masks, so that they can be compared with the calls; False to pass none.
 
     Raises:
         ModelError: an attention call does not have one key per token.
-        InternalError: transformers makes masks by other keywords than `make_mask` knows.
+        InternalError: transformers passes keywords that `make_mask` does not know.
     """
     with tokens_alone(model, masks) as calls:
         try:
@@ -98,18 +102,18 @@ def run_tokens_alone(model: Any, ids_1T: Tensor, positions_1T: Tensor, masks: bo
 
 
 def make_mask(made: list[MaskFunction], **given: Any) -> Tensor:
-    """Stands for transformers' functions that make masks, and keeps the function of positions behind each mask.
+    """Replaces transformers' mask functions: records the function of positions behind each mask.
 
     Args:
-        made: the mask functions up to now; the new one is appended.
-        given: the keywords that transformers passes. The queries are counted by `q_length`, in 5.0 by the length of
+        made: the recorded mask functions; the new one is appended.
+        given: keywords that transformers passes. The number of queries is `q_length`; in 5.0, the length of
             `cache_position`.
 
     Returns:
-        A mask `[1, 1, Tq, Tk]`, float32, full of its function's index in `made`.
+        A mask `[1, 1, Tq, Tk]`, float32, filled with the index of its function in `made`.
 
     Raises:
-        InternalError: the keywords are others.
+        InternalError: the keywords are unknown.
     """
     known = {"kv_length", "mask_function"} <= given.keys()
     if known and "q_length" in given:
@@ -117,21 +121,24 @@ def make_mask(made: list[MaskFunction], **given: Any) -> Tensor:
     elif known and "cache_position" in given:
         queries = int(given["cache_position"].shape[0])
     else:
-        raise InternalError(f"transformers makes masks by keywords that are not known: {', '.join(sorted(given))}")
+        raise InternalError(f"transformers makes masks with unknown keywords: {', '.join(sorted(given))}")
     made.append(given["mask_function"])
     return torch.full((1, 1, queries, int(given["kv_length"])), float(len(made) - 1))
 
 
 @contextmanager
-def tokens_alone(model: Any, masks: bool = True) -> Iterator[list[AttentionCall]]:
-    """While it lasts, every token attends to itself only; calls of attention are collected.
+def tokens_alone(model: Any, masks: bool = True) -> Iterator[list[ProbedCall]]:
+    """Makes every token attend to itself only, inside the context. Yields a list that collects the attention calls.
 
     Args:
-        masks: masks are made, and each call's is recognized; else the interface has none, as during the export.
+        masks: True to make masks and recognize the mask of each call; False to pass none, as during export.
+
+    Raises:
+        ModelError: inside the context, if an attention call does not have one key per token.
     """
     from transformers.masking_utils import AttentionMaskInterface
 
-    calls: list[AttentionCall] = []
+    calls: list[ProbedCall] = []
     made: list[MaskFunction] = []
 
     def attend(
@@ -148,10 +155,10 @@ def tokens_alone(model: Any, masks: bool = True) -> Iterator[list[AttentionCall]
         if key.shape[2] != query.shape[2]:
             raise ModelError(
                 f"attention of {caller} has {key.shape[2]} keys for {query.shape[2]} queries",
-                "A KV cache holds one key per token, so it can't be converted.",
+                "A KV cache stores one key per token, so the model can't be converted.",
             )
-        mask = _known(attention_mask, made)
-        calls.append(AttentionCall(caller, int(sliding_window or 0), mask, attention_mask is not None and mask is None))
+        mask = _function_of(attention_mask, made)
+        calls.append(ProbedCall(caller, int(sliding_window or 0), mask, attention_mask is not None and mask is None))
         return own_value(query, key, value), None
 
     with attention_as(model, attend):
@@ -163,14 +170,19 @@ def tokens_alone(model: Any, masks: bool = True) -> Iterator[list[AttentionCall]
             AttentionMaskInterface._global_mapping.pop(ATTENTION_NAME, None)
 
 
-def mask_reach(model: Any, positions: int, offset: int) -> int:
-    """How many of `positions` may be used before a mask is another one than its attention call says.
+def mask_limit(model: Any, positions: int, offset: int) -> int:
+    """Finds the largest number of positions up to which every mask equals the declaration of its attention call.
 
-    All of them where it is another one from the start: then the model is refused, not cut short. All of them, too, for
-    a model that fails with another attention: it is captured with its masks in its graph, where they are checked.
+    Returns `positions`, no limit, in two other cases: if a mask differs from the start, because capture refuses such a
+    model; and if the model does not run with another attention, because its masks are then captured and checked.
+
+    Args:
+        positions: number of positions of the model.
+        offset: constant that the model adds to positions 0, 1, 2, ...
 
     Raises:
         ModelError: an attention call does not have one key per token.
+        InternalError: transformers passes keywords that `make_mask` does not know.
     """
     if not model._can_set_attn_implementation():
         return positions
@@ -179,16 +191,16 @@ def mask_reach(model: Any, positions: int, offset: int) -> int:
     if alone.failure:
         return positions
 
-    def as_told(count: int) -> bool:
-        return all(call.is_as_told(count) for call in alone.calls)
+    def as_declared(count: int) -> bool:
+        return all(call.mask_is_as_declared(count) for call in alone.calls)
 
-    if as_told(positions) or not as_told(min(_TOKENS, positions)):
+    if as_declared(positions) or not as_declared(min(_TOKENS, positions)):
         return positions
-    return largest(as_told, _TOKENS, min(positions, MOST_POSITIONS))
+    return largest(as_declared, _TOKENS, min(positions, MOST_POSITIONS))
 
 
-def _known(mask: Tensor | None, made: list[MaskFunction]) -> MaskFunction | None:
-    """The function behind the mask that a call was given; None if it is none of them."""
+def _function_of(mask: Tensor | None, made: list[MaskFunction]) -> MaskFunction | None:
+    """Returns the function of a mask that `make_mask` made; None for any other mask."""
     if mask is None or not mask.is_floating_point() or mask.numel() == 0 or bool((mask != mask.reshape(-1)[0]).any()):
         return None
     number = float(mask.reshape(-1)[0])

@@ -1,7 +1,7 @@
-"""How a model counts positions: what it adds to 0, 1, 2, ... by itself, and where its graph counts without asking.
+"""Runs a model at explicit positions, and finds its position offset.
 
-Some models start counting later than 0 (a learned table with rows kept free), others have no input for positions and
-count rows. Packed tokens of many sequences need every position to come from the input.
+Some models number positions from a constant above 0 (a learned table with reserved rows); others have no input for
+positions. Packed steps pass the position of every token, so the offset must be known.
 """
 
 from __future__ import annotations
@@ -15,29 +15,34 @@ from torch import Tensor
 from lragent.errors import LRAgentError, ModelError, shortened
 
 POSITIONS = "position_ids"
-# Offsets that are tried; tables keep a row or two free for padding.
+# Offsets to try; learned tables reserve one or two rows for padding.
 OFFSETS = range(8)
 _TOKENS = 8
 
 
 def takes_positions(model: Any) -> bool:
-    """Returns true if the model's forward declares an input for positions, or takes any keyword."""
+    """True if the model's forward has an input for positions, or accepts any keyword."""
     inputs = inspect.signature(model.forward).parameters
     return POSITIONS in inputs or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inputs.values())
 
 
 def logits_at(model: Any, ids_1T: Tensor, positions_1T: Tensor | None) -> Tensor:
-    """Logits `[1, T, vocab]` of one forward without a cache; positions are passed if there is an input for them."""
+    """Runs one forward without a cache and returns logits `[1, T, vocab]`.
+
+    Args:
+        ids_1T: token ids `[1, T]`, int64.
+        positions_1T: position ids `[1, T]`, passed if the model has an input for them; None: none are passed.
+    """
     at = {POSITIONS: positions_1T} if positions_1T is not None and takes_positions(model) else {}
     logits: Tensor = model(input_ids=ids_1T, use_cache=False, **at).logits
     return logits
 
 
 def require_logits_at(model: Any, ids_1T: Tensor, positions_1T: Tensor | None) -> Tensor:
-    """The same, without gradients.
+    """`logits_at` without gradients.
 
     Raises:
-        ModelError: the model doesn't run.
+        ModelError: the model does not run.
     """
     try:
         with torch.no_grad():
@@ -53,17 +58,18 @@ def require_logits_at(model: Any, ids_1T: Tensor, positions_1T: Tensor | None) -
 
 
 def position_offset(model: Any, vocab_size: int) -> int:
-    """Finds the constant that must be added to positions 0, 1, 2, ... to get the logits that no positions give.
+    """Finds the constant that the model adds to positions 0, 1, 2, ... when none are passed.
 
-    It is 0 for a model without an input for positions.
+    It is the offset at which explicit positions give the same logits, to the bit. Returns 0 if there is none in
+    `OFFSETS`, or if the model has no input for positions.
 
     Raises:
-        ModelError: the model doesn't run.
+        ModelError: the model does not run.
     """
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids = torch.tensor([[i for i in range(_TOKENS + 1) if i != padding][:_TOKENS]]) % vocab_size
-    untold = require_logits_at(model, ids, None)
+    expected = require_logits_at(model, ids, None)
     for offset in OFFSETS if takes_positions(model) else ():
-        if torch.equal(require_logits_at(model, ids, torch.arange(_TOKENS)[None] + offset), untold):
+        if torch.equal(require_logits_at(model, ids, torch.arange(_TOKENS)[None] + offset), expected):
             return offset
     return 0

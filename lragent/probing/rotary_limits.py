@@ -1,7 +1,7 @@
-"""Rotary frequencies that depend on how long a text is: up to where they stay the same, and a model that keeps them.
+"""Length-dependent RoPE (longrope, dynamic): the position limit below which the rotary frequencies are constant.
 
-Some kinds (`longrope`, `dynamic`) choose the frequencies of all tokens of a call by its largest position. A key that is
-cached was rotated once and for all, so only positions below the first such change can be served exactly.
+These kinds choose the frequencies of all tokens of a call by its largest position. A cached key is rotated only once,
+so only positions below the first change can be served exactly.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ from torch.utils._pytree import tree_flatten, tree_map
 from lragent.probing.bisection import largest
 from lragent.probing.position_offset import require_logits_at, takes_positions
 
-# No size of a head, so that the axis of tokens is told apart.
+# Number of probed tokens; no head dim has this size, so it identifies the token axis.
 _TOKENS = 11
 
 
-def position_reach(model: Any, positions: int, offset: int) -> int:
-    """How many of `positions` may be used before a later one changes what the model computes of positions below it.
+def rotary_limit(model: Any, positions: int, offset: int) -> int:
+    """Finds the largest number of positions for which the last one does not change the values of earlier ones.
 
-    Every module that takes positions and holds no weights is run by itself, so that answers are compared to the bit.
+    Runs each module that takes positions and has no weights separately, so that results can be compared to the bit.
 
     Args:
-        offset: what the model adds to positions 0, 1, 2, ...
+        positions: number of positions of the model.
+        offset: constant that the model adds to positions 0, 1, 2, ...
 
     Raises:
-        ModelError: the model doesn't run.
+        ModelError: the model does not run.
     """
     calls = _calls_with_positions(model, offset)
     try:
-        return min((_reach(call, positions, offset) for call in calls), default=positions)
+        return min((_limit_of(call, positions, offset) for call in calls), default=positions)
     finally:
         for call in calls:
-            call.run(call.positions)  # modules remember the frequencies of their last call
+            call.run(call.positions)  # modules keep the frequencies of their last call
 
 
 @contextmanager
 def steady_frequencies(model: nn.Module) -> Iterator[None]:
-    """While it lasts, modules don't choose frequencies by the largest position, but keep those of their last call."""
+    """Makes rotary modules keep the frequencies of their last call, inside the context."""
     changed = [(module, plain) for module in model.modules() if (plain := _undecorated(type(module).forward))]
     for module, plain in changed:
         module.forward = MethodType(plain, module)
@@ -55,16 +56,20 @@ def steady_frequencies(model: nn.Module) -> Iterator[None]:
 
 
 class _Call:
-    """One call of a module, to be run again at other positions."""
+    """A recorded call of a module, which can be repeated at other positions."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor) -> None:
         self.module, self.args, self.kwargs, self.positions = module, args, kwargs, positions
 
     def run(self, positions_1T: Tensor) -> list[Tensor]:
-        """What it gives for all tokens but the last, as tensors whose first axis is tokens; others as they are."""
+        """Repeats the call at `positions_1T`.
+
+        Returns:
+            The output tensors. Tensors with a token axis have it first and lack the last token.
+        """
 
         def moved(value: Any) -> Any:
-            return positions_1T.expand_as(value) if _holds(value, self.positions) else value
+            return positions_1T.expand_as(value) if _is_positions(value, self.positions) else value
 
         with torch.no_grad():
             out = self.module(*tree_map(moved, self.args), **tree_map(moved, self.kwargs))
@@ -72,8 +77,8 @@ class _Call:
         return [t.movedim(t.shape.index(_TOKENS), 0)[:-1].clone() if _TOKENS in t.shape else t.clone() for t in tensors]
 
 
-def _reach(call: _Call, positions: int, offset: int) -> int:
-    """The largest count at which the last position leaves the earlier ones' values alone."""
+def _limit_of(call: _Call, positions: int, offset: int) -> int:
+    """Returns the largest number of positions for which the last one does not change the values of earlier ones."""
 
     def with_last(last: int) -> Tensor:
         return torch.tensor([[*range(_TOKENS - 1), last]]) + offset
@@ -90,12 +95,12 @@ def _reach(call: _Call, positions: int, offset: int) -> int:
 
 
 def _calls_with_positions(model: Any, offset: int) -> list[_Call]:
-    """Calls of modules without weights that are given the positions, in one pass over a few tokens."""
+    """Records the calls of modules that take the positions and have no weights, in one forward over a few tokens."""
     positions = torch.arange(_TOKENS)[None] + offset
     calls: list[_Call] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = any(_holds(value, positions) for value in tree_flatten((args, kwargs))[0])
+        given = any(_is_positions(value, positions) for value in tree_flatten((args, kwargs))[0])
         if given and next(module.parameters(), None) is None:
             calls.append(_Call(module, args, kwargs, positions))
 
@@ -110,15 +115,15 @@ def _calls_with_positions(model: Any, offset: int) -> list[_Call]:
     return calls
 
 
-def _holds(value: Any, positions_1T: Tensor) -> bool:
-    """Whether a value is the positions, perhaps repeated."""
+def _is_positions(value: Any, positions_1T: Tensor) -> bool:
+    """True if a value is a tensor of the positions, possibly broadcast."""
     if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
         return False
     return value.dim() > 0 and value.shape[-1] == _TOKENS and bool((value == positions_1T).all())
 
 
 def _undecorated(forward: Any) -> Any:
-    """A forward pass beneath transformers' decorator that chooses frequencies by the largest position; else None."""
+    """Returns the forward inside transformers' `dynamic_rope_update` decorator; None if it is not decorated."""
     from transformers.modeling_rope_utils import dynamic_rope_update
 
     decorator = dynamic_rope_update(lambda module, x, position_ids: None).__code__

@@ -1,1 +1,1 @@
-"""The contract of compiled program and runtime: cache schema, step inputs, dtypes."""
+"""The contract between compiled program and runtime: cache schema, step inputs, dtypes."""

@@ -1,4 +1,4 @@
-"""One agent of a program: a named adapter, or a spare slot for one."""
+"""An agent of a program: a named adapter, or a spare agent slot."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Agent:
-    """A named adapter.
+    """A named adapter, or a spare agent slot.
 
     Args:
-        digest: sha256 of its weights; "" for a spare slot.
-        rank: its largest rank.
-        scalings: the different scalings in use, in increasing order.
-        targets: FQNs of the modules that it adapts.
+        name: the agent's name; `~1`, `~2`, ... for spare slots.
+        digest: sha256 of the weights; "" for a spare slot.
+        rank: largest rank of any module.
+        scalings: distinct scalings of the modules, in increasing order.
+        targets: FQNs of the adapted modules.
     """
 
     name: str
@@ -24,5 +25,5 @@ class Agent:
 
     @property
     def spare(self) -> bool:
-        """True for a slot without adapter; nobody can act in it."""
+        """True for an agent slot without adapter; no agent can act in it."""
         return not self.digest

@@ -3,10 +3,10 @@
 The passes derive a `CacheSchema` from the graph, the runtime allocates tensors from it, and the kernels read the LR
 directories. Legend: P = tokens per page, H = KV heads, D = head dim, N = agents (without `base`), r = rank.
 
-Base streams are one tensor per layer and stream, `[pages, H, P, D]`. The low-rank (LR) stream `x A` of one projection
-is one flat tensor of blocks, each `[pages, P, r]`. In "per_agent" each agent with an adapter owns a block; in
-"distinct" agents with equal A share one. Page `p` of a block belongs to base page `p`: one page table serves both.
-Page 0 is the scratch page: writes to its slots are discarded.
+Base K and V of a layer are one tensor each, `[pages, H, P, D]`. The low-rank (LR) stream `x A` of a projection is one
+flat tensor of blocks, each `[pages, P, r]`. With "per_agent" blocks, each agent with an adapter has its own block; with
+"distinct" blocks, agents with equal A share one. Page `p` of a block belongs to base page `p`, so one page table serves
+both. Page 0 is the scratch page: writes to its slots are discarded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ LR_OFFSET, LR_RANK, LR_SOURCE, LR_WRITES = range(4)
 class BaseStreams:
     """Base K and V of one attention layer.
 
-    `index` counts attention ops in graph order.
+    Args:
+        index: number of the attention op, in graph order.
+        kv_heads: number of KV heads.
+        k_dim, v_dim: dimension of a K head and of a V head.
     """
 
     index: int
@@ -40,6 +43,7 @@ class BaseStreams:
 
     @property
     def numbers_per_token(self) -> int:
+        """Cached numbers per token, K and V together."""
         return self.kv_heads * (self.k_dim + self.v_dim)
 
 
@@ -49,8 +53,8 @@ class LowRankStream:
 
     Args:
         module: FQN of the projection, for messages and manifests.
-        ranks: rank per agent, 0 where the agent has no adapter on this projection; length N.
-        shares_a_with: per agent, index of the first agent whose A is bit-equal here (itself if none); length N.
+        ranks: rank per agent, length N; 0 where the agent has no adapter on this projection.
+        shares_a_with: per agent, index of the first agent with a bit-equal A (its own index if none); length N.
         held: per agent, True if the cache stores its LR values; empty: all agents. Other agents can't act.
     """
 
@@ -61,7 +65,7 @@ class LowRankStream:
 
     @property
     def width(self) -> int:
-        """Columns of `x @ A_cat.T`, each distinct A once."""
+        """Number of columns of `x @ A_cat.T`, which contains each distinct A once."""
         return sum(r for a, r in enumerate(self.ranks) if self.shares_a_with[a] == a)
 
     def source_columns(self) -> tuple[int, ...]:
@@ -75,7 +79,7 @@ class LowRankStream:
         return tuple(starts[self.shares_a_with[a]] for a in range(len(self.ranks)))
 
     def block_owners(self, lr_blocks: LrBlocks) -> tuple[int, ...]:
-        """Agents that own an LR block and write it: of agents that share a block, the first that is held."""
+        """Agents that own and write an LR block. The owner of a shared block is its first agent with `held` true."""
         owners: dict[int, int] = {}
         for agent, rank in enumerate(self.ranks):
             if rank > 0 and (not self.held or self.held[agent]):
@@ -83,10 +87,14 @@ class LowRankStream:
         return tuple(sorted(owners.values()))
 
     def lr_directory(self, lr_blocks: LrBlocks, pages: int, page_size: int) -> torch.Tensor:
-        """Offset of each agent's LR block in the flat tensor: int64 `[N + 1, 4]`.
+        """Builds the LR directory, int64 `[N + 1, 4]`: the location of each agent's block in the flat tensor.
 
         Row = agent id (0 = base, rank 0). Fields: element offset of the block, rank, first source column in
-        `x @ A_cat.T`, and 1 if this agent's row writes the block.
+        `x @ A_cat.T`, and 1 if this agent writes the block, else 0.
+
+        Args:
+            pages: pages of the cache, including the scratch page.
+            page_size: tokens per page.
         """
         offset = 0
         offsets: dict[int, int] = {}  # by agent (per_agent), or by first agent with this A (distinct)
@@ -105,13 +113,20 @@ class LowRankStream:
         return torch.tensor(rows, dtype=torch.int64)
 
     def elements(self, lr_blocks: LrBlocks, pages: int, page_size: int) -> int:
-        """Length of the flat tensor; at least 2, which programs are exported for."""
+        """Length of the flat tensor in elements; at least 2, the minimum that programs are exported with."""
         return max(2, pages * page_size * sum(self.ranks[a] for a in self.block_owners(lr_blocks)))
 
 
 @dataclass(frozen=True)
 class CacheSchema:
-    """All cache tensors of one lowered program."""
+    """All cache tensors of one lowered program.
+
+    Args:
+        layout: "split": base K/V and LR streams; "dense": one complete K/V.
+        agents: names of the N agents, without `base`.
+        base: per attention layer.
+        low_rank: per projection with an LR stream.
+    """
 
     layout: Layout
     agents: tuple[str, ...]
@@ -119,13 +134,18 @@ class CacheSchema:
     low_rank: tuple[LowRankStream, ...]
 
     def holding(self, names: Collection[str]) -> CacheSchema:
-        """The schema of a cache that stores LR values of these agents only."""
+        """Returns the schema of a cache that stores LR values only for the agents `names`."""
         held = tuple(name in names for name in self.agents)
         return replace(self, low_rank=tuple(replace(stream, held=held) for stream in self.low_rank))
 
     def base_numbers_per_token(self) -> int:
+        """Numbers of base K and V per token, over all layers."""
         return sum(layer.numbers_per_token for layer in self.base)
 
     def lr_numbers_per_token(self, agent: int, lr_blocks: LrBlocks) -> int:
-        """Numbers per token in the LR blocks that agent (0-based, without base) owns, over all layers."""
+        """Numbers per token in the LR blocks that an agent owns, over all layers.
+
+        Args:
+            agent: index in `agents`.
+        """
         return sum(s.ranks[agent] for s in self.low_rank if agent in s.block_owners(lr_blocks))

@@ -1,4 +1,4 @@
-"""Defaults of engine options, shared by the Python API, the engine and the command line; the import is light."""
+"""Defaults of engine options for the Python API, the engine and the command line. Importing this module is cheap."""
 
 SHARING = "base_lr_shared"
 KV_MEMORY = "2GiB"

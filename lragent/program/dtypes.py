@@ -1,4 +1,4 @@
-"""The two cache layouts, and dtypes by name."""
+"""Names of cache layouts and of supported dtypes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """Raises RequestError for a dtype that is not supported."""
+    """Returns a dtype by name.
+
+    Raises:
+        RequestError: the dtype is not supported.
+    """
     if name not in DTYPES:
         raise RequestError(f"unknown dtype {name!r}", f"Use one of {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype, without "torch."."""
     return str(dtype).removeprefix("torch.")

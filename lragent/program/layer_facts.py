@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """The projections whose LR columns an attention op reads (None: no adapter), and its key transform in words.
+    """Facts about one attention op.
 
-    `index` counts attention ops in graph order.
+    Args:
+        index: number of the attention op, in graph order.
+        k_module, v_module: FQN of the projection whose LR stream K or V is computed from; None: no adapter.
+        key_transform: description of the transform between key projection and attention.
     """
 
     index: int

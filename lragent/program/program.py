@@ -16,8 +16,13 @@ from lragent.program.step import CacheTensors, StepInputs
 class Program:
     """A lowered model that the runtime can run.
 
-    `run(step, cache)` takes a step on the CPU and a cache on the program's device. It returns float32 logits
-    `[R, vocab]`, after the model's own softcap, and writes the cache.
+    Args:
+        schema: layout of the cache that it reads and writes.
+        agents: the N agents; agent id = index + 1.
+        max_positions: largest number of positions of a trajectory.
+        run: takes a step on the CPU and a cache on the program's device, and writes the cache. Returns float32 logits
+            `[R, vocab]`, after the model's softcap.
+        facts: for reports: backend, attention and its fallback, device, dtype.
     """
 
     schema: CacheSchema
@@ -25,13 +30,13 @@ class Program:
     max_positions: int
     vocab_size: int
     run: Callable[[StepInputs, CacheTensors], torch.Tensor]
-    facts: Mapping[str, str]  # for reports: backend, attention and its fallback, device, dtype
+    facts: Mapping[str, str]
 
 
 def run_flat(
     call: Callable[..., torch.Tensor],
 ) -> Callable[[StepInputs, CacheTensors], torch.Tensor]:
-    """Adapts a callable that takes all graph inputs positionally."""
+    """Adapts a callable over all graph inputs (`STEP_INPUTS`, then the cache) to the signature of `Program.run`."""
 
     def run(step: StepInputs, cache: CacheTensors) -> torch.Tensor:
         return call(*step.tensors(), *cache.tensors())

@@ -111,7 +111,7 @@ def test_damaged_manifest(artifact: Path, text: str) -> None:
 @pytest.mark.parametrize("wrong", [None, 5, "x"], ids=str)
 def test_an_entry_of_another_kind_is_found(artifact: Path, wrong: object) -> None:
     whole = (artifact / "manifest.json").read_text()
-    for name in ("agents", "layouts", "weights", "compiled", "slot_ranks"):
+    for name in ("agents", "layouts", "weights", "compiled", "agent_slot_ranks"):
         _edit(artifact, **{name: wrong})
         with pytest.raises(ArtifactError, match="is damaged"):
             read_manifest(artifact)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lragent.artifact.compiled_files import CompiledKey, place_compiled, unit_of
-from lragent.compile.segments.plan import Plan, write_plan
+from lragent.compile.segments.plan import SegmentPlan, write_plan
 from lragent.errors import ArtifactError
 from lragent.files.checked_file import describe_file
 from lragent.kernels.dispatch import IMPLEMENTATIONS, graphs
@@ -39,7 +39,7 @@ def test_a_package_and_a_plan_have_their_own_places(tmp_path: Path) -> None:
     (built / "program.pt2").write_bytes(b"package")
     package = place_compiled(built / "program.pt2", directory, "cpu", KEY)
     assert package.path == f"compiled/cpu/{KEY}.pt2" and unit_of(package) == "model"
-    plan = write_plan(Plan((describe_file(built, "program.pt2"),), (), "value:x"), built)
+    plan = write_plan(SegmentPlan((describe_file(built, "program.pt2"),), (), "value:x"), built)
     entry = place_compiled(plan, directory, "cpu", KEY)
     folder = Path(entry.path).parent
     assert folder.name.startswith(f"{KEY}-") and unit_of(entry) == "layer"

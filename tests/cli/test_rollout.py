@@ -185,7 +185,7 @@ def test_a_workflow_file_that_exits_is_named(workplace: Workplace) -> None:
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        (("--device", "cuda:99"), "is not there"),
+        (("--device", "cuda:99"), "does not exist"),
         (("--device", "warp"), "unknown device 'warp'"),
         (("--device", "meta"), "don't run on device 'meta'"),
         (("--threads", "100000"), "threads is 100000"),

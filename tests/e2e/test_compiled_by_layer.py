@@ -105,7 +105,7 @@ def test_damaged_segments_are_found_before_anything_runs(artifact: Path) -> None
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"format": 2}, "format 2, not 1"), ({"result": "value:x"}, "names 'value:x'"), ({"calls": 1}, "TypeError")],
+    [({"format": 2}, "format 2, expected 1"), ({"result": "value:x"}, "names 'value:x'"), ({"calls": 1}, "TypeError")],
 )
 def test_a_plan_that_means_nothing(artifact: Path, changes: dict[str, object], says: str) -> None:
     """With a manifest that vouches for it."""
@@ -150,7 +150,7 @@ def test_a_graph_that_can_not_be_cut_is_compiled_whole_and_says_why(tmp_path: Pa
     schema = CacheSchema("dense", ("one",), (), ())
     module = fx.GraphModule(torch.nn.Module(), graph)
     compiled = compile_graph(module, schema, torch.float32, "torch", "layer", tmp_path)
-    assert (compiled.file.name, compiled.refusal) == ("program.pt2", "it has no attention op")
+    assert (compiled.file.name, compiled.refusal) == ("program.pt2", "the graph has no attention op")
     step = example_step(1)
     step.token_ids.copy_(torch.arange(6))
     assert torch.equal(load_compiled(compiled.file, schema, {}, CPU)(*step.tensors()), step.logits_rows)

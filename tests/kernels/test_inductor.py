@@ -70,7 +70,9 @@ def _shapes(name: str, decode: bool) -> dict[int, Any] | None:
         "v_cache": {0: pages},
         "seq_starts": {0: tokens + 1} if decode else None,
         "context_lens_S": {0: seqs} if decode else None,
-        "page_table_SM": {0: seqs, 1: dim("columns", min=1, max=1 << 20)} if decode else {1: dim("columns", min=1)},
+        "page_table_SM": {0: seqs, 1: dim("pages_per_seq", min=1, max=1 << 20)}
+        if decode
+        else {1: dim("pages_per_seq", min=1)},
         "lr_k": {0: dim("k_elements", min=2, max=1 << 40)},
         "lr_v": {0: dim("v_elements", min=2, max=1 << 40)},
     }.get(name)

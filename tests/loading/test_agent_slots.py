@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lragent.capture.capture import capture
-from lragent.loading.agent_slots import fit, groups_of, slots_of
+from lragent.loading.agent_slots import fit, groups_of, agent_slots_of
 from lragent.loading.model import LoadedModel, load_live
 from lragent.passes.pipeline import transform
 from tests.passes.tiny_lm import Tiny
@@ -42,13 +42,13 @@ CASES = [
 def test_slots_and_program_agree_on_who_shares_an_a(make: object, group: tuple[int, ...]) -> None:
     assert callable(make)
     loaded = make()
-    assert groups_of(loaded) == slots_of(loaded, spare=0).groups == {MODULE: group}
+    assert groups_of(loaded) == agent_slots_of(loaded, spare=0).groups == {MODULE: group}
     (stream,) = transform(capture(loaded), "split").schema.low_rank
     assert stream.group == group
 
 
 def test_a_fitted_model_keeps_the_groups_of_its_slots() -> None:
     apart = _loaded(shared_a=False)
-    slots = slots_of(apart, spare=1)
+    slots = agent_slots_of(apart, spare=1)
     assert slots.groups == {MODULE: (0, 1, 2, 3)}
     assert groups_of(fit(_loaded(), slots)) == {MODULE: (0, 1, 2, 3)}  # equal A now, other columns still

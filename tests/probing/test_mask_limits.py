@@ -15,7 +15,7 @@ import lragent
 from lragent.capture.capture import capture
 from lragent.errors import InternalError, ModelError
 from lragent.loading.model import load_live
-from lragent.probing.mask_limits import AttentionCall, make_mask, mask_reach, tokens_alone
+from lragent.probing.mask_limits import ProbedCall, make_mask, mask_limit, tokens_alone
 from tests.coverage.tiny_config import POSITIONS, tiny_config
 from tests.coverage.tiny_model import AGENTS, adapted_model, logits, plain_model
 from tests.passes import tiny_lm
@@ -40,20 +40,20 @@ def test_calls_are_collected_with_the_masks_that_they_get() -> None:
     with tokens_alone(model) as calls:
         logits(model, [5, 40, 77])
     assert [call.window for call in calls] == [WINDOW, 0]
-    assert all(call.mask is not None and call.is_as_told(POSITIONS) for call in calls)
-    assert not any(AttentionCall("", WINDOW - call.window, call.mask).is_as_told(POSITIONS) for call in calls)
+    assert all(call.mask is not None and call.mask_is_as_declared(POSITIONS) for call in calls)
+    assert not any(ProbedCall("", WINDOW - call.window, call.mask).mask_is_as_declared(POSITIONS) for call in calls)
 
 
 def test_chunks_end_the_positions_that_are_served() -> None:
     model = plain_model("llama4_text")
-    assert mask_reach(model, POSITIONS, 0) == CHUNK
-    assert mask_reach(plain_model("gemma2"), POSITIONS, 0) == POSITIONS
+    assert mask_limit(model, POSITIONS, 0) == CHUNK
+    assert mask_limit(plain_model("gemma2"), POSITIONS, 0) == POSITIONS
 
 
 @pytest.mark.parametrize("told", [WINDOW, None, WINDOW + 1])
 def test_a_window_that_attention_is_not_told_of_ends_them_too(told: int | None) -> None:
     reach = {WINDOW: POSITIONS, None: WINDOW, WINDOW + 1: WINDOW}
-    assert mask_reach(_windowed(told), POSITIONS, 0) == reach[told]
+    assert mask_limit(_windowed(told), POSITIONS, 0) == reach[told]
 
 
 def test_a_mask_that_is_another_one_from_the_start_is_refused() -> None:
@@ -103,8 +103,8 @@ def test_masks_are_known_again_under_both_signatures_of_transformers(of_query: d
             **of_query,
         )
         assert mask.shape == (1, 1, 7, 7) and made[int(mask[0, 0, 0, 0])] is function
-    assert [AttentionCall("", 0, f).is_as_told(CHUNK) for f in made] == [True, True]
-    assert [AttentionCall("", 0, f).is_as_told(CHUNK + 1) for f in made] == [True, False]
+    assert [ProbedCall("", 0, f).mask_is_as_declared(CHUNK) for f in made] == [True, True]
+    assert [ProbedCall("", 0, f).mask_is_as_declared(CHUNK + 1) for f in made] == [True, False]
 
 
 def test_another_signature_is_an_error_that_names_it() -> None:
@@ -116,13 +116,13 @@ def test_another_signature_is_an_error_that_names_it() -> None:
 
 def test_chunks_are_found_where_masks_are_made_as_in_transformers_5_0(monkeypatch: pytest.MonkeyPatch) -> None:
     _register_with(monkeypatch, lambda q_length, q_offset, device, **given: {"cache_position": torch.arange(q_length)})
-    assert mask_reach(plain_model("llama4_text"), POSITIONS, 0) == CHUNK
+    assert mask_limit(plain_model("llama4_text"), POSITIONS, 0) == CHUNK
 
 
 def test_an_unknown_signature_does_not_switch_the_check_off(monkeypatch: pytest.MonkeyPatch) -> None:
     _register_with(monkeypatch, lambda q_length, q_offset, device, **given: {"queries": q_length})
     with pytest.raises(InternalError, match="queries"):
-        mask_reach(plain_model("llama4_text"), POSITIONS, 0)
+        mask_limit(plain_model("llama4_text"), POSITIONS, 0)
 
 
 def _register_with(monkeypatch: pytest.MonkeyPatch, of_query: Callable[..., dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from lragent.capture.capture import capture
 from lragent.errors import ModelError
 from lragent.loading.model import load_live
 from lragent.probing.position_offset import position_offset
-from lragent.probing.rotary_limits import position_reach
+from lragent.probing.rotary_limits import rotary_limit
 from tests.passes.tiny_lm import POSITIONS, VOCAB, Tiny, TinyLM
 
 
@@ -85,6 +85,6 @@ def test_near_miss_positions_that_depend_on_the_length_are_refused() -> None:
 
 def test_a_type_error_from_inside_is_not_a_missing_input() -> None:
     model = _with_forward(BrokenByPositions).get_base_model()
-    for check in (lambda: position_offset(model, VOCAB), lambda: position_reach(model, POSITIONS, 0)):
+    for check in (lambda: position_offset(model, VOCAB), lambda: rotary_limit(model, POSITIONS, 0)):
         with pytest.raises(ModelError, match=r"on token ids and positions: forward\(\) got an unexpected"):
             check()

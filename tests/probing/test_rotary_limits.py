@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from lragent.capture.capture import capture
 from lragent.errors import ModelError
 from lragent.loading.model import load_live
-from lragent.probing.rotary_limits import position_reach, steady_frequencies
+from lragent.probing.rotary_limits import rotary_limit, steady_frequencies
 from tests.coverage.rotary import ROTARY, SWITCH
 from tests.coverage.tiny_config import POSITIONS
 from tests.coverage.tiny_model import plain_model
@@ -30,7 +30,7 @@ def _first_logits(model: Any, last: int) -> Tensor:
 @pytest.mark.parametrize("row", ROTARY)
 def test_reach_is_where_later_positions_change_earlier_tokens(row: str) -> None:
     model = plain_model(row)
-    reach = position_reach(model, POSITIONS, 0)
+    reach = rotary_limit(model, POSITIONS, 0)
     assert reach == (SWITCH if "longrope" in row else POSITIONS)
     assert torch.equal(_first_logits(model, 7), _first_logits(model, reach - 1))
     if "longrope" in row or "dynamic" in row:
@@ -40,7 +40,7 @@ def test_reach_is_where_later_positions_change_earlier_tokens(row: str) -> None:
 def test_reach_leaves_the_model_as_it_was() -> None:
     model = plain_model("llama with longrope")
     before, held = _first_logits(model, 7), {n: b.clone() for n, b in model.named_buffers()}
-    position_reach(model, POSITIONS, 0)
+    rotary_limit(model, POSITIONS, 0)
     assert all(torch.equal(b, held[n]) for n, b in model.named_buffers())
     assert torch.equal(_first_logits(model, 7), before)
 

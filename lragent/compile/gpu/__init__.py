@@ -1,1 +1,1 @@
-"""Steps on a GPU: one copy of the inputs, CUDA graphs of padded sizes."""
+"""Runs steps on a GPU: inputs in one copy, padded sizes, CUDA graphs."""

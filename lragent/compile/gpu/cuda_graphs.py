@@ -1,7 +1,8 @@
-"""Steps on a GPU: inputs go there in one copy, and steps that take longer to launch than to run become CUDA graphs.
+"""Runs steps on a GPU: copies the inputs in one transfer, and replays small steps as CUDA graphs.
 
-A step launches about twenty kernels a layer. Small steps are padded to few sizes (`packed_step.py`), and from the
-`RUNS_BEFORE_CAPTURE`-th step of a size on, one launch replays them all.
+A step launches about twenty kernels per layer, and a small step takes longer to launch than to run. Small steps are
+padded to few sizes (`packed_step.py`). After `RUNS_BEFORE_CAPTURE` steps of a size, a graph is captured; from then on
+one launch replays all kernels.
 """
 
 from __future__ import annotations
@@ -21,45 +22,52 @@ from lragent.program.step import CacheTensors, StepInputs
 
 log = logging.getLogger(__name__)
 
-# Steps of more tokens keep a GPU busy while they are launched.
+# Larger steps run longer than their launches take, so that graphs gain nothing.
 MOST_TOKENS = 1024
-# A graph's logits are held at its place in one buffer of that many rows.
+# Rows of the logits buffer that all graphs share.
 MOST_ROWS = 256
-# A size that comes once isn't worth a capture, which takes as long as a few steps without.
+# A capture takes as long as a few plain steps, so a size that occurs only once is not captured.
 RUNS_BEFORE_CAPTURE = 2
 MOST_GRAPHS = 128
-# Numbers that the buffer of inputs has room for at first; when it grows, all graphs are captured anew.
+# Initial capacity of the input buffer, in int64 numbers. When it grows, all graphs are captured again.
 LEAST_ROOM = 1 << 16
 
 
 @dataclass
 class _Seen:
-    """How often steps of a size ran without a graph, and their graph."""
+    """Number of steps of a size that ran without a graph, and the graph of that size."""
 
     runs: int = 0
     graph: torch.cuda.CUDAGraph | None = None
 
 
 class DeviceSteps:
-    """Runs steps, whose inputs lie on the CPU, through a callable over all graph inputs on a GPU.
+    """Runs steps whose inputs are on the CPU through a callable on a GPU.
 
     Args:
-        capture: whether steps may become CUDA graphs: nothing in `call` may look at the device's values.
+        call: takes all graph inputs on `device` and returns logits `[R, V]`.
+        device: a CUDA device with an index.
+        capture: True if steps may be captured as CUDA graphs. Then `call` must not read values back to the CPU.
     """
 
     def __init__(self, call: Callable[..., Tensor], device: torch.device, capture: bool) -> None:
         self._call = call
         self._device = device
         self._capture = capture
-        self._host = self._there = torch.empty(0, dtype=torch.int64)
+        self._host = self._on_device = torch.empty(0, dtype=torch.int64)
         self._copied: torch.cuda.Event | None = None
-        self._logits: Tensor | None = None  # [MOST_ROWS, V], where graphs leave theirs
+        self._logits: Tensor | None = None  # [MOST_ROWS, V], written by graphs
         self._cache: CacheTensors | None = None
         self._seen: OrderedDict[StepSizes, _Seen] = OrderedDict()
         self._pool: Any = None
 
     def run(self, step: StepInputs, cache: CacheTensors) -> Tensor:
-        """Logits `[R, V]` on the device; see `lragent.program.program.Program`."""
+        """Runs a step and returns logits `[R, V]` on the device; see `lragent.program.program.Program`.
+
+        Args:
+            step: inputs on the CPU.
+            cache: cache tensors on the device.
+        """
         sizes = sizes_of(step)
         larger = padded(sizes)
         with torch.cuda.device(self._device):
@@ -86,7 +94,7 @@ class DeviceSteps:
         return logits
 
     def _capture_graph(self, seen: _Seen, inputs: tuple[Tensor, ...], cache: CacheTensors) -> None:
-        """Captures a step of these inputs' sizes; a program that can't be captured is never tried again."""
+        """Captures a graph for the sizes of `inputs`. After a failed capture, no further one is tried."""
         assert self._logits is not None
         graph = torch.cuda.CUDAGraph()
         try:
@@ -94,32 +102,32 @@ class DeviceSteps:
                 logits = self._call(*inputs, *cache.tensors())
                 self._logits[: logits.shape[0]].copy_(logits)
         except RuntimeError as error:
-            log.warning("every kernel of a step is launched by itself, which is slower: no CUDA graph (%s)", error)
+            log.warning("no CUDA graph: the kernels of a step are launched one by one, which is slower (%s)", error)
             self._capture = False
             return
         seen.graph = graph
         self._pool = graph.pool()
-        held = [sizes for sizes, other in self._seen.items() if other.graph is not None]
-        for sizes in held[: len(held) - MOST_GRAPHS]:
+        captured = [sizes for sizes, other in self._seen.items() if other.graph is not None]
+        for sizes in captured[: len(captured) - MOST_GRAPHS]:
             del self._seen[sizes]
 
     def _forget(self, cache: CacheTensors | None) -> None:
-        """Drops graphs: they read the cache, and the buffer of inputs, that they were captured with."""
+        """Drops all graphs. They are bound to the cache and the input buffer that they were captured with."""
         self._seen.clear()
         self._pool = None
         self._cache = cache
 
     def _copy(self, step: StepInputs, sizes: StepSizes) -> tuple[Tensor, ...]:
-        """The step's inputs on the device, padded to `sizes`; they are overwritten by the next step's."""
+        """Copies the step's inputs to the device, padded to `sizes`. The next step overwrites them."""
         numbers = sizes.numbers()
-        if self._there.numel() < numbers:
+        if self._on_device.numel() < numbers:
             self._forget(self._cache)
             room = max(LEAST_ROOM, 2 * numbers)
-            self._host, self._there = (buffer_for(room, device) for device in (CPU, self._device))
+            self._host, self._on_device = (buffer_for(room, device) for device in (CPU, self._device))
         if self._copied is not None:
             self._copied.synchronize()
         pack(step, self._host, sizes)
-        self._there[:numbers].copy_(self._host[:numbers], non_blocking=True)
+        self._on_device[:numbers].copy_(self._host[:numbers], non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record()
-        return views(self._there, sizes)
+        return views(self._on_device, sizes)

@@ -1,6 +1,6 @@
-"""The inputs of a step side by side in one buffer, so that a GPU gets them in one copy; and padded to fewer sizes.
+"""Packs the inputs of a step into one buffer, so that one copy moves them to a GPU, and pads them to few sizes.
 
-Legend as in `program/step.py`: T = packed tokens, S = sequences, M = page table columns, R = logits rows, N = agents.
+Legend as in `program/step.py`: T = packed tokens, S = sequences, M = pages per sequence, R = logits rows, N = agents.
 """
 
 from __future__ import annotations
@@ -14,65 +14,66 @@ from torch import Tensor
 
 from lragent.program.step import STEP_INPUTS, StepInputs
 
-# Numbers (int64) that an input starts at a multiple of: kernels may count on addresses of 16 bytes.
+# Inputs start at multiples of this many int64 numbers: kernels may require 16-byte alignment.
 ALIGNMENT = 2
-LEAST_COLUMNS = 8
+LEAST_PAGES_PER_SEQ = 8
 
 
 @dataclass(frozen=True)
 class StepSizes:
-    """What the shapes of a step's inputs follow from."""
+    """The sizes that determine the shapes of a step's inputs."""
 
     tokens: int
     sequences: int
-    columns: int
+    pages_per_seq: int
     rows: int
     agents: int
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the inputs, in the order of `STEP_INPUTS`."""
-        of = {
+        shapes = {
             "logits_rows": (self.rows,),
             "lr_slots": (self.agents, self.tokens),
             "seq_starts": (self.sequences + 1,),
             "context_lens": (self.sequences,),
-            "page_table": (self.sequences, self.columns),
+            "page_table": (self.sequences, self.pages_per_seq),
         }
-        return tuple(of.get(name, (self.tokens,)) for name in STEP_INPUTS)
+        return tuple(shapes.get(name, (self.tokens,)) for name in STEP_INPUTS)
 
     def numbers(self) -> int:
-        """Numbers of all inputs, each aligned."""
+        """Length of the buffer that holds all inputs, in int64 numbers, alignment included."""
         return sum(_aligned(math.prod(shape)) for shape in self.shapes())
 
 
 def sizes_of(step: StepInputs) -> StepSizes:
+    """The sizes of a step's inputs."""
     agents, tokens = step.lr_slots.shape
-    sequences, columns = step.page_table.shape
-    return StepSizes(tokens, sequences, columns, step.logits_rows.numel(), agents)
+    sequences, pages_per_seq = step.page_table.shape
+    return StepSizes(tokens, sequences, pages_per_seq, step.logits_rows.numel(), agents)
 
 
 def padded(sizes: StepSizes) -> StepSizes:
-    """Sizes at most a quarter larger (columns: up to twice), of which there are few."""
+    """Rounds sizes up to few values: at most a quarter larger; `pages_per_seq` to a power of two, at least 8."""
     decodes = sizes.tokens == sizes.sequences
     sequences = rounded_up(sizes.sequences)
     return replace(
         sizes,
         sequences=sequences,
-        # A step of decodes stays one: that is how attention knows it.
+        # A decode-only step stays decode-only: attention recognizes it by tokens == sequences.
         tokens=sequences if decodes else max(rounded_up(sizes.tokens), sequences + 1),
         rows=max(rounded_up(sizes.rows), sequences),
-        columns=max(LEAST_COLUMNS, 1 << (sizes.columns - 1).bit_length()),
+        pages_per_seq=max(LEAST_PAGES_PER_SEQ, 1 << (sizes.pages_per_seq - 1).bit_length()),
     )
 
 
 def rounded_up(count: int) -> int:
-    """The least number that isn't below `count` and has at most three significant bits."""
+    """The smallest number >= `count` with at most three significant bits."""
     unit = 1 << max(0, count.bit_length() - 3)
     return -(-count // unit) * unit
 
 
 def views(buffer: Tensor, sizes: StepSizes) -> tuple[Tensor, ...]:
-    """A step's inputs of these sizes in a flat buffer, in the order of `STEP_INPUTS`."""
+    """Views of a flat buffer as the inputs of a step of these sizes, in the order of `STEP_INPUTS`."""
     parts: list[Tensor] = []
     start = 0
     for shape in sizes.shapes():
@@ -83,16 +84,16 @@ def views(buffer: Tensor, sizes: StepSizes) -> tuple[Tensor, ...]:
 
 
 def pack(step: StepInputs, buffer: Tensor, sizes: StepSizes) -> None:
-    """Writes a step into the front of a flat buffer on the CPU, padded to `sizes`.
+    """Writes a step into the first `sizes.numbers()` elements of a flat CPU buffer, padded to `sizes`.
 
-    Padding tokens belong to no sequence and write into the scratch page; padding sequences have no tokens; padding
-    rows of logits are those of token 0.
+    Padding tokens belong to no sequence and write to the scratch page. Padding sequences have no tokens. Padding
+    logits rows repeat token 0.
     """
     buffer[: sizes.numbers()] = 0
-    for name, part, there in zip(STEP_INPUTS, step.tensors(), views(buffer, sizes), strict=True):
+    for name, part, target in zip(STEP_INPUTS, step.tensors(), views(buffer, sizes), strict=True):
         if name == "seq_starts":
-            there.fill_(step.token_ids.numel())
-        _corner(there, part.shape).copy_(part)
+            target.fill_(step.token_ids.numel())
+        _corner(target, part.shape).copy_(part)
 
 
 def _corner(tensor: Tensor, shape: Iterable[int]) -> Tensor:
@@ -104,6 +105,6 @@ def _aligned(count: int) -> int:
 
 
 def buffer_for(numbers: int, device: torch.device) -> Tensor:
-    """An empty buffer; on the CPU in memory that a GPU copies from by itself, if there is a GPU."""
+    """Allocates an int64 buffer; CPU memory is pinned if a GPU is present, so that copies can be asynchronous."""
     pinned = device.type == "cpu" and torch.cuda.is_available()
     return torch.empty(numbers, dtype=torch.int64, device=device, pin_memory=pinned)

@@ -1,6 +1,6 @@
-"""A lowered graph as a chain of segments, of which those that are alike are compiled once.
+"""Splits a lowered graph into a chain of segments and compiles equal segments once.
 
-`shapes` finds the size of every value, `cut` says which segment a node is in, `build` makes a graph of each, `kinds`
-tells which are the same, `compile_segments` compiles one of each kind, `plan` is the file that says what is called
-with what, and `run` calls it.
+`shapes` infers the shape of every value, `cut` assigns nodes to segments, `build` makes a graph per segment, `kinds`
+groups equal segments, `compile_segments` compiles one segment per kind, `plan` stores the calls and their arguments in
+a file, and `run` executes it.
 """

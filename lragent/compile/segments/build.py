@@ -1,4 +1,4 @@
-"""A graph of its own for each segment: weights, cache tensors, step inputs and other segments' values are inputs."""
+"""Builds a graph per segment. Its inputs are weights, cache tensors, step inputs and values of other segments."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Segment:
+class GraphSegment:
     """A part of a lowered graph.
 
     Args:
-        graph: takes its inputs in order and returns a tuple; all are contiguous.
-        inputs, outputs: where each comes from and how it is called, see `lragent.compile.segments.plan`.
-        shapes, dtypes: of the inputs.
+        graph: takes the inputs in order and returns a tuple; all tensors are contiguous.
+        inputs: source of each input, as in `lragent.compile.segments.plan`.
+        outputs: names of the values that it returns, with the prefix "value:".
+        shapes, dtypes: shape and dtype of each input.
     """
 
     graph: fx.GraphModule
@@ -33,11 +34,19 @@ class Segment:
     dtypes: tuple[torch.dtype, ...]
 
 
-def build(graph: fx.GraphModule, cut: Cut, forms: Mapping[fx.Node, Form]) -> tuple[list[Segment], str]:
-    """The segments in the order in which they run, and the name of the value that is the graph's result.
+def build(graph: fx.GraphModule, cut: Cut, forms: Mapping[fx.Node, Form]) -> tuple[list[GraphSegment], str]:
+    """Builds the graphs of all segments.
+
+    Args:
+        graph: the lowered graph.
+        cut: the segment of each node.
+        forms: the form of each node's value (`lragent.compile.segments.shapes.forms`).
+
+    Returns:
+        The segments in execution order, and the name of the value that is the graph's result.
 
     Raises:
-        CannotCut: a value that goes across has a size of its own.
+        CannotCut: a value that crosses a cut has a size that is neither fixed nor a named size of the step.
     """
     (result,) = graph.graph.output_node().all_input_nodes
     builders = [_Builder(graph, cut, forms, number) for number in range(cut.count)]
@@ -48,10 +57,10 @@ def build(graph: fx.GraphModule, cut: Cut, forms: Mapping[fx.Node, Form]) -> tup
 
 
 class _Builder:
-    """Builds one segment's graph, node by node in the order of the whole graph."""
+    """Builds the graph of one segment, node by node, in the order of the whole graph."""
 
     def __init__(self, whole: fx.GraphModule, cut: Cut, forms: Mapping[fx.Node, Form], number: int) -> None:
-        self.taken: set[fx.Node] = set()  # other segments' values
+        self.taken: set[fx.Node] = set()  # values of other segments that this one reads
         self._whole, self._cut, self._forms, self._number = whole, cut, forms, number
         self._graph = fx.Graph()
         self._made: dict[fx.Node, fx.Node] = {}
@@ -60,15 +69,15 @@ class _Builder:
 
     @property
     def computes(self) -> bool:
+        """True if the segment contains at least one node."""
         return bool(self._made)
 
     def compute(self, node: fx.Node) -> None:
         self._made[node] = self._copy(node)
 
-    def finish(self, wanted: set[fx.Node]) -> Segment:
+    def finish(self, wanted: set[fx.Node]) -> GraphSegment:
         given = [node for node in self._made if node in wanted and self._cut.segment.get(node) == self._number]
-        # Copies are contiguous and nobody else's, whatever view the value is; where that is so already, Inductor makes
-        # none.
+        # A value may be a view. The clone is contiguous and aliases nothing; Inductor drops it where it is redundant.
         outputs = tuple(
             self._graph.call_function(
                 aten.clone.default, (self._made[node],), {"memory_format": torch.contiguous_format}
@@ -76,7 +85,7 @@ class _Builder:
             for node in given
         )
         self._graph.output(outputs)
-        return Segment(
+        return GraphSegment(
             fx.GraphModule(torch.nn.Module(), self._graph),
             tuple(self._inputs),
             tuple(VALUE + node.name for node in given),
@@ -89,7 +98,7 @@ class _Builder:
         return self._graph.node_copy(node, needed.__getitem__)
 
     def _use(self, node: fx.Node) -> fx.Node | float:
-        """The node, or number, that stands for a node of the whole graph here."""
+        """Returns the node or number that represents a node of the whole graph in this segment."""
         form = self._forms[node]
         if isinstance(form, Scalar) and form.size is not None:
             return self._size(form.size) if isinstance(form.size, str) else form.size
@@ -108,7 +117,7 @@ class _Builder:
     def _input(self, source: str, form: Form) -> fx.Node:
         if source not in self._inputs:
             if not isinstance(form, TensorForm) or None in form.shape:
-                raise CannotCut(f"a value with a size of its own goes across a cut ({source})")
+                raise CannotCut(f"a value whose size is neither fixed nor a named size crosses a cut ({source})")
             last = next(reversed(self._inputs.values()), (None,))[0]
             place = self._graph.inserting_before(None) if last is None else self._graph.inserting_after(last)
             with place:
@@ -118,7 +127,7 @@ class _Builder:
         return self._inputs[source][0]
 
     def _size(self, name: str) -> fx.Node:
-        """A step's size, read from the first input of the whole graph that has it."""
+        """Returns a node that reads a named size from the first input of the whole graph that has it."""
         if name not in self._sizes:
             for node in self._whole.graph.find_nodes(op="placeholder"):
                 form = self._forms[node]

@@ -1,4 +1,4 @@
-"""Compiles a lowered graph in segments: one AOTInductor package for all that are the same, and a plan of calls."""
+"""Compiles a lowered graph in segments: one AOTInductor package per kind of segment, and a plan of calls."""
 
 from __future__ import annotations
 
@@ -11,27 +11,36 @@ from torch._dynamo.exc import UserError as ExportRefused
 
 from lragent.compile.aoti_package import write_package
 from lragent.compile.export import dynamic_shapes, example_cache, example_step, tensors_of, value_of
-from lragent.compile.segments.build import Segment, build
+from lragent.compile.segments.build import GraphSegment, build
 from lragent.compile.segments.cut import cuts
-from lragent.compile.segments.kinds import kinds, own_sizes
-from lragent.compile.segments.plan import WEIGHT, Call, Plan, write_plan
+from lragent.compile.segments.kinds import kinds, renumbered_sizes
+from lragent.compile.segments.plan import WEIGHT, Call, SegmentPlan, write_plan
 from lragent.compile.segments.shapes import CannotCut, forms
 from lragent.files.checked_file import describe_file
 from lragent.graph.quiet_export import without_exporter_noise
 from lragent.program.cache_schema import CacheSchema
 from lragent.program.step import StepKind, input_sizes
 
-# Named sizes in the example from which a segment is exported; no two are the same, and none is 0 or 1.
-_EXAMPLE = {"tokens": 6, "seqs": 2, "columns": 4, "rows": 5, "pages": 3, "elements": 96}
+# Named sizes of the example inputs that segments are exported with: all different, none 0 or 1.
+_EXAMPLE = {"tokens": 6, "seqs": 2, "pages_per_seq": 4, "rows": 5, "pages": 3, "elements": 96}
 
 
 def compile_segments(
     graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.dtype, steps: StepKind, directory: Path
 ) -> Path:
-    """Compiles each kind of segment into `directory`; returns the path of the plan.
+    """Compiles one segment of each kind into `directory` and writes the plan.
+
+    Args:
+        graph: a lowered graph on the CPU.
+        kv_dtype: dtype of the cache tensors.
+        steps: kind of step that the graph serves.
+
+    Returns:
+        The path of the plan.
 
     Raises:
-        CannotCut: the graph can't be compiled in segments; says why.
+        CannotCut: the graph can't be compiled in segments; the message gives the reason.
+        NoSpace: the directory of temporary files is full.
     """
     segments, result = segments_of(graph, schema, kv_dtype, steps)
     packages, calls = calls_of(segments)
@@ -40,11 +49,15 @@ def compile_segments(
     for place, program in enumerate(programs):
         write_package(program, directory / _file(place))
     files = tuple(describe_file(directory, _file(place)) for place in range(len(packages)))
-    return write_plan(Plan(files, calls, result), directory)
+    return write_plan(SegmentPlan(files, calls, result), directory)
 
 
-def calls_of(segments: Sequence[Segment]) -> tuple[list[int], tuple[Call, ...]]:
-    """Indices of the segments that are compiled, one of each kind, and the calls of all, by place among these."""
+def calls_of(segments: Sequence[GraphSegment]) -> tuple[list[int], tuple[Call, ...]]:
+    """Plans the calls of all segments.
+
+    Returns:
+        Indices of the segments to compile, one per kind, and a call per segment; `Call.package` indexes the former.
+    """
     firsts = kinds(segments)
     packages = sorted(set(firsts))
     calls = (
@@ -56,11 +69,14 @@ def calls_of(segments: Sequence[Segment]) -> tuple[list[int], tuple[Call, ...]]:
 
 def segments_of(
     graph: fx.GraphModule, schema: CacheSchema, kv_dtype: torch.dtype, steps: StepKind = "any"
-) -> tuple[list[Segment], str]:
-    """The segments of a lowered graph in order, and the value that is its result.
+) -> tuple[list[GraphSegment], str]:
+    """Splits a lowered graph into segments.
 
-    Of the ways to cut it, it is the first in which the last attention op's segment is the same as an earlier one, or
-    else the first.
+    Uses the first cut in which the segment of the last attention op equals an earlier segment. If there is no such
+    cut, uses the first one.
+
+    Returns:
+        The segments in execution order, and the name of the value that is the graph's result.
 
     Raises:
         CannotCut: see `cuts` and `build`.
@@ -79,9 +95,9 @@ def segments_of(
     return tried[0]
 
 
-def _export(segment: Segment, weights: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
-    shapes = own_sizes(segment.shapes)
-    # Weights are contiguous where they are stored, and so is what one segment gives another.
+def _export(segment: GraphSegment, weights: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
+    shapes = renumbered_sizes(segment.shapes)
+    # Stored weights and values passed between segments are contiguous.
     inputs = tuple(
         weights[source.removeprefix(WEIGHT)].contiguous()
         if source.startswith(WEIGHT)

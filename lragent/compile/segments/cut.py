@@ -1,11 +1,12 @@
-"""Says which segment each node of a lowered graph is in: embedding, one segment an attention op, and the head.
+"""Assigns each node of a lowered graph to a segment: the embedding, one segment per attention op, and the head.
 
-A cut lies where the fewest values that depend on the tokens go across (usually one: the residual stream), and as late
-as that holds, so that a segment begins where its attention op's layer does. Before the first attention op and between
-two of them there is one cut. Behind the last one there is a cut where the last segment is as long as an earlier one.
+There is one cut before the first attention op and one between each two consecutive ones. It is placed at the last point
+where the number of live token-dependent values is smallest (usually one: the residual stream), so that a segment begins
+where the layer of its attention op begins. After the last attention op, a cut is placed where the last segment gets the
+length of an earlier one.
 
-What depends on no token (rotation tables, masks, routes of agents) and is wanted in several segments is computed in
-the first one.
+Values that depend on no token (rotary cos and sin, masks, agent routes) and are used in several segments are computed
+in the first segment.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ from lragent.program.step import STEP_INPUTS
 
 @dataclass(frozen=True)
 class Cut:
-    """Segment of every node that is computed once; `copied` nodes follow from constants and are computed where used."""
+    """Assignment of a graph's nodes to segments.
+
+    Args:
+        segment: node -> segment number, for every node that is computed once.
+        copied: nodes that depend on constants only; each segment that uses one computes it.
+        count: number of segments.
+    """
 
     segment: Mapping[fx.Node, int]
     copied: frozenset[fx.Node]
@@ -34,23 +41,24 @@ class Cut:
 
 @dataclass(frozen=True)
 class _Facts:
-    """A graph's computing nodes in order, and what they depend on."""
+    """The computing nodes of a graph in order, and their dependencies."""
 
     nodes: tuple[fx.Node, ...]
-    hidden: frozenset[fx.Node]  # depend on tokens, by way of the graph or of the cache
-    copied: frozenset[fx.Node]
-    attention: tuple[int, ...]  # places of the attention ops
+    hidden: frozenset[fx.Node]  # depend on the tokens, through the graph or the cache
+    copied: frozenset[fx.Node]  # depend on constants only
+    attention: tuple[int, ...]  # indices of the attention ops in `nodes`
 
 
 def cuts(graph: fx.GraphModule, forms: Mapping[fx.Node, Form]) -> Iterator[Cut]:
-    """Ways to cut a graph, the most promising first; they differ in where the last attention op's segment ends.
+    """Yields candidate cuts, the most promising first. They differ in the end of the last attention op's segment.
 
     Raises:
-        CannotCut: there is no attention op, something is written in place, or what goes across a cut has no fixed form.
+        CannotCut: the graph has no attention op, an op writes in place to an intermediate value, or every possible cut
+            is crossed by a value without a known form.
     """
     facts = _facts(graph, forms)
     if not facts.attention:
-        raise CannotCut("it has no attention op")
+        raise CannotCut("the graph has no attention op")
     crossing = _crossing(facts, forms)
     bounds = [0, *(place + 1 for place in facts.attention)]
     starts = [_latest(crossing, first, last, facts) for first, last in zip(bounds, facts.attention, strict=False)]
@@ -92,11 +100,11 @@ def _require_no_writes(node: fx.Node) -> None:
     for value, argument in zip(node.args, node.target._schema.arguments, strict=False):
         written = argument.alias_info is not None and argument.alias_info.is_write
         if written and isinstance(value, fx.Node) and value.op != "placeholder":
-            raise CannotCut(f"it writes into a value in place ({node.name})")
+            raise CannotCut(f"an op writes in place to an intermediate value ({node.name})")
 
 
 def _crossing(facts: _Facts, forms: Mapping[fx.Node, Form]) -> list[float]:
-    """How many values that depend on tokens go across a cut before each node; infinite if one has no fixed form."""
+    """Counts the live token-dependent values before each node; infinite if a live value has no known shape."""
     places = {node: place for place, node in enumerate(facts.nodes)}
     change = [0.0] * (len(facts.nodes) + 2)
     barred = [0.0] * (len(facts.nodes) + 2)
@@ -116,10 +124,12 @@ def _crossing(facts: _Facts, forms: Mapping[fx.Node, Form]) -> list[float]:
 
 
 def _latest(crossing: list[float], first: int, last: int, facts: _Facts) -> int:
-    """The last place in [first, last] with the fewest values going across."""
+    """Returns the last index in [first, last] with the fewest live values."""
     fewest = min(crossing[first : last + 1])
     if fewest == float("inf"):
-        raise CannotCut(f"a value with a size of its own goes across every cut before {facts.nodes[last].name}")
+        raise CannotCut(
+            f"a value whose size is neither fixed nor a named size crosses every cut before {facts.nodes[last].name}"
+        )
     return max(place for place in range(first, last + 1) if crossing[place] == fewest)
 
 
@@ -136,7 +146,7 @@ def _assigned(facts: _Facts, starts: list[int]) -> Cut:
 
 
 def _computed_users(node: fx.Node, segment: Mapping[fx.Node, int]) -> Iterator[fx.Node]:
-    """Nodes that use a value, also by way of a number that follows from it."""
+    """Yields the nodes that use a value, directly or through scalars computed from it."""
     for user in node.users:
         if user in segment:
             yield user

@@ -1,4 +1,4 @@
-"""Which segments are the same but for their weights and cache tensors, so that one package serves them all."""
+"""Groups segments that differ only in their weights and cache tensors. One package serves each group (kind)."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from lragent.compile.segments.build import Segment
-from lragent.program.step import Size
+from lragent.compile.segments.build import GraphSegment
+from lragent.program.step import ELEMENTS, Size
 
 
-def kinds(segments: Sequence[Segment]) -> list[int]:
-    """For each segment, the index of the first one that is the same."""
+def kinds(segments: Sequence[GraphSegment]) -> list[int]:
+    """Returns, for each segment, the index of the first segment of its kind."""
     first: dict[str, int] = {}
     return [first.setdefault(signature(segment), index) for index, segment in enumerate(segments)]
 
 
-def signature(segment: Segment) -> str:
-    """Ops, arguments, and dtypes and shapes of the inputs, in order; equal signatures compile to equal packages."""
+def signature(segment: GraphSegment) -> str:
+    """Text of a segment's ops, arguments, and input dtypes and shapes. Equal signatures compile to equal packages."""
     places = {node: f"%{place}" for place, node in enumerate(segment.graph.graph.nodes)}
-    lines = [f"{dtype} {shape}" for dtype, shape in zip(segment.dtypes, own_sizes(segment.shapes), strict=True)]
+    lines = [f"{dtype} {shape}" for dtype, shape in zip(segment.dtypes, renumbered_sizes(segment.shapes), strict=True)]
     for node in segment.graph.graph.nodes:
         args = fx.map_arg((node.args, node.kwargs), lambda used: _Named(places[used]))
         target = "" if node.op == "placeholder" else _name(node.target)
@@ -27,20 +27,20 @@ def signature(segment: Segment) -> str:
     return "\n".join(lines)
 
 
-def own_sizes(shapes: Sequence[tuple[Size, ...]]) -> list[tuple[Size, ...]]:
-    """Shapes in which sizes of single cache tensors ("elements_7") are counted from 0 on."""
+def renumbered_sizes(shapes: Sequence[tuple[Size, ...]]) -> list[tuple[Size, ...]]:
+    """Renumbers the lengths of LR tensors ("elements_7") from 0 within a segment, so that segments can be compared."""
     seen: dict[str, str] = {}
 
-    def own(size: Size) -> Size:
-        if not isinstance(size, str) or "_" not in size:
+    def renumbered(size: Size) -> Size:
+        if not isinstance(size, str) or not size.startswith(ELEMENTS):
             return size
-        return seen.setdefault(size, f"{size.partition('_')[0]}_{len(seen)}")
+        return seen.setdefault(size, f"{ELEMENTS}{len(seen)}")
 
-    return [tuple(own(size) for size in shape) for shape in shapes]
+    return [tuple(renumbered(size) for size in shape) for shape in shapes]
 
 
 class _Named(str):
-    """Prints as it is."""
+    """A string whose repr has no quotes."""
 
     __repr__ = str.__str__
 

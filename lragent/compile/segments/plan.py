@@ -1,6 +1,6 @@
-"""`plan.json` beside the packages of a graph that was compiled in segments: what is called with what.
+"""`plan.json`, stored beside the packages of a graph compiled in segments: the calls and their arguments.
 
-A source is "input:NAME" (a step input or a cache tensor), "weight:NAME", or "value:NAME" (an earlier segment's).
+A source is "input:NAME" (a step input or a cache tensor), "weight:NAME", or "value:NAME" (output of an earlier call).
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Call:
-    """One segment: its package by place, sources of its inputs, names of the values that it gives."""
+    """The call of one segment.
+
+    Args:
+        package: index of its package in `SegmentPlan.packages`.
+        inputs: source of each input.
+        outputs: names of the values that it returns, with the prefix "value:".
+    """
 
     package: int
     inputs: tuple[str, ...]
@@ -28,8 +34,13 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Calls in order; `result` is the value that the whole graph gives. Paths are those beside the plan."""
+class SegmentPlan:
+    """Calls in execution order.
+
+    Args:
+        packages: compiled packages; paths are relative to the plan's directory.
+        result: source of the value that the whole graph returns.
+    """
 
     packages: tuple[FileEntry, ...]
     calls: tuple[Call, ...]
@@ -42,23 +53,24 @@ def is_plan(file: PurePath) -> bool:
     return file.name == PLAN
 
 
-def write_plan(plan: Plan, directory: Path) -> Path:
+def write_plan(plan: SegmentPlan, directory: Path) -> Path:
+    """Writes `plan.json` into `directory` and returns its path."""
     path = directory / PLAN
     path.write_text(json.dumps(dataclasses.asdict(plan), indent=1), encoding="utf-8")
     return path
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path) -> SegmentPlan:
     """Reads a plan.
 
     Raises:
-        ArtifactError: it is no plan, or one of another format.
+        ArtifactError: the file is not a plan, or has another format version.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["format"] != FORMAT:
-            raise ValueError(f"format {raw['format']!r}, not {FORMAT}")
-        return Plan(
+            raise ValueError(f"format {raw['format']!r}, expected {FORMAT}")
+        return SegmentPlan(
             packages=tuple(FileEntry(**entry) for entry in raw["packages"]),
             calls=tuple(Call(c["package"], tuple(c["inputs"]), tuple(c["outputs"])) for c in raw["calls"]),
             result=raw["result"],

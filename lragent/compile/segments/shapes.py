@@ -1,7 +1,7 @@
-"""The shape of every value of a lowered graph, with names for the sizes that only a step decides.
+"""Infers the shape of every value of a lowered graph, with names for the sizes that depend on the step.
 
-The graph is run without numbers (fake tensors) twice, at sizes that are all different: a size that stays is fixed, and
-one that is a step's in both runs is that one.
+The graph runs twice on fake tensors, with different values for the named sizes. A size that is equal in both runs is
+fixed. A size that equals the same named size in both runs is that named size.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from torch._subclasses.fake_tensor import (
 from lragent.compile.export import value_of
 from lragent.program.step import Size
 
-# Values of the named sizes in the two runs; primes, so that products and sums are not taken for another size.
+# Values of the named sizes in the two runs; primes, so that products and sums are not mistaken for a named size.
 _RUNS: tuple[Mapping[str, int], ...] = (
-    {"tokens": 101, "seqs": 37, "columns": 17, "rows": 53, "pages": 1009, "elements": 100_003},
-    {"tokens": 211, "seqs": 41, "columns": 19, "rows": 59, "pages": 1013, "elements": 100_019},
+    {"tokens": 101, "seqs": 37, "pages_per_seq": 17, "rows": 53, "pages": 1009, "elements": 100_003},
+    {"tokens": 211, "seqs": 41, "pages_per_seq": 19, "rows": 59, "pages": 1013, "elements": 100_019},
 )
 
 
 class CannotCut(Exception):
-    """A graph that can't be compiled in segments; the message says why."""
+    """A graph that can't be compiled in segments; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class TensorForm:
-    """dtype and shape of a value; None in place of a size that is neither fixed nor a step's."""
+    """dtype and shape of a tensor value. A size that is neither fixed nor named is None."""
 
     dtype: torch.dtype
     shape: tuple[Size | None, ...]
@@ -43,22 +43,22 @@ class TensorForm:
 
 @dataclass(frozen=True)
 class Scalar:
-    """A number that is no tensor: its value, the name of the size that it is, or None if it follows from one."""
+    """A Python number in the graph: its value, the name of the size that it equals, or None if it depends on sizes."""
 
     size: float | str | None
 
 
-Form = TensorForm | Scalar | None  # None: no value, or several
+Form = TensorForm | Scalar | None  # None: neither a tensor nor a number, such as a tuple
 
 
 def forms(graph: fx.GraphModule, inputs: Mapping[str, tuple[tuple[Size, ...], torch.dtype]]) -> dict[fx.Node, Form]:
-    """What each node of a lowered graph gives.
+    """Returns the form of every node's value.
 
     Args:
-        inputs: shape and dtype of every graph input.
+        inputs: shape and dtype of every graph input, by name.
 
     Raises:
-        CannotCut: the graph holds graphs, or a step's numbers decide a shape.
+        CannotCut: the graph has subgraphs, or a shape depends on the values of a tensor.
     """
     first, second = (_run(graph, inputs, sizes) for sizes in _RUNS)
     names = {name for shape, _ in inputs.values() for name in shape if isinstance(name, str)}
@@ -79,7 +79,7 @@ def _run(
             elif node.op == "get_attr":
                 held = attrgetter(str(node.target))(graph)
                 if not isinstance(held, Tensor):
-                    raise CannotCut(f"it holds a graph of its own ({node.target})")
+                    raise CannotCut(f"the graph has a subgraph ({node.target})")
                 found[node] = mode.from_tensor(held, static_shapes=True)
             elif node.op == "call_function":
                 args = fx.map_arg(node.args, found.__getitem__)
@@ -87,9 +87,9 @@ def _run(
                 try:
                     found[node] = node.target(*args, **kwargs)
                 except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                    raise CannotCut(f"a step's numbers decide a shape ({node.name})") from error
+                    raise CannotCut(f"a shape depends on the values of a tensor ({node.name})") from error
             elif node.op != "output":
-                raise CannotCut(f"it holds a graph of its own ({node.target})")
+                raise CannotCut(f"the graph has a subgraph ({node.target})")
     return found
 
 

@@ -7,7 +7,7 @@ import torch
 from lragent.compile.export import example_step
 from lragent.compile.gpu.packed_step import (
     ALIGNMENT,
-    LEAST_COLUMNS,
+    LEAST_PAGES_PER_SEQ,
     StepSizes,
     pack,
     padded,
@@ -40,7 +40,7 @@ def test_what_is_packed_comes_out_at_aligned_places() -> None:
 def test_padding_is_scratch_and_empty() -> None:
     step = _random_step(5, 3)
     sizes = padded(sizes_of(step))
-    assert (sizes.tokens, sizes.sequences, sizes.columns, sizes.rows) == (16, 5, LEAST_COLUMNS, 5)
+    assert (sizes.tokens, sizes.sequences, sizes.pages_per_seq, sizes.rows) == (16, 5, LEAST_PAGES_PER_SEQ, 5)
     buffer = torch.full((sizes.numbers(),), -1)
     pack(step, buffer, sizes)
     found = StepInputs(*views(buffer, sizes))

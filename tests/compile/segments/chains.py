@@ -13,10 +13,10 @@ from torch import Tensor, fx
 from lragent.capture.capture import capture
 from lragent.compile.aoti_package import Run
 from lragent.compile.export import example_step, tensors_of
-from lragent.compile.segments.build import Segment
+from lragent.compile.segments.build import GraphSegment
 from lragent.compile.segments.compile_segments import calls_of, segments_of
 from lragent.compile.segments.kinds import kinds
-from lragent.compile.segments.plan import Plan
+from lragent.compile.segments.plan import SegmentPlan
 from lragent.compile.segments.run import SegmentsCall, bind
 from lragent.files.checked_file import FileEntry
 from lragent.loading.model import load_directories
@@ -33,7 +33,7 @@ class Chain:
 
     whole: fx.GraphModule
     schema: CacheSchema
-    segments: list[Segment]
+    segments: list[GraphSegment]
     result: str
 
     @property
@@ -44,7 +44,7 @@ class Chain:
         """Runs each kind's first segment in place of all that are the same."""
         firsts, calls = calls_of(self.segments)
         runs = [_run(self.segments[first].graph) for first in firsts]
-        plan = Plan(tuple(FileEntry("", 0, "") for _ in firsts), calls, self.result)
+        plan = SegmentPlan(tuple(FileEntry("", 0, "") for _ in firsts), calls, self.result)
         return bind(plan, runs, tensors_of(self.whole), (*STEP_INPUTS, *cache_input_names(self.schema)))
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 from lragent.capture.capture import capture
 from lragent.compile.segments.cut import cuts
-from lragent.compile.segments.kinds import own_sizes, signature
+from lragent.compile.segments.kinds import renumbered_sizes, signature
 from lragent.compile.segments.plan import INPUT, VALUE, WEIGHT
 from lragent.compile.segments.shapes import CannotCut, Scalar, TensorForm, forms
 from lragent.loading.model import load_live
@@ -137,16 +137,16 @@ def test_sizes_have_the_names_of_the_step() -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (lambda g, tokens, _: g.call_function(torch.ops.aten.neg.default, (tokens,)), "it has no attention op"),
+        (lambda g, tokens, _: g.call_function(torch.ops.aten.neg.default, (tokens,)), "the graph has no attention op"),
         (
             lambda g, tokens, _: g.call_function(
                 torch.ops.aten.add_.Tensor, (g.call_function(torch.ops.aten.neg.default, (tokens,)), 1)
             ),
-            "it writes into a value in place",
+            "an op writes in place to an intermediate value",
         ),
         (
             lambda g, tokens, _: g.call_function(torch.ops.aten.nonzero.default, (tokens,)),
-            "a step's numbers decide a shape",
+            "a shape depends on the values of a tensor",
         ),
     ],
 )
@@ -159,6 +159,6 @@ def test_what_can_not_be_cut_is_said(body: Any, reason: str) -> None:
 def test_a_signature_tells_arguments_apart() -> None:
     """Windows are plain numbers of the attention op, and nothing else differs between these two layers."""
     sliding, full = chain(written("gemma3_text", 4), "torch").segments[1:3]
-    assert own_sizes(sliding.shapes) == own_sizes(full.shapes)
+    assert renumbered_sizes(sliding.shapes) == renumbered_sizes(full.shapes)
     assert sliding.dtypes == full.dtypes
     assert signature(sliding) != signature(full)
