@@ -85,13 +85,13 @@ def test_a_launch_with_such_tiles_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     """Nothing is launched: there is no GPU here."""
     monkeypatch.setattr(launch, "target_of", lambda device: "sm_90")
     call = Case("chunk", sequences=((40, 9, 1),), k_dim=64, v_dim=64).build()
-    plan = launch.LaunchConfig(decode=MISCOMPILED, prefill=replace(MISCOMPILED, channels=64), splits=1)
+    config = launch.LaunchConfig(decode=MISCOMPILED, prefill=replace(MISCOMPILED, channels=64), splits=1)
     with pytest.raises(MiscompiledTiles):
-        launch.flash_lora_attention(call, plan)
+        launch.flash_lora_attention(call, config)
 
 
 def test_the_benchmark_skips_such_tiles_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "target_of", lambda device: "sm_90")
     monkeypatch.setattr(triton_tiles, "GPU", torch.device("cpu"))
     job = triton_tiles.Job("prefill", Heads(1, 2, 64), 8, with_keys=True, tiles=replace(MISCOMPILED, channels=64))
-    assert triton_tiles.refusal(job).startswith("prefill tiles on sm_90 of 64 tokens")
+    assert triton_tiles.refusal(job).startswith("prefill tiles of 64 tokens on sm_90")
