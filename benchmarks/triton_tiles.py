@@ -70,7 +70,7 @@ def chosen(call: Paged, job: Job) -> AttentionCall:
 
 
 def attend(call: Paged, job: Job, splits: int) -> torch.Tensor:
-    return launch.flash_lora_attention(chosen(call, job), launch.Plan(job.tiles, job.tiles, splits))
+    return launch.flash_lora_attention(chosen(call, job), launch.LaunchConfig(job.tiles, job.tiles, splits))
 
 
 def refusal(job: Job) -> str:

@@ -1,1 +1,1 @@
-"""`LoadedModel` -> `Captured`: one exported graph with attention as a marker op, checked."""
+"""`LoadedModel -> Captured`: exports the model as one graph with attention as a marker op, and checks the graph."""

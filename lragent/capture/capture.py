@@ -1,8 +1,8 @@
-"""Stage 2: `LoadedModel -> Captured`, one exported graph of the whole model with attention as a marker op.
+"""`LoadedModel -> Captured`: exports the whole model as one graph with attention as a marker op.
 
-The model is exported without a KV cache on packed tokens `[1, T]` with all representative adapters active. Attention
-arrives through transformers' `AttentionInterface`: our function is registered there only, not in the mask registry, so
-no mask nodes appear. What the graph computes is then checked (`checks.py`).
+The model is exported without a KV cache on packed tokens `[1, T]`, with a representative adapter active on each adapted
+module. Attention calls reach us through transformers' `AttentionInterface`. Our function is not in the mask registry,
+so the graph has no mask nodes. `checks.py` then compares the graph with the model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lragent.probing.mask_limits import TokensAlone, run_tokens_alone
 from lragent.probing.position_offset import logits_at
 from lragent.probing.rotary_limits import steady_frequencies
 
-# Packed tokens a step may hold; only an upper bound for the exported dimension.
+# Upper bound of the exported dimension T: packed tokens per step.
 MAX_PACKED_TOKENS = 1 << 20
 EXAMPLE_TOKENS = 7
 
@@ -52,7 +52,7 @@ class Captured:
 
 
 class _LogitsOnly(nn.Module):
-    """The call that is exported."""
+    """The module that is exported: logits of token ids at positions."""
 
     def __init__(self, model: nn.Module, offset: int) -> None:
         super().__init__()
@@ -67,71 +67,74 @@ def capture(loaded: LoadedModel) -> Captured:
     """Exports the model.
 
     Raises:
-        ModelError: it can't be exported, its attention is not behind transformers' attention interface, the exported
-            graph computes something else than the model, or tokens meet outside attention.
+        ModelError: the model can't be exported, its attention is not recognized, the graph computes something else than
+            the model, or tokens are mixed outside attention.
     """
     captured, reason = _capture_interface(loaded)
     if captured is None:
         captured = _capture_written_out(loaded, reason)
-    moved = checks.mixing(captured.graph, loaded)
-    if moved != 0:
+    mixing = checks.token_mixing_error(captured.graph, loaded)
+    if mixing != 0:
         run_pass(POSITIONS_FROM_INPUT, captured.graph, CaptureContext(loaded.max_positions))
-        moved = checks.mixing(captured.graph, loaded)
+        mixing = checks.token_mixing_error(captured.graph, loaded)
     checks.require_same_logits(captured.graph, loaded)
-    if moved > 0:
-        raise checks.mixes_tokens(loaded, moved)
-    checks.require_own_positions(captured.graph, loaded)
+    if mixing > 0:
+        raise checks.tokens_are_mixed(loaded, mixing)
+    checks.require_independent_positions(captured.graph, loaded)
     return captured
 
 
 def _capture_interface(loaded: LoadedModel) -> tuple[Captured | None, str]:
-    """The graph with attention as it passes transformers' interface; None and the reason if the model doesn't go
-    through it, or does not run with another attention, or not without a mask.
+    """Exports the model with the marker op behind transformers' attention interface.
+
+    Returns:
+        The graph, or None if the interface can't be used, and the reason in that case: the model does not use the
+        interface, or does not run with another attention or without a mask.
 
     Raises:
-        ModelError: what the model gives to the interface can't be shared, or it can't be exported.
+        ModelError: the attention calls can't be shared, or the model can't be exported.
     """
     outside = "computes attention outside transformers' attention interface"
     if not loaded.model._can_set_attn_implementation():
         return None, outside
-    alone, moved = checks.mixing_of_model(loaded, EXAMPLE_TOKENS)
+    alone, mixing = checks.token_mixing_error_of_model(loaded, EXAMPLE_TOKENS)
     if alone.failure:
         return None, f"does not run with another attention ({alone.failure})"
-    if alone.calls and moved > 0:
-        raise checks.mixes_tokens(loaded, moved)
-    if moved == 0:
-        _require_masks_as_told(alone, loaded)
-        # The same forward with masks ran, so that the missing mask is what it fails by.
+    if alone.calls and mixing > 0:
+        raise checks.tokens_are_mixed(loaded, mixing)
+    if mixing == 0:
+        _require_declared_masks(alone, loaded)
+        # The same forward ran with masks, so a failure here is due to the missing mask.
         if run_tokens_alone(loaded.model, *checks.example(loaded, EXAMPLE_TOKENS), masks=False).failure:
             return None, "works on its mask itself in its attention"
     try:
         captured = _export(loaded, partial(attention_as, loaded.model, _attention))
     except NotExported as error:
-        if moved > 0:  # the reason behind the export's own
-            raise checks.mixes_tokens(loaded, moved) from error
+        if mixing > 0:  # the cause of the failed export
+            raise checks.tokens_are_mixed(loaded, mixing) from error
         raise
     return (captured if marker_nodes(captured.graph) else None), outside
 
 
-def _capture_written_out(loaded: LoadedModel, unfit: str) -> Captured:
-    """The graph of the model as it is, masks included, with attention found in it.
+def _capture_written_out(loaded: LoadedModel, interface_error: str) -> Captured:
+    """Exports the unchanged model, masks included, and replaces attention that it writes out by the marker op.
 
     Args:
-        unfit: why its attention could not be taken from the interface.
+        interface_error: the reason why the attention interface was not used.
 
     Raises:
-        ModelError: no attention is found, or it is more than scale, causal mask and slopes.
+        ModelError: no attention is found, or it has more than a scale, a causal mask and ALiBi slopes.
     """
-    # Models with tables of masks branch where the tokens fill the table.
+    # A model with a stored mask branches when T reaches the size of the mask.
     try:
         captured = _export(loaded, nullcontext, most_tokens=max(loaded.max_positions - 1, EXAMPLE_TOKENS))
     except NotExported as error:
-        raise NotExported(f"{loaded.architecture} {unfit}, and {error.message}", error.hint) from error
+        raise NotExported(f"{loaded.architecture} {interface_error}, and {error.message}", error.hint) from error
     report = run_pass(RECOGNIZE_ATTENTION, captured.graph, CaptureContext(loaded.max_positions))
     if report.misses or not report.changed:
         first = next(iter(report.misses), None)
         reason = f"{first.reason} (node {first.node})" if first else "none was found in its graph"
-        raise ModelError(f"{loaded.architecture} {unfit}: {reason}", RECOGNIZE_ATTENTION.hint)
+        raise ModelError(f"{loaded.architecture} {interface_error}: {reason}", RECOGNIZE_ATTENTION.hint)
     return captured
 
 
@@ -142,9 +145,14 @@ class NotExported(ModelError):
 def _export(
     loaded: LoadedModel, attention: Callable[[], AbstractContextManager[None]], most_tokens: int = MAX_PACKED_TOKENS
 ) -> Captured:
-    """One graph of the model, as traced with `attention` in force."""
+    """Exports the model inside the context `attention()`, with 1 to `most_tokens` tokens.
+
+    Raises:
+        NotExported: torch.export fails, or the code depends on the number of tokens.
+        ModelError: an attention call is not supported.
+    """
     ids, positions = checks.example(loaded, EXAMPLE_TOKENS)
-    # Some sizes are proven equal from two tokens on, others never; one token is checked by running it.
+    # torch.export proves some equalities of sizes only for T >= 2, and others never. T = 1 is checked by running it.
     for fewest, unproven in ((1, False), (2, False), (2, True)):
         tokens = torch.export.Dim("T", min=fewest, max=most_tokens)
         model = loaded.model
@@ -161,7 +169,7 @@ def _export(
                     (ids, positions),
                     dynamic_shapes={"input_ids": {1: tokens}, "position_ids": {1: tokens}},
                     strict=False,
-                    # What the exporter can't prove of T is asserted in the graph, and left to the next export.
+                    # On the last attempt, unproven conditions on T become asserts in the graph (`_require_assertions`).
                     prefer_deferred_runtime_asserts_over_guards=unproven,
                 )
                 break
@@ -182,17 +190,17 @@ def _export(
 
 
 def _require_assertions(graph: fx.GraphModule, loaded: LoadedModel, most_tokens: int) -> None:
-    """What the exporter asserted of the number of tokens, because it could not prove it, must hold for any number.
+    """Evaluates the exporter's unproven asserts on T for many T: all small ones, and those around powers of two.
 
     Raises:
-        NotExported: it does not.
+        NotExported: an assert fails.
     """
-    on_ids = depends_on_ids(graph.graph)
+    id_dependent = depends_on_ids(graph.graph)
     powers = [(1 << bits) + more for bits in range(6, most_tokens.bit_length()) for more in (-1, 0, 1)]
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
         condition, text = node.args[0], str(node.args[1])
         for tokens in (*range(1, 65), *(n for n in powers if n <= most_tokens)):
-            known = isinstance(condition, fx.Node) and condition not in on_ids
+            known = isinstance(condition, fx.Node) and condition not in id_dependent
             if not (known and evaluate(graph, condition, tokens, {})):
                 raise NotExported(
                     f"torch.export can't capture {loaded.architecture}: its code depends on the number of tokens"
@@ -201,24 +209,24 @@ def _require_assertions(graph: fx.GraphModule, loaded: LoadedModel, most_tokens:
                 )
 
 
-def _require_masks_as_told(alone: TokensAlone, loaded: LoadedModel) -> None:
-    """Each attention call must be under a mask of transformers that is causal with the window that it passes.
+def _require_declared_masks(alone: TokensAlone, loaded: LoadedModel) -> None:
+    """Checks that the mask of each attention call is causal with the window that the call declares.
 
     Raises:
-        ModelError: one is not.
+        ModelError: a mask differs.
     """
     for call in alone.calls:
         if call.own_mask:
             raise _own_mask(f"attention of {call.caller}")
         if not call.mask_is_as_declared(loaded.max_positions):
-            told = f"a sliding window of {call.window}" if call.window else "no sliding window"
+            declared = f"a sliding window of {call.window}" if call.window else "no sliding window"
             raise ModelError(
-                f"attention of {call.caller} is under a mask that is not causal with {told}, as it says",
+                f"attention of {call.caller} is under a mask that is not causal with {declared}, as it declares",
                 "Only causal and sliding-window masks are shared.",
             )
 
 
-# Keyword arguments of the attention interface that don't change what causal attention over packed tokens computes.
+# Keyword arguments of the attention interface that don't change the result of causal attention over packed tokens.
 _IGNORED = frozenset({"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
                       "return_dict", "output_router_logits", "is_causal", "dropout", "deterministic",
                       "num_items_in_batch", "position_embeddings", "logits_to_keep"})  # fmt: skip
@@ -236,7 +244,11 @@ def _attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in place of attention: records the call as one node."""
+    """The function that transformers calls instead of attention; it adds one marker node to the graph.
+
+    Raises:
+        ModelError: the call has a mask, or tensors that are not supported.
+    """
     where = f"attention of {type(module).__name__}"
     if attention_mask is not None:
         raise _own_mask(where)
@@ -256,7 +268,7 @@ def _own_mask(where: str) -> ModelError:
 
 
 def _export_failure(error: Exception) -> str:
-    """What the model's code does that can't be exported, in one line."""
+    """A one-line reason why the model's code can't be exported."""
     text = str(error).strip()
     first = text.splitlines()[0] if text else ""
     code = re.search(r"The following call raised this error:\n.*\n *(.+)", text)

@@ -1,4 +1,4 @@
-"""Positions that a captured graph counts by itself are read from the input instead.
+"""Replaces positions that the graph computes as arange(T) by the position input.
 
 Before:                                          After:
     n   = sym_size(input_ids, 1)                     row = select(position_ids, 0, 0)    [T]
@@ -6,9 +6,9 @@ Before:                                          After:
     at  = add(row, 2)             [T]                e   = embedding(table, at)          [T, D]
     e   = embedding(table, at)    [T, D]
 
-A value counts rows if it depends on nothing but the number of tokens and is `0, 1, 2, ...` plus a constant at several
-lengths. A count that a tensor is indexed with stays, where only the row itself is right. Whether the graph then treats
-every token alike is for the caller to check.
+A value is a row count if it depends on the number of tokens only and equals arange(T) plus a constant for several T. A
+row count that indexes a tensor is kept, because it selects rows of that tensor. The caller checks afterwards that
+tokens do not depend on each other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lragent.graph.fx_tools import dependents, emit
 from lragent.graph.passes import Pass, PassReport
 from lragent.probing.position_offset import POSITIONS
 
-# Ops that read the shape of a tensor only.
+# Ops that read only the shape of a tensor.
 _OF_SHAPE = {
     torch.ops.aten.sym_size.int,
     torch.ops.aten.sym_numel.default,
@@ -46,10 +46,10 @@ def _run(graph: fx.GraphModule, context: CaptureContext) -> PassReport:
         graph.graph.erase_node(check)
     graph.graph.eliminate_dead_code()
     counting = _counting_nodes(graph)
-    picking = [node for node in counting if _picks_rows(node)]
+    indexing = [node for node in counting if _indexes_rows(node)]
     positions = next(n for n in graph.graph.nodes if n.op == "placeholder" and n.target == POSITIONS)
     for node, first in counting.items():
-        if node in picking:
+        if node in indexing:
             continue
         with graph.graph.inserting_after(node):
             shape = node.meta["val"].shape
@@ -60,12 +60,12 @@ def _run(graph: fx.GraphModule, context: CaptureContext) -> PassReport:
         moved.meta["val"] = node.meta["val"]
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    misses = (Miss("row count", node.name, "a tensor is indexed with it, so it stays a row") for node in picking)
-    return PassReport(len(counting) - len(picking), tuple(misses))
+    misses = (Miss("row count", node.name, "it indexes a tensor, so it is kept as a row number") for node in indexing)
+    return PassReport(len(counting) - len(indexing), tuple(misses))
 
 
 def _counting_nodes(graph: fx.GraphModule) -> dict[fx.Node, int]:
-    """Nodes whose value is a row count, and the count of the first row."""
+    """Row counts of the graph: nodes equal to arange(T) + c, with their c."""
     fixed = _independent_of_values(graph.graph)
     starts: dict[fx.Node, list[int | None]] = {}
     for tokens in (5, 8):
@@ -77,12 +77,12 @@ def _counting_nodes(graph: fx.GraphModule) -> dict[fx.Node, int]:
     }
 
 
-def _picks_rows(node: fx.Node) -> bool:
-    """Whether a count is used to index a tensor by row, where only the row itself is right."""
+def _indexes_rows(node: fx.Node) -> bool:
+    """True if a row count is used to index a tensor."""
     value = node.meta.get("val")
     if isinstance(value, Tensor) and value.is_floating_point():
         return False
-    return any(user.target in _INDEXING or _picks_rows(user) for user in node.users)
+    return any(user.target in _INDEXING or _indexes_rows(user) for user in node.users)
 
 
 def _count_start(value: Any, tokens: int) -> int | None:
@@ -95,7 +95,7 @@ def _count_start(value: Any, tokens: int) -> int | None:
 
 
 def _independent_of_values(graph: fx.Graph) -> set[fx.Node]:
-    """Call nodes that depend on sizes of inputs at most."""
+    """Call nodes that depend on no value of an input, only on its shape."""
     dependent = dependents(
         graph, lambda node: node.op in ("placeholder", "get_attr"), lambda node: node.target in _OF_SHAPE
     )
@@ -103,7 +103,7 @@ def _independent_of_values(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _values(graph: fx.GraphModule, tokens: int) -> dict[fx.Node, Any]:
-    """Values of all nodes for some tokens."""
+    """Values of all nodes in a forward of `tokens` tokens."""
     values: dict[fx.Node, Any] = {}
 
     class Recorder(fx.Interpreter):

@@ -1,4 +1,4 @@
-"""Attention written out in a captured graph becomes the marker op, where it is clean.
+"""Replaces attention that a model writes out by the marker op.
 
 Before:                                              After:
     s = matmul(q, kT)            [1, H, T, T]            k = transpose(kT, -1, -2)                       [1, H, T, D]
@@ -6,9 +6,9 @@ Before:                                              After:
     p = softmax(s, -1)                                   o = transpose(o, 1, 2)                      [1, H, T, D]
     o = matmul(p, v)             [1, H, T, D]
 
-What stands between the product and the softmax is not matched op by op: it is run on chosen products, and must be a
-constant factor, a causal or sliding-window mask, and a bias that is linear in the key's position with one slope a head
-(ALiBi). Everything else is left as it is and reported.
+The ops between the product and the softmax are not matched one by one. They are evaluated on probe products and must
+reduce to a constant scale, a causal or sliding-window mask, and ALiBi slopes (a bias that is linear in the key
+position, one slope per head). Other attention is kept unchanged and reported.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
 _BETWEEN = (aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.dropout.default, aten.alias.default,
             aten.contiguous.default, aten.clone.default, aten.view.default, aten.reshape.default,
             aten._unsafe_view.default, aten.expand.default)  # fmt: skip
-# A score below this is a mask's.
+# Scores below this are masked.
 HIDDEN = -1e4
 MOST_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """What happens to a product of queries and keys before the softmax."""
+    """Scale, window (0: none) and ALiBi slopes between the product of queries and keys and the softmax."""
 
     scale: float
     window: int
     slopes_H: Tensor | None
 
 
-class NotClean(Exception):
-    """Attention that is more than scale, mask and slopes; the message is the reason."""
+class NotRecognized(Exception):
+    """Attention has more than a scale, a mask and slopes; the message is the reason."""
 
 
 def _run(graph: fx.GraphModule, context: CaptureContext) -> PassReport:
@@ -60,7 +60,7 @@ def _run(graph: fx.GraphModule, context: CaptureContext) -> PassReport:
                 changed += _mark_softmax(graph, node, changed, context.max_positions)
             elif node.target is aten.scaled_dot_product_attention.default:
                 changed += _mark_fused(graph, node, changed, context.max_positions)
-        except NotClean as error:
+        except NotRecognized as error:
             misses.append(Miss(f"attention {changed + len(misses)}", node.name, str(error)))
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -101,7 +101,7 @@ def _mark_fused(graph: fx.GraphModule, node: fx.Node, layer: int, max_positions:
             bias = torch.zeros(bias.shape).masked_fill(~bias, float("-inf"))
         window, slopes = _mask_and_slopes(bias, heads, tokens)
     elif not causal:
-        raise NotClean("attention has no causal mask")
+        raise NotRecognized("attention has no causal mask")
     with graph.graph.inserting_before(node):
         _replace(graph, node, query, key, value, _Scores(factor, window, slopes), layer)
     return 1
@@ -119,7 +119,7 @@ def _replace(
         if len(shape) == 4 and shape[0] == 1:
             return node
         if len(shape) != 3:
-            raise NotClean("attention is not over [heads, tokens, channels]")
+            raise NotRecognized("attention is not over [heads, tokens, channels]")
         wide = call(aten.unsqueeze.default, node, 0)
         wide.meta["val"] = node.meta["val"].unsqueeze(0)
         return wide
@@ -166,20 +166,20 @@ def _product_below(node: fx.Node) -> fx.Node | None:
 
 
 def _product_above(softmax: fx.Node) -> fx.Node:
-    """The product of queries and keys: the only value on ids that the scores are computed from."""
-    on_ids = depends_on_ids(softmax.graph)
+    """The product of queries and keys: the only value that depends on token ids among the inputs of the scores."""
+    id_dependent = depends_on_ids(softmax.graph)
     node = softmax
     while True:
-        sources = [n for n in node.all_input_nodes if n in on_ids]
+        sources = [n for n in node.all_input_nodes if n in id_dependent]
         if len(sources) != 1:
-            raise NotClean("attention scores depend on tokens by more than a product of queries and keys")
+            raise NotRecognized("attention scores depend on tokens by more than a product of queries and keys")
         node = sources[0]
         if node.target in _PRODUCTS:
             return node
 
 
 def _scores(graph: fx.GraphModule, softmax: fx.Node, product: fx.Node, heads: int, max_positions: int) -> _Scores:
-    """Runs what stands between product and softmax on zeros and on random products."""
+    """Evaluates the ops between product and softmax on zeros and on a random product."""
     end = softmax.args[0]
     assert isinstance(end, fx.Node)
     if product.target is aten.baddbmm.default:
@@ -200,11 +200,11 @@ def _scores(graph: fx.GraphModule, softmax: fx.Node, product: fx.Node, heads: in
     shape = (1,) * (dim - 3) + (heads, few, few)
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(shape, generator=generator)
-    bias, moved = run(torch.zeros(shape)), run(z)
-    ratio = ((moved - bias) / z.reshape(-1, few, few))[bias > HIDDEN]
+    bias, scored = run(torch.zeros(shape)), run(z)
+    ratio = ((scored - bias) / z.reshape(-1, few, few))[bias > HIDDEN]
     scale = float(ratio.median())
     if not torch.allclose(ratio, torch.full_like(ratio, scale), rtol=1e-3, atol=1e-5):
-        raise NotClean("scores pass through more than a constant factor before the softmax")
+        raise NotRecognized("scores pass through more than a constant factor before the softmax")
     tokens = min(max_positions, MOST_TOKENS)
     one = run(torch.zeros((1,) * (dim - 3) + (heads, tokens, tokens))) if heads * tokens**2 < 1 << 28 else bias
     window, slopes = _mask_and_slopes(one, heads, one.shape[-1])
@@ -212,7 +212,7 @@ def _scores(graph: fx.GraphModule, softmax: fx.Node, product: fx.Node, heads: in
 
 
 def _nearest(scale: float) -> float:
-    """A measured factor as the constant it stands for: one, or the inverse of a root of a whole number."""
+    """Rounds a measured scale to 1 or to `1 / sqrt(n)` for an integer n, if one of them is close enough."""
     if abs(scale - 1) < 1e-5:
         return 1.0
     square = round(1 / scale**2)
@@ -220,10 +220,10 @@ def _nearest(scale: float) -> float:
 
 
 def _mask_and_slopes(bias: Tensor, heads: int, tokens: int) -> tuple[int, Tensor | None]:
-    """Window (0: none) and slopes of an additive bias `[..., 1 or H, 1 or T, T]`.
+    """Window (0: none) and ALiBi slopes of an additive bias `[..., 1 or H, 1 or T, T]`.
 
     Raises:
-        NotClean: it is something else.
+        NotRecognized: the bias is not a causal or sliding-window mask plus slopes.
     """
     bias_HTT = bias.float().reshape(-1, *bias.shape[-2:]).expand(-1, tokens, tokens)
     seen_HTT = bias_HTT > HIDDEN
@@ -233,7 +233,7 @@ def _mask_and_slopes(bias: Tensor, heads: int, tokens: int) -> tuple[int, Tensor
     if window < tokens:
         expected = expected & (j > i - window)
     if not bool((seen_HTT == expected).all()):
-        raise NotClean("attention has a mask that is neither causal nor a sliding window")
+        raise NotRecognized("attention has a mask that is neither causal nor a sliding window")
     last_HT = bias_HTT[:, -1] if window == tokens else bias_HTT[:, window - 1]
     slopes_H = last_HT[:, 1] - last_HT[:, 0] if tokens > 1 else last_HT[:, 0] * 0
     line_HTT = slopes_H[:, None, None] * j
@@ -241,7 +241,7 @@ def _mask_and_slopes(bias: Tensor, heads: int, tokens: int) -> tuple[int, Tensor
     row = torch.where(i == j, rest, 0.0).sum(-1, keepdim=True)
     off = torch.where(expected, rest - row, 0.0).abs().max()
     if float(off) > 1e-4 * max(1.0, float(torch.where(expected, bias_HTT, 0.0).abs().max())):
-        raise NotClean("attention adds a bias that is not linear in the position")
+        raise NotRecognized("attention adds a bias that is not linear in the position")
     if not bool((slopes_H != 0).any()):
         return (window if window < tokens else 0), None
     return (window if window < tokens else 0), slopes_H.expand(heads).contiguous().clone()

@@ -1,1 +1,1 @@
-"""Passes and tools for FX graphs: export without noise, plain graphs, the two marker ops."""
+"""Tools for FX graphs: passes, nodes and arguments, plain graphs, the two marker ops."""

@@ -1,4 +1,4 @@
-"""Finding adapted modules in a captured graph."""
+"""Finds adapted modules in a captured graph."""
 
 from __future__ import annotations
 

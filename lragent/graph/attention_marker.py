@@ -1,4 +1,4 @@
-"""Attention calls in a captured graph: finding them and reading their arguments."""
+"""Finds attention calls in a captured graph and reads their arguments."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def marker_nodes(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 def has_slopes(marker: fx.Node) -> bool:
-    """True if a bias by the key's position is added to its scores (ALiBi)."""
+    """True if the call has ALiBi slopes."""
     return argument(marker, "slopes_Hq") is not None

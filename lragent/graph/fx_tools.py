@@ -1,4 +1,4 @@
-"""Finding, reading and adding nodes of FX graphs."""
+"""Finds, reads and adds nodes of FX graphs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def placeholder(graph: fx.GraphModule, name: str) -> fx.Node | None:
 
 
 def argument(node: fx.Node, name: str) -> Any:
-    """The argument of a call of an op by its name in the op's schema; the schema's default if the call has none.
+    """Reads an argument of an op call by its schema name; the schema's default if the call does not pass it.
 
     Raises:
         InternalError: the op has no such argument.
@@ -36,7 +36,7 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def set_argument(node: fx.Node, name: str, value: fx.Node) -> None:
-    """Replaces an argument that the call passes by position, found by its name in the op's schema.
+    """Replaces a positional argument of an op call; `name` is its schema name.
 
     Raises:
         InternalError: the op has no such argument.
@@ -46,7 +46,7 @@ def set_argument(node: fx.Node, name: str, value: fx.Node) -> None:
 
 
 def in_order(op: OpOverload, **named: object) -> tuple[Any, ...]:
-    """All arguments of an op, passed by name, in the order of its schema.
+    """Sorts all arguments of an op, passed by name, into the order of its schema.
 
     Raises:
         InternalError: an argument is missing, or the op has no such argument.
@@ -72,7 +72,7 @@ def _place(op: OpOverload, name: str) -> tuple[int, object]:
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    """The node's user if it has exactly one."""
+    """The single user of a node; None if it has none or several."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
@@ -82,35 +82,39 @@ def emit(graph: fx.GraphModule, target: Callable[..., Any], *args: Any, **kwargs
 
 
 def fetch(graph: fx.GraphModule, node: fx.Node) -> Tensor:
-    """The tensor behind a `get_attr` node."""
+    """The tensor that a `get_attr` node reads."""
     value: object = attrgetter(str(node.target))(graph)
     assert isinstance(value, Tensor)
     return value
 
 
 def add_constant(graph: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
-    """Adds (or reuses, if name and content are there) a buffer and returns a `get_attr` node at the insertion point."""
-    held = getattr(graph, name, None)
-    if held is None:
+    """Adds a buffer, or reuses an equal one of this name; returns a `get_attr` node at the insertion point.
+
+    Raises:
+        ValueError: the graph has a buffer of this name with another content.
+    """
+    existing = getattr(graph, name, None)
+    if existing is None:
         graph.register_buffer(name, tensor.detach().contiguous())
-    elif held.dtype != tensor.dtype or not torch.equal(held, tensor):
+    elif existing.dtype != tensor.dtype or not torch.equal(existing, tensor):
         raise ValueError(f"constant {name} exists with another content")
     return graph.graph.get_attr(name)
 
 
 def add_shared_constant(graph: fx.GraphModule, stem: str, tensor: Tensor) -> fx.Node:
-    """As `add_constant`, under the first of `stem_0, stem_1, ...` that is free or holds the same content."""
+    """Like `add_constant`; the name is the first of `stem_0, stem_1, ...` that is unused or has the same content."""
     index = 0
     while True:
         name = f"{stem}_{index}"
-        held = getattr(graph, name, None)
-        if held is None or (held.dtype == tensor.dtype and torch.equal(held, tensor)):
+        existing = getattr(graph, name, None)
+        if existing is None or (existing.dtype == tensor.dtype and torch.equal(existing, tensor)):
             return add_constant(graph, name, tensor)
         index += 1
 
 
 def dependents(graph: fx.Graph, is_source: Callable[[fx.Node], bool], hides: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    """Sources, and nodes whose values depend on them; a node that `hides` passes nothing on from its inputs."""
+    """Sources and all nodes whose values depend on them; dependence stops at nodes for which `hides` is true."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if is_source(node) or (not hides(node) and any(n in found for n in node.all_input_nodes)):
@@ -119,10 +123,10 @@ def dependents(graph: fx.Graph, is_source: Callable[[fx.Node], bool], hides: Cal
 
 
 def depends_on_ids(graph: fx.Graph, others: Collection[str] = (POSITIONS,)) -> set[fx.Node]:
-    """Nodes whose values (not only shapes) depend on token ids.
+    """Nodes whose values, not only shapes, depend on token ids.
 
     Args:
-        others: inputs of the graph that are not token ids.
+        others: names of the graph inputs that are not token ids.
     """
     return dependents(
         graph,
@@ -132,7 +136,11 @@ def depends_on_ids(graph: fx.Graph, others: Collection[str] = (POSITIONS,)) -> s
 
 
 def evaluate(graph: fx.GraphModule, node: fx.Node, tokens: int, known: dict[fx.Node, Any]) -> Any:
-    """Value of a node that needs no token ids, for `tokens` positions 0, 1, 2, ...; `known` values are given."""
+    """Computes a node that does not depend on token ids, for positions 0 to `tokens - 1`.
+
+    Args:
+        known: values of nodes that are already computed; new values are added.
+    """
     if node in known:
         return known[node]
     if node.op == "placeholder":

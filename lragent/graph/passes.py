@@ -1,4 +1,4 @@
-"""A pass: a named rewrite of a graph, what it reports, and how it is run."""
+"""Passes: named rewrites of a graph, their reports, and the function that runs one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Context = TypeVar("Context")
 
 @dataclass(frozen=True)
 class PassReport:
-    """The result of a pass: how many places it changed, and the places where it did not match."""
+    """The result of a pass: the number of changed places, and the places where it did not match."""
 
     changed: int
     misses: tuple[Miss, ...] = ()
@@ -27,11 +27,11 @@ class PassReport:
 
 @dataclass(frozen=True)
 class Pass(Generic[Context]):
-    """A named rewrite of the graph in place; `Context` holds the facts that it reads beside the graph.
+    """A named in-place rewrite of a graph; `Context` holds the facts that it reads in addition to the graph.
 
     Args:
-        required: every place must match; a miss refuses the program.
-        hint: advice to the user when a required pass has missed.
+        required: the program is refused if the pass has a miss.
+        hint: advice to the user in that case.
     """
 
     name: str
@@ -41,10 +41,10 @@ class Pass(Generic[Context]):
 
 
 def run_pass(entry: Pass[Context], graph: fx.GraphModule, context: Context) -> PassReport:
-    """Runs one pass, checks the graph, and logs the time and the misses.
+    """Runs one pass, checks the graph, and logs time and misses.
 
     Raises:
-        InternalError: the pass failed, or left a broken graph.
+        InternalError: the pass failed or left an invalid graph.
     """
     started = time.perf_counter()
     try:

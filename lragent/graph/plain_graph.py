@@ -1,4 +1,4 @@
-"""An exported program as a bare `GraphModule`: positional inputs, one output, no checks, nothing written in place."""
+"""Converts an exported program to a bare `GraphModule`: positional inputs, one output, no guards, no in-place ops."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import fx
 
 
 def plain_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """The unlifted graph: weights are `get_attr` nodes that name parameters of the returned module."""
+    """The unlifted graph: weights are `get_attr` nodes whose targets are parameters of the returned module."""
     exported = program.module(check_guards=False)
     assert isinstance(exported, fx.GraphModule)
     graph = fx.GraphModule(exported, exported.graph)
@@ -22,7 +22,7 @@ def plain_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
 
 
 def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The same program without writes into views; programs without such writes are returned as they are.
+    """Replaces in-place ops by functional ones; a program without in-place ops is returned unchanged.
 
     Before:                                      After:
         k = new_empty(x, [1, H, T, 8])               k  = new_empty(x, [1, H, T, 8])

@@ -1,4 +1,4 @@
-"""torch warns about its own internals while it exports and compiles; users can do nothing about that."""
+"""Silences warnings about torch internals during export and compilation; users can't act on them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from contextlib import contextmanager
 def without_exporter_noise() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        # Programs are saved with hollow tensors on purpose.
+        # Programs are saved without the data of their tensors on purpose.
         warnings.filterwarnings("ignore", message="No complete tensor found in the group")
         yield

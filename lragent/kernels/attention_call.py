@@ -1,7 +1,7 @@
 """The arguments of attention over the cache, and the ops that take them.
 
-Legend: T = packed query tokens, S = sequences, M = most pages of a sequence, P = tokens a page, N = agents, Hq = query
-heads, H = KV heads, Dk / Dv = head dims, r = largest rank of a projection.
+Legend: T = packed query tokens, S = sequences, M = pages of the longest sequence, P = tokens per page, N = agents, Hq =
+query heads, H = KV heads, Dk / Dv = head dims, r = largest rank of a projection.
 """
 
 from __future__ import annotations
@@ -15,31 +15,32 @@ from torch._ops import OpOverload
 from lragent.kernels.define_op import define_op, schema_of, unpacked
 
 
-# One is made for every layer of every step: a frozen one takes 5 us, ten times as long.
+# One is created per layer and step. A frozen dataclass takes 5 us, ten times as long.
 @dataclass(eq=False)
 class AttentionCall:
     """One attention of packed queries over paged base and LR streams (Flash-LoRA-Attention, arXiv 2602.01053).
 
-    For a query of agent i (row i of the tables; agent 0 has rank 0) and token j of its sequence:
-    `k_j = f(base_j + a_k_j B_k[i])`, `out = sum_j p_j v_base_j + (sum_j p_j a_v_j) B_v[i]`.
+    For a query of agent i (row i of the LR directories; agent 0 has rank 0) and token j of its sequence:
+    `k_j = f(base_j + lr_k_j B_k[i])`, `out = sum_j p_j v_base_j + (sum_j p_j lr_v_j) B_v[i]`.
     An implementation returns `out`: `[T, Hq, Dv]` in the query's dtype.
 
     Args:
-        query_THqDk: after the query's own transform.
-        k_cache, v_cache: `[pages, H, P, Dk]`, `[pages, H, P, Dv]`; new tokens are already written.
+        query_THqDk: after the query's norm and rotation.
+        k_cache, v_cache: `[pages, H, P, Dk]`, `[pages, H, P, Dv]`; the new tokens are already written.
         agent_ids_T: agent id of every query token; tokens of one sequence may differ.
         seq_starts: `[S + 1]`; context_lens_S, page_table_SM: see `lragent.program.step.StepInputs`.
-        lr_k, lr_k_table, b_k: LR columns of K (flat), their table `[N + 1, 4]`, and per-head up-projections
-            `[N + 1, H, r, Dk]` with scaling folded in, rows past an agent's rank zero; None if K has no adapter.
+        lr_k, lr_k_table, b_k: the LR stream of K (flat), its LR directory `[N + 1, 4]`, and lora_b per head
+            `[N + 1, H, r, Dk]` with the scaling folded in and zero rows past an agent's rank; None if K has no
+            adapter.
         lr_v, lr_v_table, b_v: the same for V.
         rope_cos, rope_sin: `[positions, Dk]`, rope_partner: int64 `[Dk]`: the rotation of a key at position p is
             `cos[p, d] * x[d] + sin[p, d] * x[partner[d]]` (signs are in `sin`); None: no rotation.
-        norm_weight: `[Dk]`, RMSNorm of the key over its head dim before the rotation, or `[H, Dk]`, one RMSNorm over
-            all heads; None: no norm. norm_eps: its eps.
-        key_is_final: True: `k_cache` holds `f(base)` and f is linear, so the LR part is rotated and added.
-            False: `k_cache` holds the raw base key and f is applied to the sum.
-        sinks_Hq: one extra logit a head that takes part in the softmax and has no value.
-        scale: factor of the scores; window: keys visible to a query, itself included, 0 = all;
+        norm_weight: weight of the RMSNorm of the key before the rotation, `[Dk]` per head or `[H, Dk]` over all heads
+            together; None: no norm. norm_eps: its eps.
+        key_is_final: if True, f is linear and `k_cache` holds `f(base)`; the LR part is rotated and added.
+            If False, `k_cache` holds the raw base key and f is applied to the sum.
+        sinks_Hq: one extra softmax logit per head, without a value; None: no sinks.
+        scale: factor of the scores; window: number of keys visible to a query, its own included, 0 = all;
             softcap: `softcap * tanh(score / softcap)`, 0 = none.
     """
 
@@ -97,7 +98,7 @@ def _all_or_none(a: Tensor | None, b: Tensor | None, c: Tensor | None) -> tuple[
 
 
 def attention_function(kernel: Callable[[AttentionCall], Tensor]) -> Callable[..., Tensor]:
-    """An implementation as a function of the call's fields, as nodes of a graph call it."""
+    """Wraps an implementation as a function of the call's fields, which graph nodes can call."""
     return unpacked(AttentionCall, kernel)
 
 
@@ -105,7 +106,7 @@ def attention_op(name: str, kernel: Callable[[AttentionCall], Tensor] | None) ->
     """Defines `lragent::name`, which takes the fields of an `AttentionCall`.
 
     Args:
-        kernel: runs on any device; None: a library that is loaded later brings kernels (`lragent.kernels.cpp_library`).
+        kernel: runs on any device; None: a library registers kernels later (`lragent.kernels.cpp_library`).
     """
     function = None if kernel is None else attention_function(kernel)
     return define_op(name, schema_of(AttentionCall), function, attention_function(AttentionCall.empty_output))

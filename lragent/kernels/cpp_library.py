@@ -1,6 +1,6 @@
-"""The C++ kernels as a shared library: built once for this machine and torch version, kept in a cache directory.
+"""Builds the C++ kernels once per machine and torch version, and loads them from a cache directory.
 
-`load` must have been called before a program with a C++ op runs, also before an AOTInductor package with one does.
+Call `load` before a program with a C++ op runs. An AOTInductor package with such an op needs it too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 _KERNELS = Path(__file__).parent
 _HINT = 'Install g++ (or set CXX) and ninja, or use attention="torch", which needs neither.'
 
-# at::vec chooses its registers by these macros, at most those that torch itself found this processor to have.
+# at::vec chooses its vector width by these macros. torch detected which of them this processor supports.
 _INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
     "AVX512": (
@@ -41,13 +41,13 @@ def is_loaded() -> bool:
 
 
 def is_obtainable() -> bool:
-    """Whether `load` can work: a built library is there, or what building one takes."""
+    """True if `load` can succeed: a built library exists, or the tools to build one do."""
     return is_loaded() or library_file().exists() or not _missing_tools()
 
 
 @cache
 def library_file() -> Path:
-    """Where the library for this machine is, or will be; the name carries all that the machine code depends on."""
+    """Path of the library for this machine, built or not; its name hashes everything the machine code depends on."""
     digest = hashlib.sha256(repr((torch.__version__, _flags())).encode())
     for file in _files():
         digest.update(f"{file.name}\0{file.read_text('utf-8')}\0".encode())
@@ -56,10 +56,10 @@ def library_file() -> Path:
 
 
 def load() -> None:
-    """Makes the C++ kernels known to PyTorch, building them first (about half a minute) if need be.
+    """Registers the C++ kernels with PyTorch. Builds them first (about half a minute) if they are not built yet.
 
     Raises:
-        CompilerMissing: no library for this machine is there, and it can't be built.
+        CompilerMissing: this machine has no library, and it can't be built.
     """
     if is_loaded():
         return
@@ -71,7 +71,7 @@ def load() -> None:
 
 
 def _build(file: Path) -> None:
-    """Builds in a directory of its own: a process that is killed then leaves no lock that others wait for."""
+    """Builds in a private directory. A killed process then leaves no lock behind that blocks other processes."""
     if missing := _missing_tools():
         raise CompilerMissing(f"the C++ kernels can't be built: no {' and no '.join(missing)} was found", _HINT)
     from torch.utils import cpp_extension
@@ -80,7 +80,7 @@ def _build(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         try:
-            with _own_programs_on_path():
+            with _python_programs_on_path():
                 cpp_extension.load(
                     name=file.stem,
                     sources=[str(source) for source in _files() if source.suffix == ".cpp"],
@@ -105,9 +105,9 @@ def _capability() -> str:
 
 def _flags() -> tuple[str, ...]:
     instructions = _INSTRUCTIONS.get(_capability(), ("-DCPU_CAPABILITY=DEFAULT",))
-    # Dot products of bfloat16 pairs, which not every processor with AVX-512 has.
-    pairs = ("-mavx512bf16",) if _capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported() else ()
-    return ("-O3", "-fopenmp", *instructions, *pairs)
+    # The bf16 dot product instruction. Not every processor with AVX-512 has it.
+    bf16_dot = ("-mavx512bf16",) if _capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported() else ()
+    return ("-O3", "-fopenmp", *instructions, *bf16_dot)
 
 
 def _missing_tools() -> list[str]:
@@ -117,12 +117,12 @@ def _missing_tools() -> list[str]:
 
 
 def _search_path() -> str:
-    """PATH, then where this Python's own programs are: ninja is there, also if the environment isn't active."""
+    """PATH, then the folder of this Python: it holds ninja even if the environment is not activated."""
     return os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
 
 
 @contextmanager
-def _own_programs_on_path() -> Iterator[None]:
+def _python_programs_on_path() -> Iterator[None]:
     before = os.environ.get("PATH")
     os.environ["PATH"] = _search_path()
     try:

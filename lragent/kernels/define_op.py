@@ -1,6 +1,6 @@
-"""Definition of the project's ops: schemas from dataclasses, kernels and fake kernels without derivatives.
+"""Defines the project's ops: schemas from dataclasses, kernels and fake kernels, no autograd.
 
-`torch.library.custom_op` adds layers that would take longer than the work of a decode step. Ops here have none.
+`torch.library.custom_op` is not used: its dispatch layers take longer than the work of a decode step.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _SCHEMA_TYPES: dict[object, str] = {
 
 
 def schema_of(arguments: type) -> str:
-    """Schema of an op that returns one tensor and takes the fields of a dataclass, in their order.
+    """Schema of an op that takes the fields of a dataclass in order and returns one tensor.
 
     Raises:
-        KeyError: a field has another type than Tensor, Tensor | None, float, int or bool.
+        KeyError: a field has a type other than Tensor, Tensor | None, float, int or bool.
     """
     types = get_type_hints(arguments)
     listed = [
@@ -39,7 +39,7 @@ def schema_of(arguments: type) -> str:
 
 
 def unpacked(arguments: Callable[..., Arguments], kernel: Callable[[Arguments], Tensor]) -> Callable[..., Tensor]:
-    """A kernel of one dataclass as a function of the dataclass's fields; it keeps the kernel's name."""
+    """Wraps a kernel of one dataclass as a function of the dataclass's fields; it keeps the kernel's name."""
 
     def function(*values: Any, **named: Any) -> Tensor:
         return kernel(arguments(*values, **named))
@@ -56,8 +56,8 @@ def define_op(name: str, schema: str, kernel: Callable[..., object] | None, fake
     """Defines `lragent::name`.
 
     Args:
-        kernel: runs on any device that gets no kernel of its own later; None: there is no such kernel.
-        fake: allocates the result for `torch.export`.
+        kernel: the default for devices without a dedicated kernel; None: no default.
+        fake: returns an empty result of the right shape, for `torch.export`.
     """
     qualified = f"lragent::{name}"
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)

@@ -11,29 +11,33 @@ _LOG = logging.getLogger(__name__)
 
 
 def graphs(attention: str) -> tuple[str, ...]:
-    """Names of the lowered graphs that an implementation consists of."""
+    """Names of the lowered graphs of an implementation."""
     return tuple(graph.name for graph in IMPLEMENTATIONS[attention].graphs)
 
 
 def require_attention(attention: str, device: str) -> None:
-    """Raises RequestError unless an implementation, or "auto", exists for a device; nothing is loaded or built."""
+    """Checks that an implementation, or "auto", exists for a device. Loads and builds nothing.
+
+    Raises:
+        RequestError: it does not exist, or not for this device.
+    """
     kind = device.split(":")[0]
-    there = [impl.name for impl in IMPLEMENTATIONS.values() if kind in impl.devices]
-    hint = f"Use auto, {', '.join(there[:-1])} or {there[-1]}."
+    available = [impl.name for impl in IMPLEMENTATIONS.values() if kind in impl.devices]
+    hint = f"Use auto, {', '.join(available[:-1])} or {available[-1]}."
     if attention != "auto" and attention not in IMPLEMENTATIONS:
         raise RequestError(f"attention {attention!r} is not available", hint)
-    if attention != "auto" and attention not in there:
+    if attention != "auto" and attention not in available:
         raise RequestError(f"attention {attention!r} does not run on {device}", hint)
 
 
 def resolve(attention: str, device: str) -> str:
-    """Name of the implementation for a device, ready to run; "auto" chooses.
+    """Loads an implementation for a device and returns its name; "auto" chooses one.
 
-    Its kernels are loaded, and built once on a new machine if they are in C++.
+    C++ kernels are built first if this machine has no library of them yet.
 
     Raises:
-        RequestError: unknown, not available on this device, or passed by name and a package that it needs is missing.
-        CompilerMissing: passed by name, and its kernels can't be built.
+        RequestError: it is unknown, does not run on this device, or was passed by name and a package is missing.
+        CompilerMissing: it was passed by name, and its kernels can't be built.
     """
     require_attention(attention, device)
     if attention == "auto":
@@ -51,5 +55,5 @@ def _best(kind: str) -> str:
             try:
                 return resolve(impl.name, kind)
             except (CompilerMissing, RequestError) as error:
-                _LOG.warning("attention %s, which is slower: %s", FALLBACK, error.message)
+                _LOG.warning("using attention %s, which is slower: %s", FALLBACK, error.message)
     return FALLBACK

@@ -1,4 +1,4 @@
-"""All attention implementations and what the rest of the project needs to know of each."""
+"""The table of all attention implementations and their properties."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class AttentionGraph:
     """One lowered graph of an implementation.
 
     Args:
-        target: what attention nodes of the graph call; a plain function is traced into the graph at export.
-        steps: the steps that the graph serves.
+        target: the op or function that attention nodes call; a plain function is traced into the graph at export.
+        steps: the kind of steps that the graph can run.
     """
 
     name: str
@@ -31,15 +31,15 @@ class AttentionImpl:
     """One attention implementation.
 
     Args:
-        devices: kinds of devices that it runs on.
-        graphs: one graph for any step, or one for decodes and one for prefill: `lragent.compile.split_step` splits
-            steps between them.
-        wide_norms: True: it computes a norm over all heads. False: layers with one run `FALLBACK`.
-        cuda_graph_safe: nothing in it reads the device's values, so that a step can become a CUDA graph.
-        fuses_linears: `load` also brings a kernel of `routed_linears`.
-        load: makes its kernels known to PyTorch; raises CompilerMissing or RequestError where it can't. None: nothing
-            has to be loaded.
-        preferred: "auto" chooses it on its devices, if it can be loaded.
+        devices: device types that it runs on.
+        graphs: one graph for any step, or one for decode and one for prefill; `lragent.compile.split_step` then
+            splits a mixed step.
+        wide_norms: it computes a norm over all heads. If False, layers with such a norm run `FALLBACK`.
+        cuda_graph_safe: the host reads no values from the device, so a step can be captured as a CUDA graph.
+        fuses_linears: `load` also registers a kernel for `routed_linears`.
+        load: registers its kernels with PyTorch, or raises CompilerMissing or RequestError. None: there is nothing to
+            load.
+        preferred: "auto" chooses it on its devices if it can be loaded.
     """
 
     name: str
@@ -91,10 +91,10 @@ _ALL = (
     ),
 )
 
-# Implementation by its name; the order is that of messages.
+# Implementation by name. Error messages list them in this order.
 IMPLEMENTATIONS: dict[str, AttentionImpl] = {impl.name: impl for impl in _ALL}
-# Graph, and the implementation that it belongs to, by the graph's name.
+# Graph by its name, and the graph's implementation by the same name.
 GRAPHS: dict[str, AttentionGraph] = {graph.name: graph for impl in _ALL for graph in impl.graphs}
 IMPLEMENTATION_OF: dict[str, AttentionImpl] = {graph.name: impl for impl in _ALL for graph in impl.graphs}
-# Runs the layers that the chosen implementation can't. It runs on every device and computes every norm.
+# Runs the layers that the chosen implementation can't run. It supports every device and every norm.
 FALLBACK = "torch"

@@ -1,6 +1,6 @@
-"""The Triton kernels as kernels of the ops on CUDA and HIP devices; Triton compiles each at its first launch.
+"""Registers the Triton kernels for CUDA and HIP devices. Triton compiles each kernel at its first launch.
 
-`load` must have been called before a program with a Triton op runs.
+Call `load` before a program with a Triton op runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def is_installed() -> bool:
 
 
 def load() -> None:
-    """Makes the Triton kernels known to PyTorch.
+    """Registers the Triton kernels with PyTorch.
 
     Raises:
         RequestError: the package `triton` is missing.

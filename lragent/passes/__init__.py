@@ -1,4 +1,4 @@
-"""All passes, in the order in which they run: all rewriting of graphs there is."""
+"""All passes that rewrite graphs, in the order in which they run."""
 
 from lragent.capture.context import CaptureContext
 from lragent.capture.positions_from_input import POSITIONS_FROM_INPUT
@@ -14,19 +14,19 @@ from lragent.passes.route_adapters import ROUTE_ADAPTERS
 from lragent.passes.select_logits import SELECT_LOGITS
 from lragent.passes.split_kv import SPLIT_KV
 
-# Run by capture, each where the model needs it.
+# Passes of capture. Each runs only for models that need it.
 CAPTURED: tuple[Pass[CaptureContext], ...] = (
-    RECOGNIZE_ATTENTION,  # where attention is not behind transformers' interface
-    POSITIONS_FROM_INPUT,  # where tokens mix outside attention without it
+    RECOGNIZE_ATTENTION,  # for models without transformers' attention interface
+    POSITIONS_FROM_INPUT,  # for models that compute positions as arange(T)
 )
-# The model's side: what an artifact stores.
+# Rewrite the model for any target; an artifact stores the result.
 REWRITE: tuple[Pass[RewriteContext], ...] = (
     NORMALIZE,
     SELECT_LOGITS,
     ROUTE_ADAPTERS,
-    SPLIT_KV,  # cuts the routed deltas off K and V, so after route_adapters
+    SPLIT_KV,  # removes the routed deltas from K and V, so it follows route_adapters
     ATTACH_CACHE,
 )
-# The target's side: run again wherever an artifact is lowered.
+# Lower the graph for one target; run again for each target of an artifact.
 LOWER: tuple[Pass[LowerContext], ...] = (LOWER_ATTENTION, FUSE_LINEARS, CLEANUP)
 PASSES: tuple[Pass[CaptureContext] | Pass[RewriteContext] | Pass[LowerContext], ...] = (*CAPTURED, *REWRITE, *LOWER)

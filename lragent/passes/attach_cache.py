@@ -1,4 +1,4 @@
-"""Attention over packed tokens becomes cache writes and attention over the cache; the step's inputs appear.
+"""Replaces attention over packed tokens by cache writes and attention over the cache; adds the step inputs.
 
 Before:                                              After:
     input_ids, position_ids  [1, T]                      token_ids, positions, agent_ids, ...   (STEP_INPUTS)
@@ -7,8 +7,7 @@ Before:                                              After:
         [1, T, Hq, D]                                    write_lr(lr, lr_0, lr_table_0, lr_slots)
                                                          o = flash_lora_attention(q, k_base_0, ...)  [T, Hq, D]
 
-A projection that feeds both K and V (fused) has one LR stream. Slopes (ALiBi) become two more channels of query and
-key.
+A fused projection of K and V has one LR stream. ALiBi slopes become two additional channels of query and key.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from lragent.program.step import STEP_INPUTS, cache_input_names
 
 aten = torch.ops.aten
 
-# Captured placeholders -> step inputs; the captured ones have a leading axis of one.
+# Captured placeholders, `[1, T]` -> step inputs, `[T]`.
 _RENAMED = {"input_ids": "token_ids", "position_ids": "positions"}
 
 
@@ -70,7 +69,7 @@ def _base_streams(index: int, marker: fx.Node) -> BaseStreams:
 
 
 def _add_inputs(graph: fx.GraphModule, schema: CacheSchema) -> dict[str, fx.Node]:
-    """Placeholders of all step and cache inputs, in their order; the captured ones are replaced."""
+    """Adds placeholders of all step and cache inputs in order, and replaces the captured placeholders."""
     inputs: dict[str, fx.Node] = {}
     first = next(iter(graph.graph.nodes))
     with graph.graph.inserting_before(first):
@@ -160,7 +159,7 @@ def _write_low_rank(
 
 
 def _transform_arguments(graph: fx.GraphModule, key: SplitStream) -> dict[str, object]:
-    """Arguments of the attention op that say what is done to a key."""
+    """Arguments of the attention op that describe the key transform."""
     transform = key.transform
     if transform is None:
         names = ("rope_cos", "rope_sin", "rope_partner", "norm_weight")

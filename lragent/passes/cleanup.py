@@ -1,4 +1,4 @@
-"""The last pass: nothing dead is left, and the graph holds only what a lowered program may hold."""
+"""The last pass: removes dead code, and checks that no marker is left and that the graph takes the step inputs."""
 
 from __future__ import annotations
 

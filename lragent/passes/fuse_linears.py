@@ -1,15 +1,15 @@
-"""Projections of one input, with their routed adapters, become one call where there is a kernel for it.
+"""Fuses projections of one input, with their routed adapters, into one op if the implementation has a kernel for it.
 
 Before:                                              After:
     v   = linear(x, W_v)          [1, T, Nv]             y  = routed_linears(x, [W_v, A_v, W_q, B_v, A_q, B_q], ...)
     lr  = linear(x, A_v)          [1, T, R]              v2 = y[..., 0 : Nv]
-    own = lr[..., columns] * route[agent_ids]            lr = y[..., Nv : Nv + R]     if the cache takes it too
+    own = lr[..., columns] * route[agent_ids]            lr = y[..., Nv : Nv + R]     if the cache stores it too
     v2  = v + matmul(own, B_v)                           q2 = y[..., Nv + R : N]
     q2  = ... (likewise, with lr used here only)
 
-The kernel multiplies a token with its own agent's B only, and, where nothing else takes the low-rank columns (A_q),
-with its own agent's A only: there, what adapters cost does not grow with the number of agents. A routed delta of
-another form than `route_adapters` gives it stays as it is; so does a projection that isn't a linear of a stored matrix.
+The kernel multiplies each token by lora_b of its agent only. A down-projection is private if nothing else reads its LR
+stream (A_q); a token is then multiplied by A of its agent only, so the cost does not grow with the number of agents. A
+routed delta in another form than that of `route_adapters` is not fused, nor is a projection without a stored weight.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Routes = list[int]
 
 @dataclass(frozen=True)
 class _Delta:
-    """What an adapter adds to a projection: `total = base + own columns of low_rank @ up`."""
+    """The delta of all adapters of a projection: `total = base + routed(low_rank) @ up`."""
 
     total: fx.Node
     low_rank: fx.Node
@@ -44,19 +44,19 @@ class _Delta:
 def _run(graph: fx.GraphModule, context: LowerContext) -> PassReport:
     if not IMPLEMENTATION_OF[context.attention].fuses_linears:
         return PassReport(0)
-    groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    fusion_groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in calls(graph, aten.linear.default):
         if _is_projection(graph, node):
-            groups[node.args[0]].append(node)  # type: ignore[index]
+            fusion_groups[node.args[0]].append(node)  # type: ignore[index]
     agent_ids = placeholder(graph, "agent_ids")
     assert agent_ids is not None
-    for members in groups.values():
+    for members in fusion_groups.values():
         deltas = {n: delta for n in members if (delta := _delta(graph, n, members, agent_ids)) is not None}
         _fuse(graph, members, deltas, agent_ids)
     for node in calls(graph, aten.view.default):
-        node.target = aten.reshape.default  # a part of a wider row can't always be viewed
+        node.target = aten.reshape.default  # a slice of the fused output is not contiguous, so it can't be viewed
     graph.graph.eliminate_dead_code()
-    return PassReport(sum(len(g) for g in groups.values()))
+    return PassReport(sum(len(g) for g in fusion_groups.values()))
 
 
 def _is_stored(graph: fx.GraphModule, node: object, dims: int) -> bool:
@@ -72,24 +72,26 @@ def _is_projection(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _delta(graph: fx.GraphModule, base: fx.Node, members: list[fx.Node], agent_ids: fx.Node) -> _Delta | None:
-    """The routed delta that is added to a projection and to nothing else, if it has the usual form."""
+    """The routed delta of a projection; None if it is not in the form of `route_adapters` or has other users."""
     total = only_user(base)
     if total is None or total.target is not aten.add.Tensor or total.kwargs or total.args[0] is not base:
         return None
     up = total.args[1]
     if not isinstance(up, fx.Node) or up.target is not aten.matmul.default or only_user(up) is not total:
         return None
-    own, up_weight = up.args
-    if not _is_stored(graph, up_weight, 2) or not isinstance(own, fx.Node):
+    routed, up_weight = up.args
+    if not _is_stored(graph, up_weight, 2) or not isinstance(routed, fx.Node):
         return None
-    if own.target is not aten.mul.Tensor or only_user(own) is not up:
+    if routed.target is not aten.mul.Tensor or only_user(routed) is not up:
         return None
-    low_rank, mask = own.args
-    columns = None
+    low_rank, mask = routed.args
+    gather_index = None
     if isinstance(low_rank, fx.Node) and low_rank.target is aten.index_select.default:
         low_rank, dim, index = low_rank.args
-        columns = fetch(graph, index) if dim == 2 and isinstance(index, fx.Node) and index.op == "get_attr" else None
-        if columns is None:
+        gather_index = (
+            fetch(graph, index) if dim == 2 and isinstance(index, fx.Node) and index.op == "get_attr" else None
+        )
+        if gather_index is None:
             return None
     if low_rank not in members or not isinstance(low_rank, fx.Node) or not isinstance(mask, fx.Node):
         return None
@@ -98,18 +100,18 @@ def _delta(graph: fx.GraphModule, base: fx.Node, members: list[fx.Node], agent_i
     route = mask.args[0]
     if not isinstance(route, fx.Node) or route.op != "get_attr":
         return None
-    routes = _routes(fetch(graph, route), columns)
+    routes = _routes(fetch(graph, route), gather_index)
     return None if routes is None else _Delta(total, low_rank, up_weight, routes)  # type: ignore[arg-type]
 
 
-def _routes(route: Tensor, columns: Tensor | None) -> Routes | None:
-    """For every agent id: first column taken, first column of the up-projection, rank; None if they don't follow."""
+def _routes(route: Tensor, gather_index: Tensor | None) -> Routes | None:
+    """Per agent id: first row of the down-projection, first row of the up-projection, rank; None if not contiguous."""
     table: Routes = []
     for row in route.float():
         taken = row.nonzero().flatten().tolist()
         if any(row[c] != 1 for c in taken):
             return None
-        sources = taken if columns is None else columns[taken].tolist()
+        sources = taken if gather_index is None else gather_index[taken].tolist()
         for found in (taken, sources):
             if found != list(range(found[0], found[0] + len(found)) if found else ()):
                 return None
@@ -117,14 +119,14 @@ def _routes(route: Tensor, columns: Tensor | None) -> Routes | None:
     return table
 
 
-def _is_own(down: fx.Node) -> bool:
-    """Whether a delta's down-projection serves that delta only."""
+def _is_private(down: fx.Node) -> bool:
+    """True if only one delta uses a down-projection, so that it is computed for the agent of each token only."""
     return only_user(down) is not None and (len(down.args) < 3 or down.args[2] is None)
 
 
 def _fuse(graph: fx.GraphModule, members: list[fx.Node], deltas: dict[fx.Node, _Delta], agent_ids: fx.Node) -> None:
-    own_downs = {delta.low_rank for delta in deltas.values() if _is_own(delta.low_rank)}
-    projections = [n for n in members if n not in own_downs]
+    private_downs = {delta.low_rank for delta in deltas.values() if _is_private(delta.low_rank)}
+    projections = [n for n in members if n not in private_downs]
     adapted = [n for n in projections if n in deltas]
     stored: list[object] = [n.args[1] for n in projections]
 
@@ -133,7 +135,7 @@ def _fuse(graph: fx.GraphModule, members: list[fx.Node], deltas: dict[fx.Node, _
         return len(stored) - 1
 
     def down_place(down: fx.Node) -> int:
-        return place(down.args[1]) if down in own_downs else projections.index(down)
+        return place(down.args[1]) if down in private_downs else projections.index(down)
 
     bias_of = [place(n.args[2]) if len(n.args) > 2 and n.args[2] is not None else -1 for n in projections]
     down_of = [down_place(deltas[n].low_rank) if n in deltas else -1 for n in projections]

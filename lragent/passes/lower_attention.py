@@ -1,10 +1,10 @@
-"""Attention ops become the implementation that was chosen for the target.
+"""Replaces attention ops by the implementation chosen for the target.
 
 Before:                                    After (attention="torch"):
     o = flash_lora_attention(q, ...)           o = flash_lora_attention_torch(q, ...)
 
-An implementation without a norm over all heads leaves layers with one to `FALLBACK`, and the pass reports each
-(`lragent.kernels.implementations`).
+If the implementation has no norm over all heads, layers with such a norm run `FALLBACK`, and the pass reports each of
+them (`lragent.kernels.implementations`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _run(graph: fx.GraphModule, context: LowerContext) -> PassReport:
 
 
 def fallback_layers(graph: fx.GraphModule, attention: str) -> tuple[Miss, ...]:
-    """Layers of a rewritten graph, not yet lowered, that run `FALLBACK` in the graph that `attention` names."""
+    """Layers of a graph before lowering that will run `FALLBACK`; `attention` is the name of an attention graph."""
     if IMPLEMENTATION_OF[attention].wide_norms:
         return ()
     return tuple(

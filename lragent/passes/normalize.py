@@ -1,4 +1,4 @@
-"""One spelling for what the exporter left: no metadata asserts, no casts to the same dtype, no aliases.
+"""Removes ops without effect: metadata asserts, casts to the same dtype, aliases.
 
 Before:                                             After:
     add  = aten.add.Tensor(a, b)      f32[1, T, D]      add  = aten.add.Tensor(a, b)
@@ -6,7 +6,7 @@ Before:                                             After:
     to   = aten.to.dtype(add, f32)
     view = aten.view(to, [...])
 
-Later passes match chains of nodes; this is where noise between them goes.
+Later passes match chains of nodes and rely on these ops being absent.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Logits only for the rows that are sampled.
+"""Computes logits only for the rows that are sampled.
 
 Before:                                          After:
     h      = mul(norm, w)          [1, T, D]         h      = mul(norm, w)              [1, T, D]
@@ -6,9 +6,9 @@ Before:                                          After:
     return logits                                    logits = linear(rows, lm_head)     [1, R, V]
                                                      return reshape(float(logits), [-1, V])
 
-The walk goes back from the output through ops that treat every token and logit alone (softcap, casts, scaling) to the
-linear op of the LM head (with its marker, if it is adapted). Where that is not found, rows are selected at the output:
-right, but every row is computed.
+The pass walks back from the output through pointwise ops (softcap, casts, scaling) to the linear op of the LM head, and
+to its marker if it is adapted. If it finds none, rows are selected at the output: logits are correct, but all rows are
+computed.
 """
 
 from __future__ import annotations
@@ -67,8 +67,10 @@ def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
 
 
 def _head(logits: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
-    """The input of the linear op whose rows are the logits, and the ops that read it: the marker too if the LM head is
-    adapted; None if something else than token-wise ops stands between, or they read different inputs."""
+    """The input of the LM head, and the ops that read it: the linear op, and the marker if the LM head is adapted.
+
+    None if other than pointwise ops follow the LM head, or if the ops read different inputs.
+    """
     stack, heads, seen = [logits], list[fx.Node](), set[fx.Node]()
     while stack:
         node = stack.pop()

@@ -50,9 +50,9 @@ def usual_variants() -> Iterator[Variant]:
 
 @pytest.mark.parametrize("rank", [1, 8, 16])
 @pytest.mark.parametrize("tokens", [64, 128])
-def test_keys_of_few_columns_in_wide_tiles_are_refused_on_hopper(rank: int, tokens: int) -> None:
+def test_keys_of_a_small_rank_in_wide_tiles_are_refused_on_hopper(rank: int, tokens: int) -> None:
     variant, tiles = replace(USUAL, k_rank=rank), replace(MISCOMPILED, tokens=tokens)
-    with pytest.raises(MiscompiledTiles, match=rf"sm_90.* {tokens} tokens.* 16 columns") as raised:
+    with pytest.raises(MiscompiledTiles, match=rf"{tokens} tokens on sm_90 .* at most 16") as raised:
         prefill_constants(variant, tiles, "sm_90")
     assert isinstance(raised.value, InternalError)
     assert prefill_constants(variant, tiles, "sm_80") == prefill_constants(variant, tiles, None)
@@ -66,7 +66,7 @@ def test_keys_of_few_columns_in_wide_tiles_are_refused_on_hopper(rank: int, toke
         (replace(USUAL, k_rank=17), MISCOMPILED),
         (USUAL, replace(MISCOMPILED, least_rank=64)),
     ],
-    ids=["fewer tokens", "no adapter on K", "more columns", "padded to more columns"],
+    ids=["fewer tokens", "no adapter on K", "larger rank", "padded to a larger rank"],
 )
 def test_what_differs_in_one_size_is_not_refused(variant: Variant, tiles: Tiles) -> None:
     assert prefill_constants(variant, tiles, "sm_90")["N"] == tiles.tokens
@@ -85,13 +85,13 @@ def test_a_launch_with_such_tiles_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     """Nothing is launched: there is no GPU here."""
     monkeypatch.setattr(launch, "target_of", lambda device: "sm_90")
     call = Case("chunk", sequences=((40, 9, 1),), k_dim=64, v_dim=64).build()
-    plan = launch.Plan(decode=MISCOMPILED, prefill=replace(MISCOMPILED, channels=64), splits=1)
+    config = launch.LaunchConfig(decode=MISCOMPILED, prefill=replace(MISCOMPILED, channels=64), splits=1)
     with pytest.raises(MiscompiledTiles):
-        launch.flash_lora_attention(call, plan)
+        launch.flash_lora_attention(call, config)
 
 
 def test_the_benchmark_skips_such_tiles_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "target_of", lambda device: "sm_90")
     monkeypatch.setattr(triton_tiles, "GPU", torch.device("cpu"))
     job = triton_tiles.Job("prefill", Heads(1, 2, 64), 8, with_keys=True, tiles=replace(MISCOMPILED, channels=64))
-    assert triton_tiles.refusal(job).startswith("prefill tiles on sm_90 of 64 tokens")
+    assert triton_tiles.refusal(job).startswith("prefill tiles of 64 tokens on sm_90")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lragent.capture.capture import capture
-from lragent.loading.agent_slots import fit, groups_of, agent_slots_of
+from lragent.loading.agent_slots import agent_slots_of, fit, groups_of
 from lragent.loading.model import LoadedModel, load_live
 from lragent.passes.pipeline import transform
 from tests.passes.tiny_lm import Tiny

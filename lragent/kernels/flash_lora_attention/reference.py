@@ -1,11 +1,11 @@
-"""Definition of attention over split streams, in plain PyTorch: slow, clear, runs in float64.
+"""Definition of attention over split streams in plain PyTorch: slow and clear; it also runs in float64.
 
-Legend: T = packed query tokens, S = sequences, M = page table columns, P = tokens a page, L = context length of a
-sequence, n = query rows of one group, Hq = query heads, H = KV heads (query head h reads KV head `h // (Hq // H)`),
-Dk / Dv = head dims, r = rank.
+Legend: T = packed query tokens, S = sequences, M = pages per sequence, P = tokens per page, L = context length of a
+sequence, n = queries of one agent in a sequence, Hq = query heads, H = KV heads (query head h reads KV head `h // (Hq
+// H)`), Dk / Dv = head dims, r = rank.
 
-Computations run in the query's dtype (float32, float64), or in float32 for bfloat16 and float16 queries; nothing else
-is rounded or upcast. Only the first `context_len` tokens of a sequence are ever read.
+float32 and float64 queries are computed in their own dtype, bfloat16 and float16 queries in float32. Only the result is
+rounded to the query's dtype. Only the first `context_len` tokens of a sequence are read.
 
 Source: Flash-LoRA-Attention, arXiv 2602.01053; sinks as in transformers' gpt_oss, softcap as in its gemma2.
 """
@@ -20,7 +20,7 @@ from lragent.program.cache_schema import LR_OFFSET, LR_RANK
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which attention of a query of `dtype` is computed."""
+    """The dtype in which attention is computed for a query of `dtype`."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
@@ -38,8 +38,8 @@ def probabilities(
     Args:
         positions_n: index of each query in its sequence; key j is visible if `position - window < j <= position`.
     """
-    group = query_nHqD.shape[1] // key_LHD.shape[1]
-    key_LHqD = key_LHD.repeat_interleave(group, dim=1)
+    gqa_group = query_nHqD.shape[1] // key_LHD.shape[1]
+    key_LHqD = key_LHD.repeat_interleave(gqa_group, dim=1)
     scores = torch.einsum("nhd,lhd->hnl", query_nHqD, key_LHqD) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
@@ -55,9 +55,9 @@ def probabilities(
 
 
 def weighted_values(weights_HqnL: Tensor, value_LHD: Tensor) -> Tensor:
-    """Sum of values of each query head's KV head: `[n, Hq, D]`."""
-    group = weights_HqnL.shape[0] // value_LHD.shape[1]
-    return torch.einsum("hnl,lhd->nhd", weights_HqnL, value_LHD.repeat_interleave(group, dim=1))
+    """Weighted sum of values per query head: `[n, Hq, D]`."""
+    gqa_group = weights_HqnL.shape[0] // value_LHD.shape[1]
+    return torch.einsum("hnl,lhd->nhd", weights_HqnL, value_LHD.repeat_interleave(gqa_group, dim=1))
 
 
 def causal_attention(
@@ -78,20 +78,20 @@ def causal_attention(
 
 
 def rms_norm(x_HD: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dim for a weight `[D]`, over heads and last dim together for a weight `[H, D]`."""
+    """RMSNorm per head for a weight `[D]`, over all heads together for a weight `[H, D]`."""
     over = (-2, -1) if weight.dim() == 2 else (-1,)
     return x_HD * torch.rsqrt(x_HD.square().mean(dim=over, keepdim=True) + eps) * weight
 
 
 def rotate(key_LHD: Tensor, cos_LD: Tensor, sin_LD: Tensor, partner_D: Tensor) -> Tensor:
-    """Rotation by table: `cos[j, d] * x[d] + sin[j, d] * x[partner[d]]` for key j."""
+    """Rotates key j: `cos[j, d] * x[d] + sin[j, d] * x[partner[d]]`."""
     return cos_LD[:, None] * key_LHD + sin_LD[:, None] * key_LHD[..., partner_D]
 
 
-def agent_columns(lr: Tensor, row: list[int], slots_L: Tensor) -> Tensor:
-    """LR columns `[L, rank]` of one agent at given slots of its flat tensor; `row` = its LR table row."""
-    columns = torch.arange(row[LR_RANK], device=lr.device)
-    return lr[row[LR_OFFSET] + slots_L[:, None] * row[LR_RANK] + columns]
+def lr_of_agent(lr: Tensor, entry: list[int], slots_L: Tensor) -> Tensor:
+    """The LR stream `[L, rank]` of one agent at given slots of flat `lr`; `entry`: its row of the LR directory."""
+    r = torch.arange(entry[LR_RANK], device=lr.device)
+    return lr[entry[LR_OFFSET] + slots_L[:, None] * entry[LR_RANK] + r]
 
 
 def flash_lora_attention(call: AttentionCall) -> Tensor:
@@ -123,9 +123,9 @@ def flash_lora_attention(call: AttentionCall) -> Tensor:
             rows_n = start + (agents_n == agent).nonzero()[:, 0]
             key_LHD = base_k_LHD
             if call.k_low_rank is not None:
-                lr, table, b = call.k_low_rank
-                a_k_Lr = agent_columns(lr, table[agent].tolist(), slots_L).to(dtype)
-                delta_LHD = torch.einsum("lr,hrd->lhd", a_k_Lr, b[agent, :, : a_k_Lr.shape[1]].to(dtype))
+                lr, directory, lora_b = call.k_low_rank
+                lr_k_Lr = lr_of_agent(lr, directory[agent].tolist(), slots_L).to(dtype)
+                delta_LHD = torch.einsum("lr,hrd->lhd", lr_k_Lr, lora_b[agent, :, : lr_k_Lr.shape[1]].to(dtype))
                 key_LHD = key_LHD + (transform(delta_LHD) if call.key_is_final else delta_LHD)
             if not call.key_is_final:
                 key_LHD = transform(key_LHD)
@@ -135,10 +135,10 @@ def flash_lora_attention(call: AttentionCall) -> Tensor:
             )
             result = weighted_values(weights, base_v_LHD)
             if call.v_low_rank is not None:
-                lr, table, b = call.v_low_rank
-                a_v_Lr = agent_columns(lr, table[agent].tolist(), slots_L).to(dtype)
-                group = result.shape[1] // v_cache.shape[1]
-                up_HqrD = b[agent, :, : a_v_Lr.shape[1]].to(dtype).repeat_interleave(group, dim=0)
-                result = result + torch.einsum("hnr,hrd->nhd", weights @ a_v_Lr, up_HqrD)
+                lr, directory, lora_b = call.v_low_rank
+                lr_v_Lr = lr_of_agent(lr, directory[agent].tolist(), slots_L).to(dtype)
+                gqa_group = result.shape[1] // v_cache.shape[1]
+                lora_b_HqrD = lora_b[agent, :, : lr_v_Lr.shape[1]].to(dtype).repeat_interleave(gqa_group, dim=0)
+                result = result + torch.einsum("hnr,hrd->nhd", weights @ lr_v_Lr, lora_b_HqrD)
             out[rows_n] = result.to(out.dtype)
     return out

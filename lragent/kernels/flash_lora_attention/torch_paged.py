@@ -1,10 +1,10 @@
-"""Attention over split streams in plain PyTorch, for any device: whole pages are gathered once, nothing is repeated.
+"""Attention over split streams in plain PyTorch, for any device. Each page is gathered once per sequence and agent.
 
-Sequences with one query token (decodes) of one agent run as a batch over page-shaped tiles; a sequence with more query
-tokens (a prefill chunk) runs alone, in blocks of query rows. V's LR part is never expanded: `(p @ a_v) @ B_v`. K's is
+Decodes (sequences with one query token) of one agent run as a batch over pages. A prefill chunk (more query tokens)
+runs alone, in blocks of query rows. The LR part of V is never expanded: `(p @ lr_v) @ lora_b_v`. The LR part of K is
 expanded for the acting agent only.
 
-Legend: T = packed query tokens, S = sequences, M = pages of the longest one, P = tokens a page, L = M * P, n = query
+Legend: T = packed query tokens, S = sequences, M = pages of the longest one, P = tokens per page, L = M * P, n = query
 rows, Hq = query heads, H = KV heads, G = Hq / H, Dk / Dv = head dims, r = rank.
 
 Semantics: `lragent.kernels.attention_call.AttentionCall`; definition: `reference.py` beside this file.
@@ -22,19 +22,19 @@ from lragent.kernels.attention_call import AttentionCall
 from lragent.kernels.flash_lora_attention.reference import compute_dtype
 from lragent.program.cache_schema import LR_OFFSET, LR_RANK
 
-# Bytes of scores of a block of prefill rows: what stays in a core's cache; 64 MiB is two to three times slower.
+# Bytes of the scores of a block of prefill rows. They fit into a core's L2 cache; 64 MiB is two to three times slower.
 SCORE_BYTES = 1 << 20
-# A batch of decodes is padded to its longest member: members are at most this much longer than the shortest, in pages.
+# A batch of decodes is padded to its longest member, which has at most `PADDING * shortest + PADDING_PAGES` pages.
 PADDING = 1.25
 PADDING_PAGES = 2
 
 
 @dataclass(frozen=True)
 class _LowRank:
-    """LR columns of one side (K or V) for one agent: its block `[pages, P, r]` and up-projection `[H, r, D]`."""
+    """The LR stream of K or V of one agent: its LR block `[pages, P, r]` and its lora_b `[H, r, D]`."""
 
     block: Tensor
-    up_HrD: Tensor
+    lora_b_HrD: Tensor
 
     def pages(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         return self.block.index_select(0, index).to(dtype)
@@ -42,14 +42,14 @@ class _LowRank:
 
 @dataclass(frozen=True)
 class _Attention:
-    """A call, its rotation, and the dtype in which it is computed."""
+    """A call, its rotation, and the dtype of the computation."""
 
     call: AttentionCall
     rope: tuple[Tensor, Tensor, Tensor] | None
     dtype: torch.dtype
 
     def transform(self, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The key transform f of `key [..., H, P, Dk]`; cos and sin broadcast against it."""
+        """Applies the key transform f to `key [..., H, P, Dk]`; cos and sin are broadcast."""
         if self.call.norm_weight is not None:
             weight = self.call.norm_weight.to(key.dtype)
             over_all_heads = weight.dim() == 2
@@ -59,24 +59,24 @@ class _Attention:
             key = key * cos + key[..., self.rope[2]] * sin
         return key
 
-    def low_rank_part(self, columns: Tensor, up_HrD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """What is added to the base key `[..., H, P, Dk]` for LR columns `[..., P, r]`: rotated if the base key is."""
+    def lr_part(self, lr: Tensor, lora_b_HrD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The LR part of keys, `[..., H, P, Dk]`, from `lr [..., P, r]`; it is rotated if the base key is."""
 
-        def expanded(up_HrD: Tensor) -> Tensor:
-            up_rHD = up_HrD.transpose(0, 1)
-            delta: Tensor = (columns @ up_rHD.flatten(1)).unflatten(-1, up_rHD.shape[1:])
+        def expanded(lora_b_HrD: Tensor) -> Tensor:
+            lora_b_rHD = lora_b_HrD.transpose(0, 1)
+            delta: Tensor = (lr @ lora_b_rHD.flatten(1)).unflatten(-1, lora_b_rHD.shape[1:])
             return delta.transpose(-2, -3)
 
         if not self.call.key_is_final or self.rope is None:
-            return expanded(up_HrD)
-        # (a B)[partner] = a (B[partner]): a second small product is cheaper than shuffling its long result.
-        return expanded(up_HrD).mul_(cos).addcmul_(expanded(up_HrD[..., self.rope[2]]), sin)
+            return expanded(lora_b_HrD)
+        # (lr B)[partner] = lr (B[partner]): a second small product is cheaper than permuting the large result.
+        return expanded(lora_b_HrD).mul_(cos).addcmul_(expanded(lora_b_HrD[..., self.rope[2]]), sin)
 
-    def tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of positions 0..length-1, `[length, Dk]`; zeros follow where the tables end (padding only)."""
+    def cos_sin(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions 0..length-1, `[length, Dk]`; zeros past the last known position (padding only)."""
         if self.rope is None:
-            nothing = self.call.k_cache.new_empty(0)
-            return nothing, nothing
+            empty = self.call.k_cache.new_empty(0)
+            return empty, empty
         cos, sin = (t[:length].to(self.dtype) for t in self.rope[:2])
         if cos.shape[0] < length:
             rest = (0, 0, 0, length - cos.shape[0])
@@ -90,8 +90,8 @@ class _Attention:
         scores = scores.masked_fill(hidden, float("-inf"))
         if self.call.sinks_Hq is None:
             return torch.softmax(scores, -1)
-        heads, group, rows = scores.shape[-4:-1]
-        sinks = self.call.sinks_Hq.to(scores.dtype).view(heads, group, 1, 1).expand(*scores.shape[:-1], 1)
+        heads, gqa_group, rows = scores.shape[-4:-1]
+        sinks = self.call.sinks_Hq.to(scores.dtype).view(heads, gqa_group, 1, 1).expand(*scores.shape[:-1], 1)
         assert sinks.shape[-2] == rows
         return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
 
@@ -102,13 +102,13 @@ def flash_lora_attention(call: AttentionCall) -> Tensor:
     attention = _Attention(call, call.rope, dtype)
     all_pages, _, page_size, _ = call.k_cache.shape
     starts, lengths, agents = (t.tolist() for t in (call.seq_starts, call.context_lens_S, call.agent_ids_T))
-    tables = [side[1].tolist() if side is not None else [] for side in (call.k_low_rank, call.v_low_rank)]
+    directories = [side[1].tolist() if side is not None else [] for side in (call.k_low_rank, call.v_low_rank)]
     query = call.query_THqDk.to(dtype)
     out = query.new_empty(query.shape[0], query.shape[1], call.v_cache.shape[3])
 
     def low_rank(agent: int) -> tuple[_LowRank | None, _LowRank | None]:
-        k_side = _low_rank(call.k_low_rank, tables[0], agent, all_pages, page_size, dtype)
-        return k_side, _low_rank(call.v_low_rank, tables[1], agent, all_pages, page_size, dtype)
+        k_side = _low_rank(call.k_low_rank, directories[0], agent, all_pages, page_size, dtype)
+        return k_side, _low_rank(call.v_low_rank, directories[1], agent, all_pages, page_size, dtype)
 
     decodes: dict[int, list[int]] = {}
     for s, length in enumerate(lengths):
@@ -125,8 +125,8 @@ def flash_lora_attention(call: AttentionCall) -> Tensor:
         for batch in _batches(members, [-(-lengths[s] // page_size) for s in members]):
             rows = torch.tensor([starts[s] for s in batch], device=query.device)
             chosen = torch.tensor(batch, device=query.device)
-            columns = max(-(-lengths[s] // page_size) for s in batch)
-            pages = call.page_table_SM.index_select(0, chosen)[:, :columns]
+            most_pages = max(-(-lengths[s] // page_size) for s in batch)
+            pages = call.page_table_SM.index_select(0, chosen)[:, :most_pages]
             context = call.context_lens_S.index_select(0, chosen)
             out[rows] = _decode(attention, query.index_select(0, rows), pages, context, low_rank(agent))
     return out.to(call.query_THqDk.dtype)
@@ -139,7 +139,7 @@ def _runs(agents: list[int], start: int, end: int) -> list[tuple[int, int]]:
 
 
 def _batches(members: list[int], pages: list[int]) -> list[list[int]]:
-    """Members grouped by similar page counts, so that padding stays small."""
+    """Groups members with similar page counts, so that there is little padding."""
     batches: list[list[int]] = []
     limit = 0.0
     for count, member in sorted(zip(pages, members, strict=True)):
@@ -152,23 +152,24 @@ def _batches(members: list[int], pages: list[int]) -> list[list[int]]:
 
 def _low_rank(
     side: tuple[Tensor, Tensor, Tensor] | None,
-    rows: list[list[int]],
+    directory: list[list[int]],
     agent: int,
     pages: int,
     page_size: int,
     dtype: torch.dtype,
 ) -> _LowRank | None:
-    """An agent's block as pages; None if it has no columns here.
+    """The LR stream of an agent; None if its rank is zero.
 
     Args:
-        side: LR columns, table and up-projections of K or V; rows: the table's.
+        side: LR stream, LR directory and lora_b of K or V.
+        directory: the LR directory as a list.
     """
-    if side is None or rows[agent][LR_RANK] == 0:
+    if side is None or directory[agent][LR_RANK] == 0:
         return None
-    cache, _, up_NHrD = side
-    offset, rank = rows[agent][LR_OFFSET], rows[agent][LR_RANK]
+    cache, _, lora_b_NHrD = side
+    offset, rank = directory[agent][LR_OFFSET], directory[agent][LR_RANK]
     block = cache[offset : offset + pages * page_size * rank].view(pages, page_size, rank)
-    return _LowRank(block, up_NHrD[agent, :, :rank].to(dtype))
+    return _LowRank(block, lora_b_NHrD[agent, :, :rank].to(dtype))
 
 
 def _decode(
@@ -178,43 +179,43 @@ def _decode(
     context_S: Tensor,
     low_rank: tuple[_LowRank | None, _LowRank | None],
 ) -> Tensor:
-    """One query a sequence, all of one agent: `[S, Hq, Dv]`. Padding pages are the scratch page."""
+    """Attention of one query per sequence, all of one agent: `[S, Hq, Dv]`. Padding pages are the scratch page."""
     call, (k_low, v_low) = attention.call, low_rank
-    seqs, columns = pages_SM.shape
+    seqs, pages = pages_SM.shape
     _, heads, page_size, _ = call.k_cache.shape
-    group = query_SHqDk.shape[1] // heads
+    gqa_group = query_SHqDk.shape[1] // heads
     index = pages_SM.reshape(-1)
-    tiles = (seqs, columns, heads, page_size)
+    tiles = (seqs, pages, heads, page_size)
     key = call.k_cache.index_select(0, index).to(attention.dtype).view(*tiles, -1)
     value = call.v_cache.index_select(0, index).to(attention.dtype).view(*tiles, -1)
-    cos, sin = attention.tables(columns * page_size) if k_low is not None or not call.key_is_final else (key, key)
+    cos, sin = attention.cos_sin(pages * page_size) if k_low is not None or not call.key_is_final else (key, key)
     if attention.rope is not None and (k_low is not None or not call.key_is_final):
-        cos, sin = cos.view(columns, 1, page_size, -1), sin.view(columns, 1, page_size, -1)
+        cos, sin = cos.view(pages, 1, page_size, -1), sin.view(pages, 1, page_size, -1)
     if k_low is not None:
-        columns_SMPr = k_low.pages(index, attention.dtype).view(seqs, columns, page_size, -1)
-        key += attention.low_rank_part(columns_SMPr, k_low.up_HrD, cos, sin)
+        lr_SMPr = k_low.pages(index, attention.dtype).view(seqs, pages, page_size, -1)
+        key += attention.lr_part(lr_SMPr, k_low.lora_b_HrD, cos, sin)
     if not call.key_is_final:
         key = attention.transform(key, cos, sin)
-    positions_L = torch.arange(columns * page_size, device=index.device)
+    positions_L = torch.arange(pages * page_size, device=index.device)
     past_SL = positions_L >= context_S[:, None]
     hidden_SL = past_SL
     if call.window > 0:
         hidden_SL = past_SL | (positions_L < context_S[:, None] - call.window)
-    grouped = query_SHqDk.view(seqs, 1, heads, group, -1) * call.scale
+    grouped = query_SHqDk.view(seqs, 1, heads, gqa_group, -1) * call.scale
     scores_SMHGP = grouped @ key.transpose(-1, -2)
-    scores_SHGL = scores_SMHGP.permute(0, 2, 3, 1, 4).reshape(seqs, heads, group, 1, -1)
+    scores_SHGL = scores_SMHGP.permute(0, 2, 3, 1, 4).reshape(seqs, heads, gqa_group, 1, -1)
     weights = attention.weights(scores_SHGL, hidden_SL[:, None, None, None])
-    weights_SMHGP = weights.view(seqs, heads, group, columns, page_size).permute(0, 3, 1, 2, 4)
-    past_SMP = past_SL.view(seqs, columns, page_size)
-    # Rows past the context were never written for this sequence: 0 times what stands there may be NaN.
+    weights_SMHGP = weights.view(seqs, heads, gqa_group, pages, page_size).permute(0, 3, 1, 2, 4)
+    past_SMP = past_SL.view(seqs, pages, page_size)
+    # Slots past the context were never written for this sequence and may hold NaN, and 0 * NaN is NaN.
     value.transpose(2, 3)[past_SMP] = 0
     out = (weights_SMHGP @ value).sum(1)
     if v_low is not None:
-        columns_SMPr = v_low.pages(index, attention.dtype).view(seqs, columns, page_size, -1)
-        columns_SMPr[past_SMP] = 0
-        reduced_SHGr = (weights_SMHGP @ columns_SMPr[:, :, None]).sum(1)
-        out = out + reduced_SHGr @ v_low.up_HrD
-    return out.reshape(seqs, heads * group, -1)
+        lr_SMPr = v_low.pages(index, attention.dtype).view(seqs, pages, page_size, -1)
+        lr_SMPr[past_SMP] = 0
+        reduced_SHGr = (weights_SMHGP @ lr_SMPr[:, :, None]).sum(1)
+        out = out + reduced_SHGr @ v_low.lora_b_HrD
+    return out.reshape(seqs, heads * gqa_group, -1)
 
 
 def _prefill(
@@ -224,25 +225,25 @@ def _prefill(
     first_position: int,
     low_rank: tuple[_LowRank | None, _LowRank | None],
 ) -> Tensor:
-    """Consecutive query rows of one sequence and one agent: `[n, Hq, Dv]`."""
+    """Attention of consecutive query rows of one sequence and agent: `[n, Hq, Dv]`."""
     call, (k_low, v_low) = attention.call, low_rank
     rows = query_nHqDk.shape[0]
     heads = call.k_cache.shape[1]
-    group = query_nHqDk.shape[1] // heads
-    length = first_position + rows  # causal: later keys of the sequence are another agent's business
+    gqa_group = query_nHqDk.shape[1] // heads
+    length = first_position + rows  # causal: these rows see no later keys
     key_HLD = _gathered(call.k_cache, pages_M, length).to(attention.dtype)
     value_HLD = _gathered(call.v_cache, pages_M, length).to(attention.dtype)
-    cos, sin = attention.tables(length)
+    cos, sin = attention.cos_sin(length)
     if k_low is not None:
-        columns_Lr = k_low.pages(pages_M, attention.dtype).flatten(0, 1)[:length]
-        key_HLD += attention.low_rank_part(columns_Lr, k_low.up_HrD, cos, sin)
+        lr_Lr = k_low.pages(pages_M, attention.dtype).flatten(0, 1)[:length]
+        key_HLD += attention.lr_part(lr_Lr, k_low.lora_b_HrD, cos, sin)
     if not call.key_is_final:
         key_HLD = attention.transform(key_HLD, cos, sin)
-    v_columns_Lr = v_low.pages(pages_M, attention.dtype).flatten(0, 1)[:length] if v_low is not None else None
+    lr_v_Lr = v_low.pages(pages_M, attention.dtype).flatten(0, 1)[:length] if v_low is not None else None
     positions_L = torch.arange(length, device=pages_M.device)
-    grouped_HGnD = query_nHqDk.view(rows, heads, group, -1).permute(1, 2, 0, 3) * call.scale
-    out = query_nHqDk.new_empty(rows, heads, group, value_HLD.shape[-1])
-    block = max(1, SCORE_BYTES // (heads * group * length * key_HLD.element_size()))
+    grouped_HGnD = query_nHqDk.view(rows, heads, gqa_group, -1).permute(1, 2, 0, 3) * call.scale
+    out = query_nHqDk.new_empty(rows, heads, gqa_group, value_HLD.shape[-1])
+    block = max(1, SCORE_BYTES // (heads * gqa_group * length * key_HLD.element_size()))
     for start in range(0, rows, block):
         stop = min(start + block, rows)
         low = max(0, first_position + start - call.window + 1) if call.window > 0 else 0
@@ -251,14 +252,14 @@ def _prefill(
         hidden_nL = positions_L[low:high] > at_n1
         if call.window > 0:
             hidden_nL = hidden_nL | (positions_L[low:high] <= at_n1 - call.window)
-        queries = grouped_HGnD[:, :, start:stop].reshape(heads, group * (stop - start), -1)
+        queries = grouped_HGnD[:, :, start:stop].reshape(heads, gqa_group * (stop - start), -1)
         scores = queries @ key_HLD[:, low:high].transpose(-1, -2)
-        weights = attention.weights(scores.view(heads, group, stop - start, -1), hidden_nL)
-        flat = weights.view(heads, group * (stop - start), -1)
+        weights = attention.weights(scores.view(heads, gqa_group, stop - start, -1), hidden_nL)
+        flat = weights.view(heads, gqa_group * (stop - start), -1)
         result = flat @ value_HLD[:, low:high]
-        if v_low is not None and v_columns_Lr is not None:
-            result = result + (flat @ v_columns_Lr[low:high]) @ v_low.up_HrD
-        out[start:stop] = result.view(heads, group, stop - start, -1).permute(2, 0, 1, 3)
+        if v_low is not None and lr_v_Lr is not None:
+            result = result + (flat @ lr_v_Lr[low:high]) @ v_low.lora_b_HrD
+        out[start:stop] = result.view(heads, gqa_group, stop - start, -1).permute(2, 0, 1, 3)
     return out.flatten(1, 2)
 
 

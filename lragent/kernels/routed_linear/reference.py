@@ -1,6 +1,6 @@
 """Reference of `lragent.kernels.ops.routed_linears`: plain PyTorch, on any device.
 
-Legend: T = tokens, K = input features, N = output features of all projections together.
+Legend: T = tokens, K = input features, N = sum of the output features of all projections.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ def routed_linears(
     linear = torch.nn.functional.linear
     outputs = [linear(x, tensors[i], tensors[bias] if bias >= 0 else None) for i, bias in enumerate(bias_of)]
     size = (routes[0] + 1) * 3
-    tables = iter(range(1, len(routes), size))
-    for i, place in enumerate(up_of):
-        if place >= 0:
-            first = next(tables)
-            table = routes[first : first + size]
+    route_starts = iter(range(1, len(routes), size))
+    for i, up in enumerate(up_of):
+        if up >= 0:
+            first = next(route_starts)
+            agent_routes = routes[first : first + size]
             down = down_of[i]
-            low = outputs[down] if down < len(outputs) else linear(x, tensors[down])
-            own = _own_columns(low, agent_ids_T, table, tensors[place].shape[0])
-            outputs[i] = outputs[i] + own @ tensors[place]
+            lr = outputs[down] if down < len(outputs) else linear(x, tensors[down])
+            routed = _routed_lr(lr, agent_ids_T, agent_routes, tensors[up].shape[0])
+            outputs[i] = outputs[i] + routed @ tensors[up]
     return torch.cat(outputs, -1)
 
 
-def _own_columns(low: Tensor, agent_ids_T: Tensor, table: list[int], columns: int) -> Tensor:
-    """`[..., columns]`: each token's agent's part of the down-projection at its place, zeros elsewhere."""
-    own = low.new_zeros(*low.shape[:-1], columns)
-    for agent in range(len(table) // 3):
-        source, target, rank = table[3 * agent : 3 * agent + 3]
-        part = low[..., source : source + rank] * (agent_ids_T == agent)[:, None].to(low.dtype)
-        own[..., target : target + rank] += part
-    return own
+def _routed_lr(lr: Tensor, agent_ids_T: Tensor, agent_routes: list[int], ranks: int) -> Tensor:
+    """`[..., ranks]`: per token, the LR part of its agent at the agent's rows of lora_b, and zeros elsewhere."""
+    routed = lr.new_zeros(*lr.shape[:-1], ranks)
+    for agent in range(len(agent_routes) // 3):
+        source, target, rank = agent_routes[3 * agent : 3 * agent + 3]
+        part = lr[..., source : source + rank] * (agent_ids_T == agent)[:, None].to(lr.dtype)
+        routed[..., target : target + rank] += part
+    return routed

@@ -1,9 +1,10 @@
-"""Cache writes as index operations, without a loop over tokens.
+"""Cache writes in plain PyTorch, as index operations without a loop over tokens.
 
-Legend: T = tokens, H = KV heads, Dk / Dv = head dims, P = tokens a page, N = agents, R = columns of `x @ A_cat.T`.
+Legend: T = tokens, H = KV heads, Dk / Dv = head dims, P = tokens per page, N = agents, R = width of the LR stream
+`x @ A_cat.T`.
 
-Slots are `page * P + offset`. Slots of the scratch page (page 0) may repeat; what lands there is one of the values
-written and never read.
+Slots are `page * P + offset`. Slots of the scratch page (page 0) may repeat: one of the values is stored and never
+read.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ def write_kv(key_THDk: Tensor, value_THDv: Tensor, k_cache: Tensor, v_cache: Ten
 
 
 def write_lr(lr_TR: Tensor, lr_cache: Tensor, lr_table: Tensor, slots_NT: Tensor) -> None:
-    """Writes each owning agent's columns into its block of the flat `lr_cache`.
+    """Writes the LR stream into the LR block of every agent whose `writes` flag is set; `lr_cache` is flat.
 
-    A block reaches from its offset to the next owner's offset (or to the end of the tensor), so that its number of
-    rows follows from the table, and a slot outside the block raises instead of landing in a neighbour's.
+    A block ends where the next block starts, or at the end of the tensor. Its number of rows follows from that, so a
+    slot outside the block raises an error instead of overwriting another block.
 
     Raises:
-        IndexError: a slot lies outside the cache.
+        IndexError: a slot is outside the cache.
     """
     rows = lr_table.tolist()
     offsets = [row[LR_OFFSET] for row in rows if row[LR_WRITES]]

@@ -1,6 +1,6 @@
-"""Launches the Triton cache writes, without a look at the device's values.
+"""Launches the Triton cache writes; the host reads no values from the device.
 
-A GPU can't raise for a slot outside the cache: such a slot is left out, and never lands in a neighbour's block.
+A GPU can't raise an error. A slot outside the cache is skipped and never overwrites another block.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lragent.kernels.write_cache.triton_kernels import write_kv_kernel, write_lr_kernel
 
-# Columns that one pass of a program copies.
-COLUMNS = 64
+# Numbers of a token that a program copies per iteration.
+RANKS = 64
 
 
 def write_kv(key_THDk: Tensor, value_THDv: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
@@ -36,7 +36,7 @@ def write_lr(lr_TR: Tensor, lr_cache: Tensor, lr_table: Tensor, slots_NT: Tensor
         return
     write_lr_kernel[(agents, tokens)](
         lr, lr_cache, lr_table, slots_NT.contiguous(), lr_cache.numel(), tokens, lr.stride(0), agents,
-        ROWS=triton.next_power_of_2(agents + 1), R=COLUMNS, num_warps=1,
+        ROWS=triton.next_power_of_2(agents + 1), R=RANKS, num_warps=1,
     )  # fmt: skip
 
 

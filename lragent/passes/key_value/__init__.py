@@ -1,1 +1,1 @@
-"""How K and V are computed from their projections, derived from the graph."""
+"""Derives from the graph how K and V are computed from their projections."""

@@ -1,13 +1,13 @@
-"""DoRA's magnitudes on K and V in split layout: kept out of the cache, applied around attention.
+"""DoRA magnitudes on K and V in split layout: applied to queries and outputs of attention, not to the cache.
 
-A DoRA agent's key is `f(g * (base + a B))` with a factor g of each channel. Where `f(g * x) = g' * f(x)`, the cached
+The key of a DoRA agent is `f(g * (base + lr B))` with one factor g per channel. If `f(g * x) = g' * f(x)`, the cached
 streams are those of plain LoRA, and
 
-    q . (g' * k) = (q * g') . k                     the query is scaled by the acting agent's factors
-    sum_j p_j (g' * v_j) = g' * sum_j p_j v_j       so is the output
+    q . (g' * k) = (q * g') . k                     the query is multiplied by the acting agent's g'
+    sum_j p_j (g' * v_j) = g' * sum_j p_j v_j       the output likewise
 
-That holds for a value, for a key that is not rotated, and for a rotation of channels with equal factors; it is checked
-on f itself, and a norm between or a rotation of unequal factors is refused.
+This holds for values, for keys without rotation, and for rotated pairs of channels with equal factors. It is checked
+numerically on f. A norm, or a rotation of channels with different factors, is refused.
 
 Before:                              After:
     attention(q, k, v)                   attention(q * g_k[agent_ids], k, v) * g_v[agent_ids]
@@ -32,14 +32,14 @@ def per_head(probe: Probe, gain_NC: Tensor | None) -> Tensor | None:
     """g' of every agent, `[N + 1, H, D]`; None if there is no gain.
 
     Raises:
-        Underivable: f does not pass the factors on.
+        Underivable: `f(g * x)` is not `g' * f(x)`.
     """
     if gain_NC is None:
         return None
-    lit_1HD = probe(gain_NC.new_ones(1, gain_NC.shape[1]), 0)
-    if bool((lit_1HD == 0).any()):
+    ones_1HD = probe(gain_NC.new_ones(1, gain_NC.shape[1]), 0)
+    if bool((ones_1HD == 0).any()):
         raise Underivable("it is a DoRA, and some channels are zero for an input of ones")
-    gain_NHD = probe(gain_NC, 0) / lit_1HD
+    gain_NHD = probe(gain_NC, 0) / ones_1HD
     x, positions = probe.random(16, seed=8)
     plain = probe(x, positions)
     for gain_C, gain_HD in zip(gain_NC, gain_NHD, strict=True):
@@ -51,7 +51,7 @@ def per_head(probe: Probe, gain_NC: Tensor | None) -> Tensor | None:
 
 
 def scale_side(graph: fx.GraphModule, marker: fx.Node, side: Side, gain_NHD: Tensor) -> None:
-    """Multiplies the query (the gain is K's) or the output (the gain is V's) of an attention op by the gain."""
+    """Multiplies the query (side K) or the output (side V) of an attention op by the gain of each token's agent."""
     query = argument(marker, QUERY)
     assert isinstance(query, fx.Node)
     heads = int(query.meta["val"].shape[1])

@@ -1,16 +1,16 @@
-"""What a model does between its K (or V) projection and attention, derived by probing f and verified on random input.
+"""Derives the key transform f between a K (or V) projection and attention by probing f, and verifies it.
 
-f is a function of the projection's output and of positions, run as captured, in the model's own dtype. Nothing is read
-from names; structure is read off f's answers:
+f maps the projection's output and positions to keys. It runs as captured, in the model's own dtype. Names are not used.
+The derivation has five steps:
 
-1. token-wise? (tokens reordered give outputs reordered; fewer tokens give the same)
-2. which channel feeds which output: inputs of +1 and -1 in a binary code, at position 0, where a rotation is the
-   identity and every RMSNorm sees the same mean square
-3. linear? position dependent? If linear and position dependent: which two channels a rotation pairs, then its cos and
-   sin tables over all positions from two inputs
-4. if not linear: does scaling leave f unchanged (a norm)? over each head or over all? its weight, its eps, then the
-   rotation as above
-5. the rebuilt f must equal f on random tokens, scales and positions; else it is refused with the reason.
+1. Check that f is token-wise: reordered tokens give reordered outputs, and fewer tokens give the same outputs.
+2. Find the input channel of each output channel. Inputs are +1 and -1 in a binary code, at position 0, where a rotation
+   is the identity and every RMSNorm has the same mean square.
+3. Check if f is linear and if it depends on positions. If both, find the pairs of rotated channels, then cos and sin
+   of all positions from two inputs.
+4. If f is not linear, check that scaling its input leaves it unchanged (a norm). Find out if the norm is per head or
+   over all heads, its weight and its eps, then the rotation as in step 3.
+5. Compare the rebuilt f with f on random tokens, scales and positions. If they differ, f is refused with the reason.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from lragent.passes.contract import KeyTransform
 
 Transform = Callable[[Tensor, Tensor], Tensor]
 
-POSITIONS_A_CALL = 2048
+POSITIONS_PER_CALL = 2048
 CHECKED_TOKENS = 64
 
 
 class Underivable(Exception):
-    """f is none of the known kinds; the message is the reason."""
+    """f is of no known kind; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """f with what is needed to call it: channels of its input, dtype, and how many positions the model has."""
+    """f, the number of its input channels, the dtype of its input, and the number of positions of the model."""
 
     f: Transform
     channels: int
@@ -56,7 +56,7 @@ class Probe:
         return x, torch.randint(0, self.max_positions, (tokens,), generator=generator)
 
     def allowed(self, reference: Tensor) -> float:
-        """Rounding that two orders of the same few operations may differ by."""
+        """Bound of the rounding difference between two orders of the same few operations."""
         return 32 * torch.finfo(self.dtype).eps * max(float(reference.abs().max()), 1e-30)
 
     def same(self, left: Tensor, right: Tensor) -> bool:
@@ -64,10 +64,10 @@ class Probe:
 
 
 def derive_value(probe: Probe) -> None:
-    """Checks that V's f is linear, token-wise and free of positions, so that B can be pushed through it.
+    """Checks that f of V is linear, token-wise and independent of positions, so that it can be applied to B.
 
     Raises:
-        Underivable: with the reason.
+        Underivable: it is not; the message is the reason.
     """
     _require_token_wise(probe)
     if not _is_linear(probe):
@@ -77,11 +77,14 @@ def derive_value(probe: Probe) -> None:
 
 
 def derive_key(probe: Probe) -> tuple[KeyTransform, Tensor | None]:
-    """The key transform, and which channel feeds each head's channel (`[H, D]` int64; None if f is linear without
-    positions, where B is pushed through f itself).
+    """Derives the key transform.
+
+    Returns:
+        The transform, and the input channel of each key channel, int64 `[H, D]`; None instead of the channels if f is
+        linear and independent of positions, so that f itself is applied to B.
 
     Raises:
-        Underivable: with the reason.
+        Underivable: f is of no known kind; the message is the reason.
     """
     _require_token_wise(probe)
     linear, positional = _is_linear(probe), _uses_positions(probe)
@@ -113,7 +116,7 @@ def derive_key(probe: Probe) -> tuple[KeyTransform, Tensor | None]:
 
 
 def apply(transform: KeyTransform, raw_nHD: Tensor, positions_n: Tensor) -> Tensor:
-    """The derived f on raw per-head keys, in their dtype."""
+    """Applies the derived f to raw keys per head, in their dtype."""
     key = raw_nHD
     if transform.norm_weight_D is not None:
         mean = key.pow(2).mean((-2, -1) if transform.norm_weight_D.dim() == 2 else -1, keepdim=True)
@@ -141,8 +144,8 @@ def _is_linear(probe: Probe) -> bool:
     # Powers of two scale exactly, so that only additions round.
     left = probe(4 * x + y, positions)
     right = 4 * probe(x, positions) + probe(y, positions)
-    nothing = probe(torch.zeros_like(x), positions)
-    return probe.same(left, right) and float(nothing.abs().max()) == 0.0
+    at_zero = probe(torch.zeros_like(x), positions)
+    return probe.same(left, right) and float(at_zero.abs().max()) == 0.0
 
 
 def _uses_positions(probe: Probe) -> bool:
@@ -151,7 +154,7 @@ def _uses_positions(probe: Probe) -> bool:
 
 
 def _channels_at_zero(probe: Probe) -> Tensor:
-    """Which input channel feeds each output channel at position 0, from a binary code of signs: `[H, D]`."""
+    """The input channel of each output channel at position 0, from a binary code of signs: `[H, D]`."""
     bits = max(1, math.ceil(math.log2(probe.channels)))
     index = torch.arange(probe.channels)
     signs = [torch.ones(probe.channels)] + [1.0 - 2.0 * ((index >> b) & 1) for b in range(bits)]
@@ -169,9 +172,9 @@ def _channels_at_zero(probe: Probe) -> Tensor:
 
 
 def _norm(probe: Probe, channel_HD: Tensor) -> tuple[Tensor, float]:
-    """Weight and eps of an RMSNorm: `[D]` over each head, `[H, D]` over all heads together."""
+    """Weight and eps of an RMSNorm; the weight is `[D]` for a norm per head, `[H, D]` for one over all heads."""
     x, _ = probe.random(8, seed=6)
-    x = 32 * x  # large enough for any eps in use to vanish beside the mean square
+    x = 32 * x  # large enough that any usual eps is negligible against the mean square
     plain = probe(x, 0)
     loose = max(1e-3 * float(plain.abs().max()), probe.allowed(plain))
     if float((probe(8 * x, 0) - plain).abs().max()) > loose:
@@ -196,7 +199,7 @@ def _norm(probe: Probe, channel_HD: Tensor) -> tuple[Tensor, float]:
 
 
 def _nearest_constant(probe: Probe, eps: float) -> float:
-    """The measured eps is rounded to the constant in f that it stands for, if there is one within 10%."""
+    """Replaces a measured eps by the nearest constant of f within 10%, if there is one."""
     graph = getattr(probe.f, "graph", None)
     constants = (
         [abs(a) for n in graph.nodes for a in (*n.args, *n.kwargs.values()) if isinstance(a, float)]
@@ -208,7 +211,7 @@ def _nearest_constant(probe: Probe, eps: float) -> float:
 
 
 def _partners(probe: Probe, channel_HD: Tensor) -> Tensor:
-    """Which channel a rotation mixes into each channel of a head: `[D]`, itself where none."""
+    """The channel that a rotation mixes into each channel of a head: `[D]`; the channel itself if there is none."""
     dim = channel_HD.shape[1]
     one_hot = torch.zeros(dim, probe.channels)
     one_hot[torch.arange(dim), channel_HD[0]] = 1.0
@@ -228,25 +231,25 @@ def _partners(probe: Probe, channel_HD: Tensor) -> Tensor:
 def _tables(
     probe: Probe, channel_HD: Tensor, partner_D: Tensor, norm: tuple[Tensor, float] | None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin over all positions, `[positions, D]`: one input lights the first of each pair, one the second."""
+    """cos and sin of all positions, `[positions, D]`. The first channel of each pair is probed, then the second."""
     dim = channel_HD.shape[1]
     first = torch.arange(dim) <= partner_D
     cos = torch.zeros(probe.max_positions, dim, dtype=torch.float64)
     sin = torch.zeros_like(cos)
-    for lit in (first, ~first):
-        if not bool(lit.any()):
+    for active in (first, ~first):
+        if not bool(active.any()):
             continue
         x = torch.zeros(probe.channels)
-        x[channel_HD[:, lit].reshape(-1)] = 1.0
+        x[channel_HD[:, active].reshape(-1)] = 1.0
         gain = torch.ones(dim, dtype=torch.float64)
         if norm is not None:
             first_head_D = norm[0][0] if norm[0].dim() == 2 else norm[0]
-            gain = first_head_D.double() / math.sqrt(float(lit.sum()) / dim + norm[1])
-        for start in range(0, probe.max_positions, POSITIONS_A_CALL):
-            stop = min(start + POSITIONS_A_CALL, probe.max_positions)
+            gain = first_head_D.double() / math.sqrt(float(active.sum()) / dim + norm[1])
+        for start in range(0, probe.max_positions, POSITIONS_PER_CALL):
+            stop = min(start + POSITIONS_PER_CALL, probe.max_positions)
             answer = probe(x.expand(stop - start, -1), torch.arange(start, stop))[:, 0]
-            cos[start:stop, lit] = answer[:, lit] / gain[lit]
-            mixed = ~lit & lit[partner_D]
+            cos[start:stop, active] = answer[:, active] / gain[active]
+            mixed = ~active & active[partner_D]
             sin[start:stop, mixed] = answer[:, mixed] / gain[partner_D[mixed]]
     return cos, sin
 

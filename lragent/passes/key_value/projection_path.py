@@ -1,8 +1,8 @@
-"""The path between projections and what attention receives: found by walking back, cut out as a function f.
+"""The path from projections to an input of attention: found by walking back from attention, extracted as a function f.
 
-f takes the projections' outputs side by side, `x [1, T, sum of outs]`, and `positions [1, T]`; everything else on the
-path must be a constant. Nodes that depend on positions alone (rotary angles) belong to f. Usually there is one
-projection; a latent key has two (its expanded part, and the part that is rotated).
+f takes the concatenated outputs of the projections, `x [1, T, sum of outs]`, and `positions [1, T]`. All other inputs
+of the path must be constants. Nodes that depend on positions alone (rotary angles) belong to f. There is usually one
+projection; the key of latent attention has two, its expanded part and its rotated part.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SIZES = (aten.sym_size.int,)
 
 @dataclass(frozen=True)
 class ProjectionPath:
-    """From the outputs of projections (`sources`) to `end`, over `nodes` in graph order; at least one is adapted."""
+    """The path from outputs of projections (`sources`, at least one adapted) to `end` over `nodes`, in graph order."""
 
     sources: tuple[fx.Node, ...]
     end: fx.Node
@@ -41,7 +41,7 @@ class ProjectionPath:
 
     @property
     def routed(self) -> tuple[RoutedLinear | None, ...]:
-        """Adapters of each source; None where it has none."""
+        """Adapters per source; None for a source without adapters."""
         return tuple(routed_linear(source) for source in self.sources)
 
     @property
@@ -50,12 +50,12 @@ class ProjectionPath:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Adapted projections, by name."""
+        """Names of the adapted projections."""
         return tuple(routed.module for routed in self.routed if routed is not None)
 
     @property
     def gains(self) -> Tensor | None:
-        """Factor of each output by agent id, `[N + 1, sum of outs]`; None if all are 1."""
+        """Factor per agent id and output, `[N + 1, sum of outs]`; None if all are 1."""
         parts = [routed.gain_NC if routed is not None else None for routed in self.routed]
         some = next((part for part in parts if part is not None), None)
         if some is None:
@@ -64,7 +64,7 @@ class ProjectionPath:
         return torch.cat([o if p is None else p for p, o in zip(parts, ones, strict=True)], 1)
 
     def base(self, graph: fx.GraphModule) -> fx.Node:
-        """The sources' base outputs side by side, `[1, T, sum of outs]`, before `end`."""
+        """Adds the concatenated base outputs of the sources, `[1, T, sum of outs]`, before `end`."""
         with graph.graph.inserting_before(self.end):
             flat = [
                 flat_tokens(graph, routed.base if routed else source, source)
@@ -73,7 +73,7 @@ class ProjectionPath:
             return flat[0] if len(flat) == 1 else emit(graph, aten.cat.default, flat, -1)
 
     def function(self, graph: fx.GraphModule) -> Callable[[Tensor, Tensor], Tensor]:
-        """f as something that runs: `(x [1, n, sum of outs], positions [1, n]) -> [1, H, n, D]`."""
+        """f as a callable: `(x [1, n, sum of outs], positions [1, n]) -> [1, H, n, D]`."""
         cut = fx.Graph()
         x, positions = cut.placeholder("x"), cut.placeholder("positions")
         length = cut.call_function(aten.sym_size.int, (x, 1))
@@ -95,7 +95,7 @@ class ProjectionPath:
         return fx.GraphModule(graph, cut)
 
     def rebuild_on_base(self, graph: fx.GraphModule) -> fx.Node:
-        """Repeats the path in the graph on the base outputs; returns its end."""
+        """Copies the path in the graph, with the base outputs as its sources; returns the end of the copy."""
         copied: dict[fx.Node, fx.Node] = {
             source: routed.base if routed is not None else source
             for source, routed in zip(self.sources, self.routed, strict=True)
@@ -111,7 +111,7 @@ class ProjectionPath:
 
 
 def flat_tokens(graph: fx.GraphModule, node: fx.Node, like: fx.Node) -> fx.Node:
-    """`node`, shaped as `like`, as `[1, T, C]` at the insertion point."""
+    """Reshapes `node`, which has the shape of `like`, to `[1, T, C]` at the insertion point."""
     shape = like.meta["val"].shape
     if len(shape) == 3:
         return node
@@ -119,8 +119,8 @@ def flat_tokens(graph: fx.GraphModule, node: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def adapted_path(end: fx.Node, where: str) -> ProjectionPath | Miss | None:
-    """The path to `end` from its projections; None if no projection on it has an adapter; a Miss if unclear."""
-    on_ids = depends_on_ids(end.graph, others=(POSITIONS, "agent_ids", "logits_rows"))
+    """The path to `end` from its projections; None if no projection has an adapter; a Miss if there is no such path."""
+    id_dependent = depends_on_ids(end.graph, others=(POSITIONS, "agent_ids", "logits_rows"))
     seen: set[fx.Node] = set()
     sources: set[fx.Node] = set()
     stack = [end]
@@ -129,10 +129,10 @@ def adapted_path(end: fx.Node, where: str) -> ProjectionPath | Miss | None:
         if node in seen:
             continue
         seen.add(node)
-        if node in on_ids and (routed_linear(node) is not None or node.target in _PROJECTIONS):
+        if node in id_dependent and (routed_linear(node) is not None or node.target in _PROJECTIONS):
             sources.add(node)
             continue
-        if node.target in _SIZES and node not in on_ids:
+        if node.target in _SIZES and node not in id_dependent:
             continue
         stack.extend(node.all_input_nodes)
     if not any(routed_linear(node) is not None for node in sources):
@@ -149,6 +149,6 @@ def adapted_path(end: fx.Node, where: str) -> ProjectionPath | Miss | None:
 
 
 def _is_by_token(source: fx.Node, end: fx.Node) -> bool:
-    """Whether a value is `[1, ..., 1, T, C]`."""
+    """True if a value has the shape `[1, ..., 1, T, C]`."""
     shape = source.meta["val"].shape
     return len(shape) >= 2 and shape[-2] == end.meta["val"].shape[-2] and all(size == 1 for size in shape[:-2])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lragent.kernels.attention_call import AttentionCall
-from lragent.kernels.flash_lora_attention.triton.launch import Plan, flash_lora_attention
+from lragent.kernels.flash_lora_attention.triton.launch import LaunchConfig, flash_lora_attention
 from lragent.kernels.flash_lora_attention.triton.variants import Tiles
 from tests.kernels.attention_cases import (
     CASES,
@@ -28,8 +28,10 @@ from tests.kernels.attention_cases import (
 )
 from tests.kernels.interpreter import shim
 
-SMALL = Plan(decode=Tiles(8, 32, 16, 4, 1), prefill=Tiles(32, 16, 16, 4, 1), splits=3)
-LARGE = Plan(decode=Tiles(16, 64, 32, 4, 2, unroll=True), prefill=Tiles(64, 64, 64, 8, 2, unroll=True), splits=1)
+SMALL = LaunchConfig(decode=Tiles(8, 32, 16, 4, 1), prefill=Tiles(32, 16, 16, 4, 1), splits=3)
+LARGE = LaunchConfig(
+    decode=Tiles(16, 64, 32, 4, 2, unroll=True), prefill=Tiles(64, 64, 64, 8, 2, unroll=True), splits=1
+)
 # Decodes, one of which leaves splits empty, agents in a chunk, and the model without adapter.
 MIXED = ((70, 1, 1), (33, 9, (1, 1, 1, 3, 3, 3, 2, 2, 0)), (1, 1, 0))
 HALF = (torch.bfloat16, torch.float16)
@@ -49,7 +51,7 @@ def _exact_bfloat16() -> Iterator[None]:
         yield
 
 
-def watched(plan: Plan) -> Kernel:
+def watched(plan: LaunchConfig) -> Kernel:
     """The kernels under a plan; an access outside the arguments raises."""
 
     def run(call: AttentionCall) -> Tensor:
@@ -102,14 +104,14 @@ def test_sizes(sizes: dict[str, Any], final: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_case_with_every_shape_of_step(case: Case, plan: Plan) -> None:
+def test_every_case_with_every_shape_of_step(case: Case, plan: LaunchConfig) -> None:
     for sequences in (((130, 1, 3), (64, 6, 3), *MIXED), MIXED[:1], MIXED[1:2], ((300, 1, 1), (5, 1, 3))):
         assert_as_exact_as_reference(watched(plan), replace(case, sequences=sequences).build())
 
 
 @pytest.mark.parametrize("plan", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("decodes", [True, False], ids=["decodes", "chunks"])
-def test_padding_changes_no_row(plan: Plan, decodes: bool) -> None:
+def test_padding_changes_no_row(plan: LaunchConfig, decodes: bool) -> None:
     """Steps of padded sizes (`lragent/compile/gpu/packed_step.py`): tokens of no sequence, sequences without tokens."""
     sequences = tuple(MIXED[i] for i in ((0, 2) if decodes else (0, 1, 2)))
     call = replace(WIDE, sequences=sequences).build()

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lragent.kernels.flash_lora_attention.triton.launch import Plan, flash_lora_attention
+from lragent.kernels.flash_lora_attention.triton.launch import LaunchConfig, flash_lora_attention
 from lragent.kernels.flash_lora_attention.triton.variants import Tiles
 from tests.kernels.attention_cases import Case, tensors_of
 from tests.kernels.interpreter import shim
@@ -19,7 +19,7 @@ from tests.kernels.interpreter import shim
 HEADS, K_DIM, V_DIM, RANK, SIZE = 2, 32, 16, 8, 4
 CASE = Case("traffic", heads=HEADS, k_dim=K_DIM, v_dim=V_DIM, ranks=(RANK, RANK, RANK), page_size=16)
 # 24 rows are 8 queries of a group of 3.
-PLAN = Plan(decode=Tiles(8, 32, 16, 4, 1), prefill=Tiles(24 + 8, 32, 16, 4, 1), splits=3)
+PLAN = LaunchConfig(decode=Tiles(8, 32, 16, 4, 1), prefill=Tiles(24 + 8, 32, 16, 4, 1), splits=3)
 QUERIES_A_BLOCK = 10
 
 

@@ -1,7 +1,7 @@
-"""Attention of sequences with one query token, each split over its context; `reduce.py` joins the splits.
+"""Attention of sequences with one query token, each split over its context; `reduce.py` merges the splits.
 
-Program = (KV head and a block of its query heads) x sequence x split. Tokens are rows of every product and query
-heads its columns: few heads then waste little of a tensor core's tile.
+Program = (KV head and a block of its query heads) x sequence x split. Every product has tokens as its M dimension and
+query heads as its N dimension, so that few heads leave little of a tensor core tile unused.
 
 Legend: as in `tiles.py`; S = sequences, Hq = query heads, Dv = value head dim, D_V = Dv padded to a power of two.
 """
@@ -11,21 +11,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lragent.kernels.flash_lora_attention.triton.tiles import capped, key_chunk, low_rank_columns, token_slots
+from lragent.kernels.flash_lora_attention.triton.tiles import capped, key_chunk, load_lr, token_slots
 
 
-# A number that differs from step to step must not mean another compilation.
-@triton.jit(do_not_specialize=["page_columns", "splits"])
+# These arguments change from step to step and must not trigger a new compilation.
+@triton.jit(do_not_specialize=["pages_per_seq", "splits"])
 def decode_kernel(
     query, k_cache, v_cache, agent_ids, seq_starts, context_lens, page_table,
     lr_k, lr_k_table, b_k, lr_v, lr_v_table, rope_cos, rope_sin, rope_partner, norm_weight,
-    partial, lse, norm_eps, scale, page_columns, splits,
+    partial, lse, norm_eps, scale, pages_per_seq, splits,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     RANK_K: tl.constexpr, RANK_V: tl.constexpr, R_K: tl.constexpr, R_V: tl.constexpr,
     FINAL: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     N: tl.constexpr, C: tl.constexpr, UNROLL: tl.constexpr, G: tl.constexpr, D_V: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Writes `partial [S, splits, Hq, Dv + RANK_V]` (float32, divided by its own sum) and base-2 `lse`."""
+    """Writes `partial [S, splits, Hq, Dv + RANK_V]` (float32, normalized within the split) and base-2 `lse`."""
     blocks: tl.constexpr = (GROUP + G - 1) // G
     head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     s, split = tl.program_id(1), tl.program_id(2)
@@ -58,16 +58,16 @@ def decode_kernel(
     for tile in tl.range(start, stop, disable_licm=True):
         j_n = tile * N + tl.arange(0, N)
         valid_n = (j_n >= low) & (j_n < length)
-        page_n, offset_n = token_slots(page_table + s.to(tl.int64) * page_columns, j_n, valid_n, P)
+        page_n, offset_n = token_slots(page_table + s.to(tl.int64) * pages_per_seq, j_n, valid_n, P)
         row_n, slot_n = (page_n * H + head) * P + offset_n, page_n * P + offset_n
-        columns_nr = None
+        lr_nr = None
         if R_K > 0:
-            columns_nr = low_rank_columns(lr_k, k_offset, k_rank, slot_n, valid_n, R_K, DOT)
+            lr_nr = load_lr(lr_k, k_offset, k_rank, slot_n, valid_n, R_K, DOT)
         score_nG = tl.zeros([N, G], tl.float32)
         squares_n = tl.zeros([N], tl.float32)
         for first in tl.range(0, DK, C, loop_unroll_factor=UNROLL, disable_licm=True):
             key_nc, chunk_n = key_chunk(
-                k_cache, row_n, j_n, valid_n, columns_nr, b_head, rope_cos, rope_sin, rope_partner, norm_weight,
+                k_cache, row_n, j_n, valid_n, lr_nr, b_head, rope_cos, rope_sin, rope_partner, norm_weight,
                 first, C, DK, RANK_K, R_K, FINAL, ROPE, NORM, DOT,
             )  # fmt: skip
             c_C = first + tl.arange(0, C)
@@ -87,8 +87,8 @@ def decode_kernel(
         weight_nG = weight_nG.to(DOT)
         out_dG = tl.dot(tl.trans(value_nd), weight_nG, out_dG * keep_G[None, :], input_precision="ieee")
         if R_V > 0:
-            columns = low_rank_columns(lr_v, v_offset, v_rank, slot_n, valid_n, R_V, DOT)
-            low_rank_rG = tl.dot(tl.trans(columns), weight_nG, low_rank_rG * keep_G[None, :], input_precision="ieee")
+            lr_nv = load_lr(lr_v, v_offset, v_rank, slot_n, valid_n, R_V, DOT)
+            low_rank_rG = tl.dot(tl.trans(lr_nv), weight_nG, low_rank_rG * keep_G[None, :], input_precision="ieee")
 
     at_G = (s.to(tl.int64) * splits + split) * H * GROUP + head * GROUP + g_G
     divisor_G = tl.where(sum_G > 0, sum_G, 1.0)

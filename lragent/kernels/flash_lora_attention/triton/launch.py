@@ -1,7 +1,7 @@
-"""Launches the attention kernels: nothing here looks at the device's values, so a step can be a CUDA graph.
+"""Launches the attention kernels. The host reads no values from the device, so a step can be captured as a CUDA graph.
 
-Grids are upper bounds from shapes; programs without work leave at once. Sequences with one query token go through the
-split decode kernel, all others through the prefill kernel.
+Grid sizes are upper bounds computed from shapes; programs without work return at once. Sequences with one query token
+run in the split decode kernel, all others in the prefill kernel.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from lragent.kernels.flash_lora_attention.triton.variants import (
     reduce_constants,
 )
 
-# A split reads at least this many tokens; splits are added until a device has this many programs a processor.
+# A split reads at least this many tokens. Splits are added until the device has this many programs per SM.
 SPLIT_TOKENS = 128
-PROGRAMS_A_PROCESSOR = 8
+PROGRAMS_PER_SM = 8
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How one call is launched; tests choose their own."""
+class LaunchConfig:
+    """Tiles of the kernels and number of splits of one call."""
 
     decode: Tiles
     prefill: Tiles
     splits: int
 
 
-def flash_lora_attention(call: AttentionCall, plan: Plan | None = None) -> Tensor:
+def flash_lora_attention(call: AttentionCall, config: LaunchConfig | None = None) -> Tensor:
     """`lragent::flash_lora_attention_triton`: `[T, Hq, Dv]`.
 
-    Sequences may be empty, and tokens after the last sequence belong to none: their rows are left as they are.
+    Sequences may be empty. Tokens after the last sequence belong to no sequence; their output rows are not written.
 
     Raises:
-        MiscompiledTiles: `plan` has prefill tiles that are known to give wrong numbers on the device.
+        MiscompiledTiles: Triton compiles the prefill tiles of `config` wrongly on the device.
     """
     if not (call.k_cache.is_contiguous() and call.v_cache.is_contiguous()):
         raise InternalError("cache pages are not contiguous")
     tokens, query_heads, k_dim = call.query_THqDk.shape
     _, heads, page_size, v_dim = call.v_cache.shape
-    sequences, columns = call.page_table_SM.shape
+    sequences, pages_per_seq = call.page_table_SM.shape
     out = call.empty_output()
     if tokens == 0:
         return out
@@ -75,8 +75,8 @@ def flash_lora_attention(call: AttentionCall, plan: Plan | None = None) -> Tenso
         window=call.window,
         softcap=call.softcap,
     )
-    if plan is None:
-        plan = _plan(variant, sequences, columns * page_size, call.query_THqDk.device)
+    if config is None:
+        config = _launch_config(variant, sequences, pages_per_seq * page_size, call.query_THqDk.device)
     query, page_table = call.query_THqDk.contiguous(), call.page_table_SM.contiguous()
     b_k, b_v = (b.contiguous() if b is not None else None for b in (call.b_k, call.b_v))
     common = (
@@ -85,47 +85,47 @@ def flash_lora_attention(call: AttentionCall, plan: Plan | None = None) -> Tenso
     )  # fmt: skip
     transform = (call.rope_cos, call.rope_sin, call.rope_partner, call.norm_weight)
     if tokens > sequences:
-        tiles = plan.prefill
+        tiles = config.prefill
         blocks = tokens // (tiles.rows // variant.group) + sequences
         prefill_kernel[(heads, blocks)](
-            *common, b_v, *transform, call.sinks_Hq, out, call.norm_eps, call.scale, columns, sequences,
+            *common, b_v, *transform, call.sinks_Hq, out, call.norm_eps, call.scale, pages_per_seq, sequences,
             **prefill_constants(variant, tiles, target_of(query.device)), **tiles.options(),
         )  # fmt: skip
     if tokens == sequences or sequences > 1:
-        tiles = plan.decode
+        tiles = config.decode
         head_blocks = -(-variant.group // tiles.rows)
-        parts = (sequences, plan.splits, query_heads)
+        parts = (sequences, config.splits, query_heads)
         partial = query.new_empty(*parts, v_dim + variant.v_rank, dtype=torch.float32)
         lse = query.new_empty(parts, dtype=torch.float32)
-        decode_kernel[(heads * head_blocks, sequences, plan.splits)](
-            *common, *transform, partial, lse, call.norm_eps, call.scale, columns, plan.splits,
+        decode_kernel[(heads * head_blocks, sequences, config.splits)](
+            *common, *transform, partial, lse, call.norm_eps, call.scale, pages_per_seq, config.splits,
             **decode_constants(variant, tiles), **tiles.options(),
         )  # fmt: skip
         reduce_kernel[(query_heads, sequences)](
-            partial, lse, call.agent_ids_T, call.seq_starts, b_v, call.sinks_Hq, out, plan.splits,
+            partial, lse, call.agent_ids_T, call.seq_starts, b_v, call.sinks_Hq, out, config.splits,
             **reduce_constants(variant),
         )  # fmt: skip
     return out
 
 
-def _plan(variant: Variant, sequences: int, longest: int, device: torch.device) -> Plan:
-    """Tiles for the device, and as many splits as keep it busy if all contexts are as long as the page table allows."""
-    target, processors = _device_facts(device.index)
+def _launch_config(variant: Variant, sequences: int, longest: int, device: torch.device) -> LaunchConfig:
+    """Tiles for the device, and enough splits to keep it busy if every context fills its page table."""
+    target, sms = _device_facts(device.index)
     decode = decode_tiles(variant, target)
     programs = sequences * variant.heads * -(-variant.group // decode.rows)
-    wanted = -(-processors * PROGRAMS_A_PROCESSOR // programs)
-    return Plan(decode, prefill_tiles(variant, target), max(1, min(wanted, -(-longest // SPLIT_TOKENS))))
+    wanted = -(-sms * PROGRAMS_PER_SM // programs)
+    return LaunchConfig(decode, prefill_tiles(variant, target), max(1, min(wanted, -(-longest // SPLIT_TOKENS))))
 
 
 def target_of(device: torch.device) -> Target | None:
-    """The compile target whose tiles a device uses; None for the CPU, where kernels are interpreted."""
+    """Compile target of a device; None for the CPU, where kernels are interpreted."""
     return _device_facts(device.index)[0] if device.type == "cuda" else None
 
 
 @cache
 def _device_facts(index: int) -> tuple[Target, int]:
-    """The compile target whose tiles a device uses, and its number of processors."""
-    processors = int(torch.cuda.get_device_properties(index).multi_processor_count)
+    """Compile target of a device, and its number of SMs (compute units)."""
+    sms = int(torch.cuda.get_device_properties(index).multi_processor_count)
     if torch.version.hip is not None:
-        return "gfx942", processors
-    return "sm_90" if torch.cuda.get_device_capability(index)[0] == 9 else "sm_80", processors
+        return "gfx942", sms
+    return "sm_90" if torch.cuda.get_device_capability(index)[0] == 9 else "sm_80", sms

@@ -1,10 +1,11 @@
 """Attention of sequences with several query tokens: a block of queries with all query heads of a KV head as rows.
 
-Program = KV head x block of queries. A key tile is rebuilt once for all rows; rows of other agents wait for their own
-round over the context. `seq_starts[s] // BLOCK + s` is the first block of sequence s, so that the number of blocks has
-a bound that needs no look at the device.
+Program = KV head x block of queries. A key tile is rebuilt once for all rows of an agent; the loop over the context
+runs once per agent of the block. The first block of sequence s is `seq_starts[s] // BLOCK + s`. The host can therefore
+bound the number of blocks from shapes alone.
 
-Legend: as in `tiles.py`; m = rows (query, head of the group), Dv = value head dim, D_V = Dv padded to a power of two.
+Legend: as in `tiles.py`; m = rows (query, head of the GQA group), Dv = value head dim, D_V = Dv padded to a power of
+two.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from lragent.kernels.flash_lora_attention.triton.tiles import (
     LOG2E,
     capped,
     key_chunk,
-    low_rank_columns,
+    load_lora_b,
+    load_lr,
     token_slots,
-    up_projection,
 )
 
 
 @triton.jit
 def sequence_of_block(seq_starts, block, sequences, BLOCK: tl.constexpr):
-    """The last sequence whose first block isn't after `block`."""
+    """The last sequence whose first block is at most `block`."""
     low, high = 0, sequences
     while high - low > 1:
         middle = (low + high) // 2
@@ -35,12 +36,12 @@ def sequence_of_block(seq_starts, block, sequences, BLOCK: tl.constexpr):
     return low
 
 
-# A number that differs from step to step must not mean another compilation.
-@triton.jit(do_not_specialize=["page_columns", "sequences"])
+# These arguments change from step to step and must not trigger a new compilation.
+@triton.jit(do_not_specialize=["pages_per_seq", "sequences"])
 def prefill_kernel(
     query, k_cache, v_cache, agent_ids, seq_starts, context_lens, page_table,
     lr_k, lr_k_table, b_k, lr_v, lr_v_table, b_v, rope_cos, rope_sin, rope_partner, norm_weight, sinks,
-    out, norm_eps, scale, page_columns, sequences,
+    out, norm_eps, scale, pages_per_seq, sequences,
     H: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     RANK_K: tl.constexpr, RANK_V: tl.constexpr, R_K: tl.constexpr, R_V: tl.constexpr,
     FINAL: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, SINKS: tl.constexpr,
@@ -67,9 +68,9 @@ def prefill_kernel(
     agent_m = tl.load(agent_ids + first_row + q_m, mask=is_row_m, other=-1).to(tl.int32)
     v_d = tl.arange(0, D_V)
     is_value_d = v_d < DV
-    page_row = page_table + s.to(tl.int64) * page_columns
+    page_row = page_table + s.to(tl.int64) * pages_per_seq
 
-    # An agent in between that has no row costs no pass over the context.
+    # For an agent without a row in this block, the loop over the context is empty.
     first_agent = tl.min(tl.where(is_row_m, agent_m, tl.max(agent_m, 0)), 0)
     for agent in tl.range(first_agent, tl.max(agent_m, 0) + 1, disable_licm=True):
         acts_m = agent_m == agent
@@ -95,14 +96,14 @@ def prefill_kernel(
             valid_n = (j_n >= low) & (j_n < high)
             page_n, offset_n = token_slots(page_row, j_n, valid_n, P)
             row_n, slot_n = (page_n * H + head) * P + offset_n, page_n * P + offset_n
-            columns_nr = None
+            lr_nr = None
             if R_K > 0:
-                columns_nr = low_rank_columns(lr_k, k_offset, k_rank, slot_n, valid_n, R_K, DOT)
+                lr_nr = load_lr(lr_k, k_offset, k_rank, slot_n, valid_n, R_K, DOT)
             score_mn = tl.zeros([M, N], tl.float32)
             squares_n = tl.zeros([N], tl.float32)
             for channel in tl.range(0, DK, C, loop_unroll_factor=UNROLL, disable_licm=True):
                 key_nc, chunk_n = key_chunk(
-                    k_cache, row_n, j_n, valid_n, columns_nr, b_head, rope_cos, rope_sin, rope_partner, norm_weight,
+                    k_cache, row_n, j_n, valid_n, lr_nr, b_head, rope_cos, rope_sin, rope_partner, norm_weight,
                     channel, C, DK, RANK_K, R_K, FINAL, ROPE, NORM, DOT,
                 )  # fmt: skip
                 c_C = channel + tl.arange(0, C)
@@ -118,7 +119,7 @@ def prefill_kernel(
                 visible_mn = visible_mn & (j_n[None, :] > position_m[:, None] - WINDOW)
             score_mn = tl.where(visible_mn, capped(score_mn * scale, SOFTCAP), float("-inf"))
             new_m = tl.maximum(top_m, tl.max(score_mn, 1))
-            # A row may see nothing of this tile, nor of those before it.
+            # A row may have no visible key in this tile and in all tiles before it.
             shift_m = tl.where(new_m == float("-inf"), 0.0, new_m)
             keep_m = tl.exp2(top_m - shift_m)
             weight_mn = tl.exp2(score_mn - shift_m[:, None])
@@ -128,13 +129,13 @@ def prefill_kernel(
             weight_mn = weight_mn.to(DOT)
             out_md = tl.dot(weight_mn, value_nd, out_md * keep_m[:, None], input_precision="ieee")
             if R_V > 0:
-                columns = low_rank_columns(lr_v, v_offset, v_rank, slot_n, valid_n, R_V, DOT)
-                low_rank_mr = tl.dot(weight_mn, columns, low_rank_mr * keep_m[:, None], input_precision="ieee")
+                lr_nv = load_lr(lr_v, v_offset, v_rank, slot_n, valid_n, R_V, DOT)
+                low_rank_mr = tl.dot(weight_mn, lr_nv, low_rank_mr * keep_m[:, None], input_precision="ieee")
         divisor_m = tl.where(acts_m, sum_m, 1.0)[:, None]
         out_md /= divisor_m
         if R_V > 0:
             b_value = b_v + (agent * H + wide_head) * RANK_V * DV
-            up_rd = up_projection(b_value, v_d, is_value_d, RANK_V, DV, R_V, DOT)
-            out_md = tl.dot((low_rank_mr / divisor_m).to(DOT), up_rd, out_md, input_precision="ieee")
+            lora_b_rd = load_lora_b(b_value, v_d, is_value_d, RANK_V, DV, R_V, DOT)
+            out_md = tl.dot((low_rank_mr / divisor_m).to(DOT), lora_b_rd, out_md, input_precision="ieee")
         at_md = out + at_m[:, None].to(tl.int64) * DV + v_d[None, :]
         tl.store(at_md, out_md.to(out.dtype.element_ty), mask=acts_m[:, None] & is_value_d[None, :])

@@ -1,4 +1,4 @@
-"""Joins the splits of `decode.py` and expands V's low-rank sum, once a query head.
+"""Merges the splits of `decode.py` and multiplies the LR sum of V by lora_b, once per query head.
 
 Program = query head x sequence. Legend: as in `decode.py`; R = RANK_V padded to a power of two.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 from lragent.kernels.flash_lora_attention.triton.tiles import LOG2E
 
 
-# A number that differs from step to step must not mean another compilation.
+# This argument changes from step to step and must not trigger a new compilation.
 @triton.jit(do_not_specialize=["splits"])
 def reduce_kernel(
     partial, lse, agent_ids, seq_starts, b_v, sinks, out, splits,
@@ -38,7 +38,7 @@ def reduce_kernel(
         at = (s * splits + split) * heads + head
         part = tl.load(lse + at)
         new = tl.maximum(top, part)
-        # A split without visible tokens has -inf, and so may have all splits before it.
+        # lse is -inf for a split without visible tokens. All splits before it may have none either.
         keep = tl.where(top == float("-inf"), 0.0, tl.exp2(top - new))
         weight = tl.where(part == float("-inf"), 0.0, tl.exp2(part - new))
         top, total = new, total * keep + weight

@@ -1,8 +1,8 @@
-"""What a compiled attention kernel depends on, and the tile shapes and warps of each kind of variant.
+"""Variants of the attention kernels (everything that is a compile-time constant), and their tile shapes and warps.
 
-The shapes were chosen so that the compiler spills no register on sm_80, sm_90 and gfx942 and stays within shared
-memory; `tests/kernels/compiled` holds that, and says by how much the one variant spills that still does. Those of
-usual variants on sm_90 were chosen among such by their time on an H200 (`benchmarks/triton_tiles.py`).
+Tile shapes were chosen so that kernels spill no registers on sm_80, sm_90 and gfx942 and fit into shared memory.
+`tests/kernels/compiled` checks this and names the one variant that still spills. For usual variants on sm_90, the
+fastest shapes on an H200 were chosen (`benchmarks/triton_tiles.py`).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from lragent.errors import InternalError
 Target = Literal["sm_80", "sm_90", "gfx942"]
 
 _TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-# A product of the compiler has at least this many channels, tokens or columns of `x A`.
+# Each dimension of a `tl.dot` (channels, tokens, rank) has at least this size.
 SMALLEST = 16
-# Prefill on Hopper: tiles of at least this many tokens, with keys rebuilt from at most this many columns, give wrong
-# numbers or read outside the cache (Triton 3.6; 64 tokens were run, wider tiles were not).
-MISCOMPILED_TOKENS, MISCOMPILED_COLUMNS = 64, 16
+# Prefill on Hopper: Triton 3.6 miscompiles tiles of at least this many tokens if the padded rank of K is at most this.
+# Results are wrong, or loads are outside the cache. Tiles of 64 tokens were tested, wider tiles were not.
+MISCOMPILED_TOKENS, MISCOMPILED_RANK = 64, 16
 
 
 class MiscompiledTiles(InternalError):
-    """Tiles that Triton is known to compile into a kernel with wrong results on a target."""
+    """Tiles for which Triton is known to compile a wrong kernel on a target."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Shapes and features of a call; ranks are those of the up-projections, 0 where K or V has no adapter."""
+    """Shapes and features of a call; a rank is that of lora_b, 0 if K or V has no adapter."""
 
     heads: int
     group: int
@@ -57,16 +57,16 @@ class Variant:
 
     @property
     def rank(self) -> int:
-        """The larger rank."""
+        """The larger of both ranks."""
         return max(self.k_rank, self.v_rank)
 
     @property
     def dim(self) -> int:
-        """Channels of keys or values, whichever have more."""
+        """The larger of both head dims."""
         return max(self.k_dim, self.v_dim)
 
     def shared_constants(self) -> dict[str, Any]:
-        """Compile-time arguments that the decode and the prefill kernel have in common."""
+        """Compile-time arguments of both the decode and the prefill kernel."""
         return {
             "H": self.heads,
             "GROUP": self.group,
@@ -87,13 +87,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How one kernel cuts its work.
+    """Tile shape and launch options of one kernel.
 
     Args:
-        rows: query heads of a decode program, or (query, head) rows of a prefill program.
-        tokens, channels: of a part of a key tile that is rebuilt at once.
-        unroll: the loop over the parts of a tile is unrolled, so that loads run ahead over tiles; takes registers.
-        least_rank: ranks are padded to at least this many columns; 64 lets sm_80 spread a product's columns over warps.
+        rows: query heads per decode program, or (query, head) rows per prefill program.
+        tokens, channels: shape of the part of a key tile that is rebuilt at once.
+        unroll: unrolls the loop over the parts of a tile, so that loads are pipelined across tiles; needs registers.
+        least_rank: ranks are padded to at least this; with 64, sm_80 distributes a product over more warps.
     """
 
     rows: int
@@ -118,13 +118,13 @@ def padded(size: int) -> int:
 
 
 def dot_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """What products are computed in: the half-precision dtype that all operands have, else float32."""
+    """Dtype of the operands of products: the half-precision dtype that all tensors share, else float32."""
     first = dtypes[0]
     return first if first in (torch.float16, torch.bfloat16) and set(dtypes) == {first} else torch.float32
 
 
 def _was_timed(variant: Variant) -> bool:
-    """Whether the tiles of a kind of variant were chosen by their time on an H200 (`benchmarks/triton_tiles.py`)."""
+    """True if the tiles of a variant were chosen by their time on an H200 (`benchmarks/triton_tiles.py`)."""
     return variant.is_half and variant.final and variant.dim <= 128 and variant.rank <= 64
 
 
@@ -153,7 +153,7 @@ def decode_tiles(variant: Variant, target: Target) -> Tiles:
 
 
 def prefill_tiles(variant: Variant, target: Target) -> Tiles:
-    """Tiles of a prefill kernel; a program has room for all query heads of a KV head."""
+    """Tiles of a prefill kernel; they have at least as many rows as a KV head has query heads."""
     rows = int(triton.next_power_of_2(variant.group))
     rank, dim = variant.rank, variant.dim
     if not variant.is_half:
@@ -164,7 +164,7 @@ def prefill_tiles(variant: Variant, target: Target) -> Tiles:
         if rank > 16:
             tokens = 32 if variant.k_rank else 64
             return Tiles(max(rows, 128), tokens, channels=64, warps=8, stages=2, unroll=True)
-        # Keys rebuilt from few columns need tiles below MISCOMPILED_TOKENS.
+        # Keys rebuilt from a small rank need tiles below MISCOMPILED_TOKENS.
         tokens, stages = (32, 2) if variant.k_rank else (64, 3)
         return Tiles(max(rows, 128), tokens, padded(variant.k_dim), warps=4 if dim <= 64 else 8, stages=stages)
     if target == "sm_90" and dim <= 128 and rank <= 16:
@@ -182,7 +182,7 @@ def prefill_tiles(variant: Variant, target: Target) -> Tiles:
     return Tiles(max(rows, 32), tokens, channels=16, warps=8, stages=2, least_rank=64 if dim > 128 else SMALLEST)
 
 
-# A step asks for these once a layer, and computing them takes as long as a launch.
+# These are needed once per layer and step, and computing them takes as long as a launch.
 @cache
 def decode_constants(variant: Variant, tiles: Tiles) -> Mapping[str, Any]:
     return variant.shared_constants() | tiles.constants(variant) | {"G": tiles.rows}
@@ -193,17 +193,17 @@ def prefill_constants(variant: Variant, tiles: Tiles, target: Target | None) -> 
     """Compile-time arguments of the prefill kernel.
 
     Args:
-        target: what the kernel is compiled for; None: it is interpreted.
+        target: compile target; None: the kernel is interpreted.
 
     Raises:
-        MiscompiledTiles: the kernel of these tiles gives wrong numbers on the target.
+        MiscompiledTiles: Triton compiles these tiles wrongly on the target.
     """
     constants = variant.shared_constants() | tiles.constants(variant) | {"M": tiles.rows, "SINKS": variant.sinks}
-    few_columns = 0 < constants["R_K"] <= MISCOMPILED_COLUMNS
-    if target == "sm_90" and few_columns and tiles.tokens >= MISCOMPILED_TOKENS:
+    small_rank = 0 < constants["R_K"] <= MISCOMPILED_RANK
+    if target == "sm_90" and small_rank and tiles.tokens >= MISCOMPILED_TOKENS:
         raise MiscompiledTiles(
-            f"prefill tiles on sm_90 of {tiles.tokens} tokens, whose keys are rebuilt from at most "
-            f"{MISCOMPILED_COLUMNS} columns, compute wrong numbers: {tiles}"
+            f"prefill tiles of {tiles.tokens} tokens on sm_90 are miscompiled for a K rank of at most "
+            f"{MISCOMPILED_RANK}: {tiles}"
         )
     return constants
 
