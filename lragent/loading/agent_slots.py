@@ -1,7 +1,8 @@
 """Agent slots of a program: which adapters can be swapped in without recompiling.
 
-On each adapted module, an agent slot has a rank and either its own A or the A of another slot. An adapter fits if it adapts no other modules, has no larger rank on any, and shares its A where the slot does. Smaller ranks are
-padded with zeros. A slot without adapter is spare; no agent can act in it.
+On each adapted module, an agent slot has a rank and either its own A or the A of another slot. An adapter fits
+if it adapts no other modules, has no larger rank on any, and shares its A where the slot does. Smaller ranks are padded
+with zeros. A slot without adapter is spare; no agent can act in it.
 """
 
 from __future__ import annotations
