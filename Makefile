@@ -20,7 +20,7 @@ DEMO_INSTALLED := $(VENV)/.lragent-demo-model-installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu coverage check lint types fmt clean
+.PHONY: help install demo test test-integration test-slow test-gpu coverage check lint types fmt clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ demo: $(DEMO_INSTALLED)  ## Real agents on a real model under every sharing sche
 
 test: $(INSTALLED)  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-integration: $(INSTALLED)  ## Run the tests that take longer than 20 s each; CI runs them after `make check`
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m integration
 
 test-slow: $(INSTALLED)  ## Run the sweeps that `make test` leaves out: every model type, every Triton variant (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -26,6 +26,7 @@ from lragent.probing.mask_limits import mask_limit
 from lragent.probing.position_offset import position_offset
 from lragent.probing.rotary_limits import rotary_limit
 from lragent.program.agent import Agent
+from lragent.program.dtypes import dtype_named
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 
 BASE_AGENT = "base"
 INTERNAL = "adapter"  # adapter name inside PEFT, which allows no dots; names of agents may contain them
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def load_directories(model_dir: str | Path, adapters: Mapping[str, str | Path], 
     paths = {name: Path(path) for name, path in adapters.items()}
     configs = {name: adapter_config.read_config(name, path) for name, path in paths.items()}
     adapter_config.require_same_base(configs)
-    model = checkpoint.read_base(Path(model_dir), _resolve_dtype(dtype))
+    model = checkpoint.read_base(Path(model_dir), torch.float32 if dtype == "auto" else dtype_named(dtype))
     files = {
         name: adapter_files.in_peft_names(
             name, path, adapter_files.read_weights(name, path), configs[name].get("modules_to_save") or (), model
@@ -132,14 +132,6 @@ def check_agent_names(names: Mapping[str, object] | list[str]) -> None:
             )
         if not re.fullmatch(r"[\w.\-]+", name):
             raise RequestError(f"agent name {name!r} has characters other than letters, digits, _ . -", "Rename it.")
-
-
-def _resolve_dtype(dtype: str) -> torch.dtype:
-    if dtype == "auto":
-        return torch.float32
-    if dtype not in DTYPES:
-        raise RequestError(f"unknown dtype {dtype!r}", f"Use one of auto, {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
 
 
 def _inject(model: Any, name: str, path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -108,7 +108,7 @@ def _fill(row: Row) -> None:
     for scheme, layout in SCHEMES.items():
         if layout in programs:
             engine = Engine(
-                program_of_model(loaded, programs[layout], "eager", "torch", "cpu", torch.float32),
+                program_of_model(loaded, programs[layout], "eager", "torch", torch.float32),
                 EngineConfig(sharing=scheme, kv_memory="8MiB"),
             )
             row.errors[scheme] = errors_of(engine, scheme, adapted, double)
