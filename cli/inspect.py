@@ -94,18 +94,25 @@ def print_break_even(inspection: Inspection) -> None:
 
 def layer_table(inspection: Inspection) -> Table:
     """One row for each group of consecutive layers that are alike."""
-    table = Table(title="streams a token", title_justify="left")
-    for column in ("layers", "base K", "base V", "LR columns of K", "LR columns of V", "key transform"):
+    table = Table(title="streams per token", title_justify="left")
+    for column in (
+        "layers",
+        "base K",
+        "base V",
+        "LR of K",
+        "LR of V",
+        "key transform",
+    ):
         table.add_column(column, justify="left" if column in ("layers", "key transform") else "right")
     for group in inspection.layers:
         layers = str(group.first) if group.first == group.last else f"{group.first}-{group.last}"
-        shared = " (same as K)" if group.shares_columns else ""
+        shared = " (same as K)" if group.shares_lr else ""
         table.add_row(
             layers,
             f"{group.kv_heads} x {group.k_dim}",
             f"{group.kv_heads} x {group.v_dim}",
-            str(group.k_columns),
-            f"{group.v_columns}{shared}",
+            str(group.k_lr_width),
+            f"{group.v_lr_width}{shared}",
             group.key_transform,
         )
     return table

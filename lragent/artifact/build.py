@@ -188,7 +188,7 @@ def write_programs(loaded: LoadedModel, rewritten: Rewritten, directory: Path, s
 def adapter_constants(loaded: LoadedModel, tensors: Mapping[str, Tensor]) -> frozenset[str]:
     """Names of the constants that come from adapters; all others are the base model's."""
     model_names = {f"model.{name}" for name, _ in loaded.model.named_parameters(remove_duplicate=False)}
-    return frozenset(name for name in tensors if name not in model_names and name.startswith(("lora_", "up_")))
+    return frozenset(name for name in tensors if name not in model_names and name.startswith("lora_"))
 
 
 def _keep_packages(old: Path, manifest: Manifest, directory: Path) -> None:

@@ -13,7 +13,7 @@ import json
 from torch import Tensor, fx
 
 from lragent.compile.export import tensors_of
-from lragent.passes.route_adapters import COLUMNS, ROUTE
+from lragent.passes.route_adapters import GATHER_INDEX, ROUTE
 from lragent.program.cache_schema import CacheSchema
 
 # Inductor inlines scalars, and one-dimensional constants up to this length.
@@ -44,6 +44,6 @@ def constants(graph: fx.GraphModule) -> dict[str, str]:
 
 def _numbers(name: str, tensor: Tensor) -> str:
     inlined = tensor.dim() <= 1 and tensor.numel() <= INLINED
-    if not inlined and not name.startswith((COLUMNS, ROUTE)):
+    if not inlined and not name.startswith((GATHER_INDEX, ROUTE)):
         return ""
     return f" {tensor.tolist()}"

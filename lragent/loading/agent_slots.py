@@ -77,7 +77,7 @@ def assign(agent_slots: AgentSlots, names: Sequence[str]) -> AgentSlots:
     if len(names) > len(agent_slots.names):
         raise AdapterError(
             f"the artifact has slots for {len(agent_slots.names)} agents, not for {len(names)}",
-            "Convert anew, with --spare to keep slots free for later agents.",
+            "Convert again, with --spare to keep slots free for later agents.",
         )
     new = [name for name in names if name not in agent_slots.names]
     taken = [name if name in names else new.pop(0) if new else "" for name in agent_slots.names]
@@ -100,7 +100,7 @@ def fit(loaded: LoadedModel, agent_slots: AgentSlots) -> LoadedModel:
     for module, ranks in agent_slots.ranks.items():
         by_agent = loaded.lora.get(module, {})
         if not by_agent:
-            raise AdapterError(f"no agent adapts {module} any more", "Convert anew: the compiled program would change.")
+            raise AdapterError(f"no agent adapts {module} any more", "Convert again: the program changes.")
         shapes = next(iter(by_agent.values()))
         lora[module] = {}
         for name, rank in zip(agent_slots.names, ranks, strict=True):
@@ -131,7 +131,7 @@ def _require_fits(name: str, module: str, weights: LoraWeights, agent_slots: Age
         found = f"has rank {rank}" if rank else "does not adapt it"
         raise AdapterError(
             f"adapter {name} has rank {weights.rank} on {module}, its slot {found}",
-            "Convert anew: an update keeps the compiled program, and with it ranks and adapted modules.",
+            "Convert again: an update keeps the compiled program, and with it ranks and adapted modules.",
         )
 
 
@@ -171,5 +171,5 @@ def _share(
             elif not torch.equal(lora[name].a, lora[present[0]].a):
                 raise AdapterError(
                     f"adapters {present[0]} and {name} differ in their A on {module}, which their slots share",
-                    "Convert anew: the sharing of A is part of the compiled program.",
+                    "Convert again: the sharing of A is part of the compiled program.",
                 )

@@ -119,7 +119,7 @@ def _rewrite(
         )
         low_rank: dict[str, object] = {}
         for name, side in (("k", key), ("v", value)):
-            if side.routed is None or side.routed.low_rank is None or side.up_NHrD is None:
+            if side.routed is None or side.routed.low_rank is None or side.lora_b_NHrD is None:
                 low_rank |= {f"lr_{name}": None, f"lr_{name}_table": None, f"b_{name}": None}
                 continue
             number = streams[side.routed.low_rank]
@@ -127,11 +127,11 @@ def _rewrite(
             if number not in written:
                 _write_low_rank(graph, side.routed, cache, table, inputs["lr_slots"])
                 written.add(number)
-            up_NHrD = side.up_NHrD
+            lora_b_NHrD = side.lora_b_NHrD
             if name == "k" and slopes is not None:
-                up_NHrD = torch.nn.functional.pad(up_NHrD, (0, ops.SLOPE_CHANNELS))
-            up = add_constant(graph, f"up_{name}_{index}", up_NHrD)
-            low_rank |= {f"lr_{name}": cache, f"lr_{name}_table": table, f"b_{name}": up}
+                lora_b_NHrD = torch.nn.functional.pad(lora_b_NHrD, (0, ops.SLOPE_CHANNELS))
+            lora_b = add_constant(graph, f"lora_b_{name}_{index}", lora_b_NHrD)
+            low_rank |= {f"lr_{name}": cache, f"lr_{name}_table": table, f"b_{name}": lora_b}
         arguments = in_order(
             ops.flash_lora_attention,
             query_THqDk=tokens_first(query),

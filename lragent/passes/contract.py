@@ -15,11 +15,14 @@ from lragent.program.cache_schema import BaseStreams, Layout, LowRankStream
 
 @dataclass(frozen=True)
 class Adapter:
-    """One agent's weights on one projection: `y = gain * (base(x) + (x A + ones) B)`; A `[r, in]`, B `[out, r]`.
+    """One agent's weights on one projection: `y = gain * (base(x) + (x A + ones) B)`.
+
+    A is `[r, in]`, B is `[out, r]`.
 
     Args:
         b: with the scaling folded in.
-        ones: `[r]`, 1 at a column that is the constant one (its row of A is zero, its B is a bias); None: no such.
+        ones: `[r]`, 1 where the LR number is the constant 1 (its row of A is zero, its column of B is a bias); None: no
+            constant.
         gain: `[out]`; None: 1.
     """
 
@@ -36,7 +39,7 @@ class RoutedLinear:
     Args:
         base, low_rank: its base output and `x @ A_cat.T` (`[1, T, R]`) as nodes.
         gain_NC: factor of each output by agent id, `[N + 1, out]`, row 0 ones; None if all are 1.
-        replaced: some agent has weights of its own for some outputs, so the base output is not every agent's.
+        replaced: True if an agent replaces rows of the weight. Then the base output is not the same for all agents.
     """
 
     module: str
@@ -60,14 +63,14 @@ class SplitStream:
 
     Args:
         base: node of the base stream, `[1, H, T, D]`.
-        routed: the projection whose LR columns belong to it; None if it has no adapter.
-        up_NHrD: per-agent, per-head up-projections `[N + 1, H, r, D]`, row 0 zero; None without adapter.
+        routed: the projection whose LR stream belongs to this side; None if it has no adapter.
+        lora_b_NHrD: B per agent and head, `[N + 1, H, r, D]`, row 0 zero; None without adapter.
         transform: the key transform applied to the LR part (and to the base, if not `final`); None for V.
     """
 
     base: fx.Node
     routed: RoutedLinear | None = None
-    up_NHrD: Tensor | None = None
+    lora_b_NHrD: Tensor | None = None
     transform: KeyTransform | None = None
 
 
@@ -108,7 +111,7 @@ class RewriteContext:
         agents: names in order; agent id = index + 1.
         adapters: projection FQN -> agent name -> weights.
         embeddings: FQN of each adapted embedding -> how many tokens it has.
-        rows: projection FQN -> agent name -> outputs (of an embedding: tokens) with weights of the agent's own.
+        rows: projection FQN -> agent name -> rows of the weight that the agent replaces.
         groups: FQN of each projection in `adapters` -> for each agent, the first agent whose A it shares (`groups_of`).
     """
 
@@ -133,5 +136,6 @@ ROUTED = "lragent_routed"  # key in node.meta of a routed projection's output: R
 
 
 def routed_linear(node: fx.Node) -> RoutedLinear | None:
+    """The adapters of a node that is the output of a routed projection; None for other nodes."""
     found = node.meta.get(ROUTED)
     return found if isinstance(found, RoutedLinear) else None

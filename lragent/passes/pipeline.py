@@ -1,4 +1,4 @@
-"""Runs the passes: a loaded model -> one program for each layout, and a program -> one lowered for a target."""
+"""Runs the passes: a loaded model -> one rewritten graph per layout, and a rewritten graph -> a lowered one."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def rewrite_context(loaded: LoadedModel, layout: Layout) -> RewriteContext:
 
 
 def adapter(weights: LoraWeights) -> Adapter:
-    """The form that passes read: a constant becomes one more column of B, over a column of `x A` that is always 1."""
+    """Converts weights into the form that passes read. A constant becomes a column of B whose LR number is always 1."""
     a, b = weights.a, weights.b * weights.scaling
     if weights.constant is None:
         return Adapter(a, b, gain=weights.gain)
@@ -195,7 +195,7 @@ def _drop_unused(graph: fx.GraphModule) -> None:
 
 
 def _require_routed(graph: fx.GraphModule) -> None:
-    """Raises InternalError if an adapter marker is left: it computes what no agent's adapter does."""
+    """Raises InternalError if an adapter marker is left; its computation belongs to no agent."""
     left = adapter_markers(graph)
     if left:
         raise InternalError(f"the adapter marker of {left[0].args[2]} is left in the rewritten graph")

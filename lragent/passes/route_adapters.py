@@ -1,16 +1,17 @@
-"""All agents' adapters on a projection become two GEMMs, chosen per token by `agent_ids`.
+"""Adapter markers become two GEMMs for all agents, routed per token by `agent_ids`.
 
 Before (one marker per adapted module):          After:
     y  = linear(x, W)           [1, T, out]          y   = linear(x, W)                          [1, T, out]
     y2 = adapter_marker(x, y)   [1, T, out]          lr  = linear(x, A_cat, ones)                [1, T, R]
-                                                     own = index_select(lr, 2, columns) * route[agent_ids]
+                                                     own = index_select(lr, 2, index) * route[agent_ids]
                                                      d   = matmul(own, B_cat)                    [1, T, out]
                                                      y2  = add(y * gain[agent_ids], d)
 
-R counts each distinct A once; `columns` gives every agent its own ranks again; `route` `[N + 1, sum of ranks]` is 1
-where a column belongs to the agent (row 0 = base: all zero). Scaling and gain are folded into B_cat. `ones` and `gain`
-appear where an adapter has a bias or is a DoRA. Of an embedding, `linear(x, A)` is `embedding(A, x)`. Outputs that an
-agent has rows of its own for are put in place last (`agent_rows.py`). A projection called twice is routed twice.
+A_cat holds each distinct A once; R is the sum of their ranks. `index` repeats the LR numbers for agents that share an
+A. `route` `[N + 1, sum of ranks]` is 1 where an LR number belongs to the agent; its row 0, base, is zero. Scaling and
+gain are folded into B_cat. `ones` exists if an adapter has a bias, `gain` if one is a DoRA. For an embedding,
+`linear(x, A)` is `embedding(A, x)`. Rows of the weight that an agent replaces are applied last (`agent_rows.py`). A
+projection that is called twice is routed twice.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from lragent.program.cache_schema import LowRankStream
 
 aten = torch.ops.aten
 AGENT_IDS = "agent_ids"
-# Constants that say whose columns are where; passes that lower for a target may write them into the code.
-COLUMNS, ROUTE = "lora_columns", "lora_route"
+# Constants that map agents to their part of the LR stream. Lowering passes may write their values into the code.
+GATHER_INDEX, ROUTE = "lora_gather_index", "lora_route"
 
 
 def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
@@ -56,7 +57,7 @@ def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
 
 
 def _rows_are_tokens(node: fx.Node) -> bool:
-    """Whether a value is `[1, ..., 1, T, C]`."""
+    """True if a value is `[1, ..., 1, T, C]`."""
     ids = next((n for n in node.graph.find_nodes(op="placeholder") if n.target == "input_ids"), None)
     value = node.meta.get("val")
     if ids is None or value is None:
@@ -96,10 +97,10 @@ def _rewrite(graph: fx.GraphModule, context: RewriteContext, index: int, marker:
 def _low_rank(
     graph: fx.GraphModule, context: RewriteContext, index: int, marker: fx.Node, stream: LowRankStream, ids: fx.Node
 ) -> tuple[fx.Node, fx.Node]:
-    """Nodes of `x @ A_cat.T` and of the delta, at the insertion point."""
+    """Adds `x @ A_cat.T` and the delta at the insertion point and returns their nodes."""
     x, _, module = marker.args
     assert isinstance(module, str)
-    a_cat, b_cat, columns, route, ones = stack(stream, context.agents, context.adapters[module])
+    a_cat, b_cat, index_of_lr, route, ones = stack(stream, context.agents, context.adapters[module])
     embeds = module in context.embeddings
     a_node = add_constant(graph, f"lora_a_{index}", a_cat.T if embeds else a_cat)
     ones_node = None if ones is None else add_constant(graph, f"lora_ones_{index}", ones)
@@ -111,9 +112,9 @@ def _low_rank(
         bias = () if ones_node is None else (ones_node,)
         low_rank = emit(graph, aten.linear.default, x, a_node, *bias)
     own = low_rank
-    if not torch.equal(columns, torch.arange(a_cat.shape[0])):
-        columns_node = add_shared_constant(graph, COLUMNS, columns)
-        own = emit(graph, aten.index_select.default, low_rank, marker.meta["val"].dim() - 1, columns_node)
+    if not torch.equal(index_of_lr, torch.arange(a_cat.shape[0])):
+        index_node = add_shared_constant(graph, GATHER_INDEX, index_of_lr)
+        own = emit(graph, aten.index_select.default, low_rank, marker.meta["val"].dim() - 1, index_node)
     route_node = add_shared_constant(graph, ROUTE, route)
     mask = emit(graph, aten.index_select.default, route_node, 0, ids)
     own = emit(graph, aten.mul.Tensor, own, mask)
@@ -122,7 +123,7 @@ def _low_rank(
 
 
 def _ids_of_rows(graph: fx.GraphModule, x: fx.Node, agent_ids: fx.Node) -> fx.Node:
-    """Agent ids of the tokens in x: of those whose logits are wanted, if x was cut down to them."""
+    """Agent ids of the rows of x: of all tokens, or of the sampled rows if `select_logits` reduced x to them."""
     rows = placeholder(graph, ROWS)
     if rows is not None and x.target is aten.index_select.default and x.args[2] is rows:
         return emit(graph, aten.index_select.default, agent_ids, 0, rows)

@@ -2,14 +2,14 @@
 
 Before (split layout, K side):                   After:
     y   = linear(x, W)                               y    = linear(x, W)              base output
-    lr  = linear(x, A_cat)                           lr   = linear(x, A_cat)          LR columns, to be cached
+    lr  = linear(x, A_cat)                           lr   = linear(x, A_cat)          LR stream, to be cached
     y2  = y + routed delta                           k    = f(y)                      base key
     k   = f(y2)                                      attention(q, k, v, ...)          + lr, B per head, f
     attention(q, k, v, ...)
 
-f is cut out of the graph, derived by probing and verified (`key_transform`). A linear f is applied to the base key
-before it is cached; a norm makes the raw base key the cached one. A projection without adapter stays as it is. In dense
-layout nothing is split: the delta is part of K and V.
+The key transform f is cut out of the graph, derived by probing and verified (`key_transform.py`). If f is linear, the
+cache holds f of the base key. If f contains a norm, the cache holds the raw base key and attention applies f. A
+projection without adapter stays as it is. In dense layout nothing is split: the delta is part of K and V.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lragent.graph.fx_tools import add_shared_constant, argument, emit, set_argu
 from lragent.graph.passes import Pass, PassReport
 from lragent.passes.contract import KeyTransform, RewriteContext, Side, SplitStream
 from lragent.passes.key_value.dora_gains import per_head, scale_side
-from lragent.passes.key_value.join_streams import joined_columns
+from lragent.passes.key_value.join_streams import join_streams
 from lragent.passes.key_value.key_transform import Probe, Underivable, derive_key, derive_value
 from lragent.passes.key_value.projection_path import ProjectionPath, adapted_path
 
@@ -61,7 +61,7 @@ def _split(
     if isinstance(path, Miss):
         return path
     if any(r is not None and (r.replaced or r.low_rank is None) for r in path.routed):
-        return Miss(where, end.name, "an agent has a whole weight of its own for it, so there is no base part to share")
+        return Miss(where, end.name, "an agent replaces its whole weight, so there is no base part to share")
     any_b = next(iter(context.adapters[path.modules[0]].values())).b
     probe = Probe(path.function(graph), sum(path.widths), any_b.dtype, context.max_positions)
     try:
@@ -75,17 +75,20 @@ def _split(
         return Miss(where, end.name, str(reason))
     if side is Side.KEY and transform is not None and transform.kind != "linear" and has_slopes(marker):
         return Miss(where, end.name, f"its transform is {transform.kind} and scores have a slope by position")
-    up = _up_projections(probe, path, context, channel_HD)
+    lora_b_NHrD = _lora_b(probe, path, context, channel_HD)
     base = _base_stream(graph, path, transform, channel_HD)
     set_argument(marker, side.value, base)
     if gain_NHD is not None:
         scale_side(graph, marker, side, gain_NHD)
-    return SplitStream(base, joined_columns(graph, path), up, transform)
+    return SplitStream(base, join_streams(graph, path), lora_b_NHrD, transform)
 
 
-def _up_projections(probe: Probe, path: ProjectionPath, context: RewriteContext, channel_HD: Tensor | None) -> Tensor:
-    """Every agent's B per head, `[N + 1, H, r, D]`: its columns are pushed through f as if they were tokens, or picked
-    by channel where f rotates. Projections' columns stand one after the other, each on its own channels."""
+def _lora_b(probe: Probe, path: ProjectionPath, context: RewriteContext, channel_HD: Tensor | None) -> Tensor:
+    """Computes B per agent and head, `[N + 1, H, r, D]`, row 0 (base) zero.
+
+    A linear f is applied to the columns of B as if they were tokens. Where f rotates, channels are picked by
+    `channel_HD`, since attention rotates the sum. With several projections, r counts the ranks of all of them.
+    """
     blocks: list[Tensor | None] = [None]
     for name in context.agents:
         parts: list[Tensor] = []
@@ -105,17 +108,17 @@ def _up_projections(probe: Probe, path: ProjectionPath, context: RewriteContext,
         blocks.append(heads_rHD.transpose(0, 1))
     some = next(b for b in blocks if b is not None)
     heads, _, dim = some.shape
-    up = some.new_zeros(len(blocks), heads, max(b.shape[1] for b in blocks if b is not None), dim)
+    stacked = some.new_zeros(len(blocks), heads, max(b.shape[1] for b in blocks if b is not None), dim)
     for row, block in enumerate(blocks):
         if block is not None:
-            up[row, :, : block.shape[1]] = block
-    return up
+            stacked[row, :, : block.shape[1]] = block
+    return stacked
 
 
 def _base_stream(
     graph: fx.GraphModule, path: ProjectionPath, transform: KeyTransform | None, channel_HD: Tensor | None
 ) -> fx.Node:
-    """The node of the base stream `[1, H, T, D]`: f of the base output, or its raw channels per head."""
+    """Adds the base stream `[1, H, T, D]`: f of the base output, or the raw base key per head if f is not linear."""
     if transform is None or transform.final:
         return path.rebuild_on_base(graph)
     assert channel_HD is not None

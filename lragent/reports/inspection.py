@@ -20,9 +20,11 @@ from lragent.runtime.cache_cost import break_even, bytes_per_token
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Consecutive attention ops with equal shapes, numbers of LR columns of K and V, and key transforms.
+    """Consecutive attention ops with equal shapes, LR widths and key transforms.
 
-    `shares_columns`: K and V read the same LR columns.
+    Args:
+        k_lr_width, v_lr_width: LR numbers per token.
+        shares_lr: True if K and V read the same LR stream.
     """
 
     first: int
@@ -30,9 +32,9 @@ class LayerGroup:
     kv_heads: int
     k_dim: int
     v_dim: int
-    k_columns: int
-    v_columns: int
-    shares_columns: bool
+    k_lr_width: int
+    v_lr_width: int
+    shares_lr: bool
     key_transform: str
 
 
@@ -144,9 +146,9 @@ def _groups(schema: CacheSchema, layers: tuple[LayerFacts, ...]) -> tuple[LayerG
             kv_heads=base.kv_heads,
             k_dim=base.k_dim,
             v_dim=base.v_dim,
-            k_columns=widths.get(k_module, 0) if k_module else 0,
-            v_columns=widths.get(v_module, 0) if v_module else 0,
-            shares_columns=k_module is not None and k_module == v_module,
+            k_lr_width=widths.get(k_module, 0) if k_module else 0,
+            v_lr_width=widths.get(v_module, 0) if v_module else 0,
+            shares_lr=k_module is not None and k_module == v_module,
             key_transform=facts.key_transform if facts else "not split",
         )
         previous = groups[-1] if groups else None

@@ -153,5 +153,5 @@ def estimate(shape: ModelShape, gpu: Gpu, load: Load, sharing: str) -> StepEstim
 
 
 def _by_layout(schema: CacheSchema) -> dict[str, CacheSchema]:
-    """The schema for schemes with LR columns, and the same without LR columns for the others."""
+    """The schema for schemes with LR streams, and the same without LR streams for the others."""
     return {"split": schema, "dense": dataclasses.replace(schema, layout="dense", low_rank=())}

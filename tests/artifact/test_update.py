@@ -108,7 +108,7 @@ def test_spare_slots_hold_no_agent_and_no_cache(compiled: Path, written: Written
 @pytest.mark.parametrize(
     ("adapters", "kind", "says"),
     [
-        ({"plan": "large"}, AdapterError, r"adapter plan has rank 6 on .*, its slot has rank 4\nConvert anew"),
+        ({"plan": "large"}, AdapterError, r"adapter plan has rank 6 on .*, its slot has rank 4\nConvert again"),
         ({"plan": "dora"}, (AdapterError, ArtifactError), "no agent adapts|would change"),
         ({n: "plan" for n in "abcd"}, AdapterError, r"slots for 3 agents, not for 4\n.*--spare"),
         (

@@ -23,7 +23,7 @@ def test_match_counts_each_split_stream() -> None:
     assert (report.changed, report.misses) == (4, ())  # K and V of two layers
     key, value = next(iter(state.split.values()))
     assert key.transform.kind == "rotary" and key.transform.final
-    assert key.up_NHrD.shape == (3, 2, 4, DIM)
+    assert key.lora_b_NHrD.shape == (3, 2, 4, DIM)
     assert value.transform is None
 
 

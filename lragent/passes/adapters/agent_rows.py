@@ -1,12 +1,12 @@
-"""Outputs (of an embedding: tokens) that some agents have weights of their own for.
+"""Per-agent replacement of weight rows (modules_to_save, trainable tokens).
 
-Of an embedding, `x` being token ids:            Of a linear module:
+For an embedding, `x` holds token ids:           For a linear module:
     at  = flat[agent_ids * V + x]   [1, T]           new  = linear(x, rows)                    [1, T, K + 1]
     new = embedding(rows, at)       [1, T, out]      at   = table[agent_ids]                   [T, out]
     y   = where(at > 0, new, y)                      y    = where(at > 0, gather(new, at), y)  [1, T, out]
 
-`rows` `[K + 1, ...]` holds all agents' rows after a row of zeros; `table` `[N + 1, V or out]` says which of them stands
-in place of an output, 0 for none (row 0 of it = base).
+`rows` `[K + 1, ...]` holds a row of zeros, then the rows of all agents. `table` `[N + 1, V or out]` gives, by agent id,
+the index of the row that replaces an output, 0 for none; its row 0 is base.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from lragent.program.cache_schema import LowRankStream
 
 
 def gains(agents: tuple[str, ...], adapters: Mapping[str, Adapter]) -> Tensor | None:
-    """Factor of each output by agent id, `[N + 1, out]`; None if no adapter has one."""
+    """Stacks the gains of all agents: `[N + 1, out]` by agent id, row 0 ones; None if no adapter has a gain."""
     some = next((adapter.gain for adapter in adapters.values() if adapter.gain is not None), None)
     if some is None:
         return None
@@ -27,7 +27,11 @@ def gains(agents: tuple[str, ...], adapters: Mapping[str, Adapter]) -> Tensor | 
 def low_rank_stream(
     module: str, agents: tuple[str, ...], adapters: Mapping[str, Adapter], group: tuple[int, ...]
 ) -> LowRankStream:
-    """Ranks of a projection's adapters, and which agents share an A."""
+    """Describes the LR stream of a projection.
+
+    Args:
+        group: for each agent, index of the first agent with the same A (`loading.agent_slots.groups_of`).
+    """
     ranks = tuple(adapters[name].a.shape[0] if name in adapters else 0 for name in agents)
     return LowRankStream(module, ranks, group)
 
@@ -35,20 +39,21 @@ def low_rank_stream(
 def stack(
     stream: LowRankStream, agents: tuple[str, ...], adapters: Mapping[str, Adapter]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The tensors of a routed projection.
+    """Stacks the adapters of all agents on a projection.
 
     Returns:
-        A_cat `[R, in]`, B_cat `[sum of ranks, out]` with scaling and gain (so that an agent's part is in one piece),
-        columns `[sum of ranks]` (int64), route `[N + 1, sum of ranks]`, and ones `[R]` (None if no adapter has any).
+        A_cat `[R, in]`; B_cat `[sum of ranks, out]` with scaling and gain, each agent's rows side by side; the index
+        `[sum of ranks]` (int64) of each row of B_cat into the LR stream; route `[N + 1, sum of ranks]`; and ones `[R]`
+        (None if no adapter has a bias).
     """
     sources = stream.source_columns()
     distinct = [adapters[n] for i, n in enumerate(agents) if stream.ranks[i] and stream.shares_a_with[i] == i]
     own = [adapters[n] for i, n in enumerate(agents) if stream.ranks[i]]
     b_rows = [(adapter.b if adapter.gain is None else adapter.gain[:, None] * adapter.b).T for adapter in own]
-    columns = [c for i, rank in enumerate(stream.ranks) for c in range(sources[i], sources[i] + rank)]
+    index = [c for i, rank in enumerate(stream.ranks) for c in range(sources[i], sources[i] + rank)]
     owners = torch.tensor([i + 1 for i, rank in enumerate(stream.ranks) for _ in range(rank)])
     route = (torch.arange(len(agents) + 1)[:, None] == owners[None, :]).to(b_rows[0].dtype)
     ones = None
     if any(adapter.ones is not None for adapter in distinct):
         ones = torch.cat([d.a.new_zeros(d.a.shape[0]) if d.ones is None else d.ones for d in distinct])
-    return torch.cat([d.a for d in distinct], 0), torch.cat(b_rows, 0), torch.tensor(columns), route, ones
+    return torch.cat([d.a for d in distinct], 0), torch.cat(b_rows, 0), torch.tensor(index), route, ones

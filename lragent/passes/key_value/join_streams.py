@@ -16,13 +16,13 @@ from torch import fx
 from lragent.graph.fx_tools import add_shared_constant, emit
 from lragent.passes.contract import RoutedLinear
 from lragent.passes.key_value.projection_path import ProjectionPath
-from lragent.passes.route_adapters import COLUMNS
+from lragent.passes.route_adapters import GATHER_INDEX
 from lragent.program.cache_schema import LowRankStream
 
 aten = torch.ops.aten
 
 
-def joined_columns(graph: fx.GraphModule, path: ProjectionPath) -> RoutedLinear:
+def join_streams(graph: fx.GraphModule, path: ProjectionPath) -> RoutedLinear:
     """The joined LR stream of all adapted projections of a path; its `low_rank` node is `[1, T, R]`."""
     parts = [(r, source) for r, source in zip(path.routed, path.sources, strict=True) if r is not None]
     if len(parts) == 1 and parts[0][1].meta["val"].dim() == 3:
@@ -34,7 +34,7 @@ def joined_columns(graph: fx.GraphModule, path: ProjectionPath) -> RoutedLinear:
         both = flat[0]
         if len(flat) > 1:
             both = emit(graph, aten.cat.default, flat, -1)
-            order = add_shared_constant(graph, COLUMNS, torch.tensor(source_order(streams, stream)))
+            order = add_shared_constant(graph, GATHER_INDEX, torch.tensor(source_order(streams, stream)))
             both = emit(graph, aten.index_select.default, both, 2, order)
     return RoutedLinear(stream.module, parts[0][0].base, both, stream)
 

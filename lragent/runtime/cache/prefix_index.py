@@ -4,7 +4,7 @@ Keys form a hash chain. The key of a page depends on the key of the page before 
 else that determines its content in the sharing scheme (see `KeyRules`). Adapters enter by digest, never by name.
 
 One page id covers base and LR blocks, so one key must cover both. `rebase_shared` could reuse base K and V by token ids
-alone, whoever wrote them. It does not: one key for the whole page is simpler.
+alone, for any writer. It does not: one key for the whole page is simpler.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""joined_columns: LR columns of several projections of one stream."""
+"""join_streams: LR columns of several projections of one stream."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lragent.passes.key_value.join_streams import join, source_order
 from lragent.program.cache_schema import CacheSchema, LowRankStream
 from tests.passes import tiny_lm as tiny
 from tests.passes.stages import allowed, captured, peft_logits, run_cached, run_until
-from tests.passes.test_split_kv import partial
+from tests.passes.test_split_kv_keys import partial
 from tests.passes.tiny_lm import DIM, Tiny
 
 IDS = (torch.arange(40) * 7 + 3) % 64
