@@ -60,7 +60,7 @@ Adapters = Annotated[
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an artifact is loaded, apart from the sharing scheme."""
+    """Options of `lragent.load` other than the sharing scheme."""
 
     kv_memory: str = KV_MEMORY
     max_batch_tokens: int = MAX_BATCH_TOKENS

@@ -1,4 +1,4 @@
-"""What rewriting and lowering passes read, and what they hand to each other."""
+"""Facts that rewriting and lowering passes read, and results that they hand to each other."""
 
 from __future__ import annotations
 
