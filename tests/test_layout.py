@@ -183,7 +183,7 @@ def test_architecture_is_short() -> None:
 
 
 def test_architecture_names_files_that_exist() -> None:
-    named = set(re.findall(r"(?:[\w.]+/)+(?:[\w]+\.(?:py|md))?", architecture()))
+    named = set(re.findall(r"(?:\b[a-z][\w.]*/)+(?:\w+\.(?:py|md))?", architecture()))
     assert len(named) > 20
     for name in named:
         assert (ROOT / name).exists() or (ROOT / "lragent" / name).exists(), name
