@@ -20,10 +20,16 @@ DEMO_INSTALLED := $(VENV)/.lragent-demo-model-installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-integration test-slow test-gpu coverage check lint types fmt clean
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+# The ends of the ranges in pyproject.toml: "name==lowest", and the range itself, from which pip takes the newest.
+LOWEST := $(shell sed -nE 's/^ +"(transformers|peft)>=([0-9.]+).*/\1==\2/p' pyproject.toml)
+RANGES := $(shell sed -nE 's/^ +"((transformers|peft)>=[^"]+)".*/"\1"/p' pyproject.toml)
+
+.PHONY: help install demo test test-integration test-versions test-slow test-gpu coverage check lint types fmt clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +56,20 @@ test: $(INSTALLED)  ## Run the tests
 
 test-integration: $(INSTALLED)  ## Run the tests that take longer than 20 s each; CI runs them after `make check`
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m integration
+
+# pip takes the packages that the oldest transformers allows, such as its tokenizers.
+test-versions:  ## Run the tests of private APIs and of one architecture with the oldest and the newest transformers and peft
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet "$(TORCH)" $(LOWEST) --editable ".[dev]"
+	$(call canaries,$(OLDEST))
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade "$(TORCH)" $(RANGES) --editable ".[dev]"
+	$(call canaries,$(NEWEST))
+
+# ninja of that environment builds the C++ kernels.
+canaries = PATH="$(abspath $(1)/bin):$$PATH" OMP_NUM_THREADS=1 $(1)/bin/python -m pytest tests/compat \
+	&& PATH="$(abspath $(1)/bin):$$PATH" OMP_NUM_THREADS=1 $(1)/bin/python -m pytest \
+	tests/e2e/test_schemes_equal_their_definition.py -k llama
 
 test-slow: $(INSTALLED)  ## Run the sweeps that `make test` leaves out: every model type, every Triton variant (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -21,12 +21,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch._inductor.utils import fresh_cache
 
 import lragent
 from benchmarks.step import runner, step_inputs
 from benchmarks.timing import in_turn
 from lragent.artifact.build import BuildOptions, write
+from lragent.compat.torch import empty_inductor_cache
 from lragent.compile.compile import UNITS
 from lragent.loading.model import load_directories
 from lragent.loading.stages import Stages
@@ -55,7 +55,7 @@ class Clock:
 def convert(model_dir: Path, adapters: Mapping[str, Path], dtype: str, out: Path, unit: str) -> dict[str, float]:
     clock = Clock()
     stages = Stages(clock)
-    with fresh_cache():
+    with empty_inductor_cache():
         loaded = stages.run("load", lambda: load_directories(model_dir, adapters, dtype))
         rewritten = rewrite(loaded, ("split",), stages)
         write(loaded, rewritten, out, options=BuildOptions(compiled=("split",), unit=unit), stages=stages)

@@ -14,12 +14,13 @@ from lragent.passes import PASSES
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for folder in ("lragent", "cli") for path in (ROOT / folder).rglob("*.py"))
+WITH_BENCHMARKS = [*SOURCES, *sorted((ROOT / "benchmarks").rglob("*.py"))]
 LRAGENT_SOURCES = [path for path in SOURCES if path.is_relative_to(ROOT / "lragent")]
 
 # A room imports from rooms on lower floors only, so that rooms never import each other in a circle.
 FLOORS = (
     {"errors"},
-    {"files"},
+    {"files", "compat"},
     {"program"},
     {"probing"},
     {"kernels", "loading", "runtime"},
@@ -156,6 +157,141 @@ def test_every_folder_with_sources_is_installed() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_every_folder_with_code_is_a_package(path: Path) -> None:
     assert (path.parent / "__init__.py").is_file()
+
+
+LIBRARIES = {"torch", "transformers", "peft"}
+# Names of ops in captured graphs. A leading underscore is a part of an op's name: exported programs store it.
+OP_NAMESPACES = {"aten", "torch.ops.aten"}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name != "_"
+
+
+def own_names(tree: ast.AST) -> set[str]:
+    """Names that a file defines: functions, classes, fields and attributes of `self`."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            names.add(node.attr)
+    return names
+
+
+def imported_from_elsewhere(tree: ast.AST) -> set[str]:
+    """Names that a file imports from the standard library and other libraries than `LIBRARIES`."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name.split(".")[0] for alias in node.names if not of_library(alias.name)}
+        elif isinstance(node, ast.ImportFrom) and not of_library(node.module or ""):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names - {"lragent"}
+
+
+def of_library(module: str) -> bool:
+    return module.split(".")[0] in LIBRARIES
+
+
+def private_apis(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Uses of private names that a file does not define itself, except ops and names of other libraries."""
+    own, elsewhere = own_names(tree), imported_from_elsewhere(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            imported = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+        else:
+            imported = []
+        for name in imported:
+            if of_library(name) and any(map(is_private, name.split("."))):
+                yield node.lineno, name
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+            source = ast.unparse(node.value)
+            if source not in OP_NAMESPACES and source.split(".")[0] not in elsewhere:
+                yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr", "delattr"):
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and is_private(name.value) and name.value not in own:
+                yield node.lineno, ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", WITH_BENCHMARKS, ids=module_of)
+def test_private_apis_are_used_in_compat_only(path: Path) -> None:
+    uses = list(private_apis(ast.parse(path.read_text(encoding="utf-8"))))
+    if not path.is_relative_to(ROOT / "lragent" / "compat"):
+        assert uses == []
+    elif path.stem in ("torch", "transformers"):  # PEFT's attributes have no underscore
+        assert uses
+
+
+PRIVATE_APIS = """
+import torch._dynamo
+from torch._ops import OpOverload
+from transformers.utils import _private
+torch._check(True)
+program._state_dict = {}
+getattr(config, "_experts_implementation", None)
+self._parameters
+"""
+OWN_NAMES = """
+import hashlib
+self._steps = 0
+scratch._steps
+def digest(value: hashlib._Hash): ...
+aten._softmax.default
+torch.ops.aten._to_copy.default
+getattr(mmap, "MADV_HUGEPAGE")
+value.__dict__
+"""
+
+
+def test_private_apis_are_found() -> None:
+    lines = [line for line, _ in private_apis(ast.parse(PRIVATE_APIS))]
+    assert sorted(lines) == list(range(2, 9))
+    assert list(private_apis(ast.parse(OWN_NAMES))) == []
+
+
+def functions_of(path: Path) -> list[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("library", sorted(LIBRARIES))
+def test_every_function_of_compat_has_a_test(library: str) -> None:
+    canaries = (ROOT / "tests" / "compat" / f"test_{library}.py").read_text(encoding="utf-8")
+    for name in functions_of(ROOT / "lragent" / "compat" / f"{library}.py"):
+        assert f"compat.{name}" in canaries, name
+
+
+def swallowed_errors(tree: ast.AST) -> Iterator[int]:
+    """Lines of handlers of all exceptions that neither raise nor use the error."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ExceptHandler):
+            continue
+        caught = set() if node.type is None else {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+        if node.type is not None and not caught & {"Exception", "BaseException"}:
+            continue
+        inside = [inner for statement in node.body for inner in ast.walk(statement)]
+        raises = any(isinstance(inner, ast.Raise) for inner in inside)
+        if not raises and not any(isinstance(inner, ast.Name) and inner.id == node.name for inner in inside):
+            yield node.lineno
+
+
+@pytest.mark.parametrize("path", WITH_BENCHMARKS, ids=module_of)
+def test_no_error_is_swallowed(path: Path) -> None:
+    assert list(swallowed_errors(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+def test_swallowed_errors_are_found() -> None:
+    handlers = ("except:\n pass", "except Exception:\n x = 0", "except (OSError, BaseException) as e:\n pass")
+    for handler in handlers:
+        assert list(swallowed_errors(ast.parse(f"try:\n f()\n{handler}"))) == [3]
+    for handler in ("except OSError:\n pass", "except Exception as e:\n x = e", "except Exception:\n raise"):
+        assert list(swallowed_errors(ast.parse(f"try:\n f()\n{handler}"))) == []
 
 
 QUESTION_WORDS = {"What", "Which", "Whether", "Where", "How"}

@@ -7,7 +7,6 @@ so the graph has no mask nodes. `checks.py` then compares the graph with the mod
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,14 @@ from lragent.capture import checks
 from lragent.capture.context import CaptureContext
 from lragent.capture.positions_from_input import POSITIONS_FROM_INPUT
 from lragent.capture.recognize_attention import RECOGNIZE_ATTENTION
+from lragent.compat.torch import (
+    asserted_condition,
+    branches_on_values,
+    branching_line,
+    is_constraint_violation,
+    violated_guard,
+)
+from lragent.compat.transformers import attention_can_be_set
 from lragent.errors import ModelError
 from lragent.graph.attention_marker import marker_nodes
 from lragent.graph.fx_tools import depends_on_ids, evaluate
@@ -95,7 +102,7 @@ def _capture_interface(loaded: LoadedModel) -> tuple[Captured | None, str]:
         ModelError: the attention calls can't be shared, or the model can't be exported.
     """
     outside = "computes attention outside transformers' attention interface"
-    if not loaded.model._can_set_attn_implementation():
+    if not attention_can_be_set(loaded.model):
         return None, outside
     alone, mixing = checks.token_mixing_error_of_model(loaded, EXAMPLE_TOKENS)
     if alone.failure:
@@ -176,7 +183,7 @@ def _export(
             except ModelError:
                 raise
             except Exception as error:
-                if not unproven and "Constraints violated" in str(error):
+                if not unproven and is_constraint_violation(error):
                     continue
                 raise NotExported(
                     f"torch.export can't capture {loaded.architecture}: {_export_failure(error)}",
@@ -204,7 +211,7 @@ def _require_assertions(graph: fx.GraphModule, loaded: LoadedModel, most_tokens:
             if not (known and evaluate(graph, condition, tokens, {})):
                 raise NotExported(
                     f"torch.export can't capture {loaded.architecture}: its code depends on the number of tokens"
-                    f" ({_short(text.removeprefix('Runtime assertion failed for expression ').split(' on node')[0])})",
+                    f" ({_short(asserted_condition(text))})",
                     "This architecture needs support in capture; please report it with the model's config.json.",
                 )
 
@@ -270,14 +277,13 @@ def _own_mask(where: str) -> ModelError:
 def _export_failure(error: Exception) -> str:
     """A one-line reason why the model's code can't be exported."""
     text = str(error).strip()
-    first = text.splitlines()[0] if text else ""
-    code = re.search(r"The following call raised this error:\n.*\n *(.+)", text)
-    if "data-dependent" in first:
-        return "its code branches on the values of tensors" + (f" ({code[1].strip()})" if code else "")
-    guard = re.search(r"satisfy the generated guard (.+?)(?:Specializations|$)", text)
-    if "Constraints violated" in first:
-        return "its code depends on the number of tokens T" + (f" ({_short(guard[1])})" if guard else "")
-    return f"{type(error).__name__}: {first}"
+    if branches_on_values(error):
+        code = branching_line(error)
+        return "its code branches on the values of tensors" + (f" ({code})" if code else "")
+    if is_constraint_violation(error):
+        guard = violated_guard(error)
+        return "its code depends on the number of tokens T" + (f" ({_short(guard)})" if guard else "")
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
 def _short(guard: str) -> str:

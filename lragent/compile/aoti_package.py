@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lragent.compat.torch import bind_weights, compile_package, load_package, run_function, weight_names
 from lragent.errors import InternalError, NoSpace
 from lragent.graph.quiet_export import without_exporter_noise
 
@@ -27,11 +28,7 @@ def write_package(program: torch.export.ExportedProgram, path: Path) -> None:
     """
     try:
         with without_exporter_noise():
-            torch._inductor.aoti_compile_and_package(
-                program,
-                package_path=str(path),
-                inductor_configs={"aot_inductor.package_constants_in_so": False},
-            )
+            compile_package(program, path)
     except (RuntimeError, OSError) as error:  # raised by the C++ compiler (Inductor forwards it) or by Python
         if os.strerror(errno.ENOSPC) not in str(error):
             raise
@@ -50,18 +47,11 @@ def open_package(path: Path, weights: Mapping[str, Tensor], device: torch.device
     Raises:
         InternalError: the package reads a weight that `weights` lacks.
     """
-    # Multi-threaded runs record events for other threads, which can't be captured in a CUDA graph.
-    on_gpu = device.type == "cuda"
-    runner = torch._inductor.aoti_load_package(
-        str(path), run_single_threaded=on_gpu, device_index=device.index if on_gpu else -1
-    )
-    names = runner.get_constant_fqns()
+    package = load_package(path, device)
+    names = weight_names(package)
     missing = [name for name in names if name not in weights]
     if missing:
         raise InternalError(f"package {path.name} reads weight {missing[0]}, which the artifact does not contain")
     if names:
-        constants = {name: weights[name].detach() for name in names}
-        runner.load_constants(constants, check_full_update=True, user_managed=True)
-    # The runner's __call__ parses the input tree spec on each call, which takes longer than running a small segment.
-    run: Run = runner.loader.boxed_run
-    return run
+        bind_weights(package, {name: weights[name].detach() for name in names})
+    return run_function(package)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
+from lragent.compat.torch import find_cpp_compiler
 from lragent.compile.aoti_package import Run, open_package, write_package
 from lragent.compile.export import CPU, export_graph
 from lragent.compile.gpu.cuda_graphs import DeviceSteps
@@ -85,13 +86,9 @@ def target_name(device: torch.device = CPU) -> str:
 
 def require_compiler() -> None:
     """Raises CompilerMissing if Inductor finds no C++ compiler, or can't run it."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        compiler = get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise CompilerMissing("no C++ compiler was found", _COMPILER_HINT) from error
+    compiler = find_cpp_compiler()
+    if compiler is None:
+        raise CompilerMissing("no C++ compiler was found", _COMPILER_HINT)
     if shutil.which(compiler) is None:
         raise CompilerMissing(f"the C++ compiler {compiler!r} can't be run", _COMPILER_HINT)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lragent.compat.torch import tensors_replaced
 from lragent.graph.plain_graph import plain_graph
 from lragent.graph.quiet_export import without_exporter_noise
 from lragent.kernels import ops  # registers the ops that exported programs call
@@ -135,16 +136,9 @@ def save_without_weights(program: torch.export.ExportedProgram, path: Path) -> N
     Raises:
         OSError: the file can't be written.
     """
-    weights, constants, inputs = program.state_dict, program.constants, program.example_inputs
-    program._state_dict = {name: _hollow(t) for name, t in weights.items()}
-    program._constants = {name: _hollow(t) for name, t in constants.items()}
-    program._example_inputs = None  # would be pickled into the file
-    try:
-        with without_exporter_noise():
-            archive = io.BytesIO()  # PyTorch's file writer aborts the process if the disk is full
-            torch.export.save(program, archive)
-    finally:
-        program._state_dict, program._constants, program._example_inputs = weights, constants, inputs
+    with tensors_replaced(program, _hollow), without_exporter_noise():
+        archive = io.BytesIO()  # PyTorch's file writer aborts the process if the disk is full
+        torch.export.save(program, archive)
     path.write_bytes(archive.getbuffer())
 
 
@@ -171,9 +165,10 @@ def put_weights(graph: fx.GraphModule, weights: Mapping[str, Tensor]) -> None:
         owner_name, _, leaf = name.rpartition(".")
         owner = graph.get_submodule(owner_name)
         weight = weights[name]
-        if leaf not in owner._parameters:
-            owner._buffers[leaf] = weight
+        if not isinstance(getattr(owner, leaf), torch.nn.Parameter):
+            # A parameter would be registered as one.
+            setattr(owner, leaf, weight.detach() if isinstance(weight, torch.nn.Parameter) else weight)
             continue
         if id(weight) not in parameters:
             parameters[id(weight)] = torch.nn.Parameter(weight, requires_grad=False)
-        owner._parameters[leaf] = parameters[id(weight)]
+        setattr(owner, leaf, parameters[id(weight)])

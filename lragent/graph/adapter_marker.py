@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
-from lragent.loading.adapter_hook import adapter_marker  # registers the marker op
+from lragent.loading import adapter_hook as adapter_hook  # registers the marker op
 
-ADAPTER_MARKER = adapter_marker._opoverload
+ADAPTER_MARKER = torch.ops.lragent.adapter_marker.default
 
 
 def adapter_markers(graph: fx.GraphModule) -> list[fx.Node]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
+from lragent.compat.torch import OpOverload, arguments_of
 from lragent.errors import InternalError
 from lragent.probing.position_offset import POSITIONS
 
@@ -51,7 +51,7 @@ def in_order(op: OpOverload, **named: object) -> tuple[Any, ...]:
     Raises:
         InternalError: an argument is missing, or the op has no such argument.
     """
-    names = [entry.name for entry in op._schema.arguments]
+    names = [entry.name for entry in arguments_of(op)]
     if named.keys() != set(names):
         raise InternalError(f"{op} takes {', '.join(names)}, not {', '.join(named)}")
     return tuple(named[name] for name in names)
@@ -65,9 +65,9 @@ def _op_of(node: fx.Node) -> OpOverload:
 
 def _place(op: OpOverload, name: str) -> tuple[int, object]:
     """Position and default of an argument."""
-    for position, entry in enumerate(op._schema.arguments):
+    for position, entry in enumerate(arguments_of(op)):
         if entry.name == name:
-            return position, entry.default_value
+            return position, entry.default
     raise InternalError(f"{op} has no argument {name}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from lragent.compat.torch import OpOverload, arguments_of
+
 
 def plain_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """The unlifted graph: weights are `get_attr` nodes whose targets are parameters of the returned module."""
@@ -30,6 +32,9 @@ def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
         copy_(v, left)
     """
     writes = any(
-        node.target._schema.is_mutable for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)
+        argument.is_written
+        for node in program.graph.nodes
+        if isinstance(node.target, OpOverload)
+        for argument in arguments_of(node.target)
     )
     return program.run_decompositions({}) if writes else program

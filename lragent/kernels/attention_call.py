@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from torch import Tensor
-from torch._ops import OpOverload
 
+from lragent.compat.torch import OpOverload
 from lragent.kernels.define_op import define_op, schema_of, unpacked
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from lragent.compat.torch import has_kernel
 from lragent.errors import CompilerMissing
 from lragent.kernels.attention_call import attention_op
 
@@ -37,7 +38,7 @@ _INSTRUCTIONS: dict[str, tuple[str, ...]] = {
 
 
 def is_loaded() -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(ATTENTION.name(), "CPU"))
+    return has_kernel(ATTENTION, "CPU")
 
 
 def is_obtainable() -> bool:
@@ -106,7 +107,8 @@ def _capability() -> str:
 def _flags() -> tuple[str, ...]:
     instructions = _INSTRUCTIONS.get(_capability(), ("-DCPU_CAPABILITY=DEFAULT",))
     # The bf16 dot product instruction. Not every processor with AVX-512 has it.
-    bf16_dot = ("-mavx512bf16",) if _capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported() else ()
+    has_bf16_dot = _capability() == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    bf16_dot = ("-mavx512bf16",) if has_bf16_dot else ()
     return ("-O3", "-fopenmp", *instructions, *bf16_dot)
 
 

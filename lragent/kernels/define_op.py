@@ -11,7 +11,8 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
+
+from lragent.compat.torch import OpOverload
 
 Arguments = TypeVar("Arguments")
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
+from lragent.compat.torch import OpOverload
 from lragent.kernels.attention_call import attention_op
 from lragent.kernels.define_op import define_op, schema_of, unpacked
 from lragent.kernels.flash_lora_attention import reference as attention_reference

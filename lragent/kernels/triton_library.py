@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
+from lragent.compat.torch import has_kernel
 from lragent.errors import RequestError
 from lragent.kernels import ops
 from lragent.kernels.attention_call import attention_function, attention_op
@@ -17,7 +18,7 @@ ATTENTION = attention_op("flash_lora_attention_triton", None)
 
 
 def is_loaded() -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(ATTENTION.name(), "CUDA"))
+    return has_kernel(ATTENTION, "CUDA")
 
 
 def is_installed() -> bool:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lragent.compat import peft as layers
+from lragent.compat.transformers import embedding_scale, is_conv1d
 from lragent.errors import AdapterError
 from lragent.loading.adapter_hook import Hook
 from lragent.loading.adapter_weights import LoraWeights, ReplacedRows, dora_gain
@@ -46,8 +47,7 @@ def take_apart(root: nn.Module, internal: Mapping[str, str], found: Adapted) -> 
     for fqn, wrapper in _wrappers(root):
         parent, _, leaf = fqn.rpartition(".")
         setattr(root.get_submodule(parent), leaf, _read(found, fqn, wrapper, internal))
-    if hasattr(root, "peft_config"):
-        del root.peft_config
+    layers.forget_adapters(root)
 
 
 def add_biases(root: nn.Module, agent: str, biases: Mapping[str, Tensor], found: Adapted) -> None:
@@ -89,7 +89,7 @@ def in_out(module: nn.Module) -> tuple[int, int] | None:
         return module.in_features, module.out_features
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
-    if isinstance(weight, Tensor) and weight.dim() == 2 and hasattr(module, "nf"):  # transformers' Conv1D
+    if isinstance(weight, Tensor) and is_conv1d(module):
         return weight.shape[0], weight.shape[1]
     return None
 
@@ -103,103 +103,87 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def _wrappers(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields FQN and module of PEFT's outermost wrappers."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
     seen: list[str] = []
     for fqn, module in list(root.named_modules()):
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        if layers.is_wrapper(module):
             if not any(fqn.startswith(f"{outer}.") for outer in seen):
                 yield fqn, module
             seen.append(fqn)
 
 
-def _read(found: Adapted, fqn: str, wrapper: Any, internal: Mapping[str, str]) -> nn.Module:
+def _read(found: Adapted, fqn: str, wrapper: nn.Module, internal: Mapping[str, str]) -> nn.Module:
     """Reads one wrapper and returns its base module."""
-    from peft.tuners.lora import Embedding, Linear
-    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-
-    reader: Callable[[str, Any, str], LoraWeights | ReplacedRows | None]
-    if type(wrapper) in (Linear, Embedding):
-        base, reader = wrapper.base_layer, _lora
-        if wrapper.merged:
-            raise AdapterError(f"module {fqn} has a merged adapter", "Call unmerge_adapter() on the model first.")
-    elif isinstance(wrapper, ModulesToSaveWrapper):
-        base, reader = wrapper.original_module, _saved_module
-    elif isinstance(wrapper, TrainableTokensWrapper):
-        base, reader = wrapper.token_adapter.base_layer, _token_rows
-        if wrapper.token_adapter.merged:
-            raise AdapterError(f"module {fqn} has merged token rows", "Call unmerge_adapter() on the model first.")
-    else:
+    kind = layers.kind_of(wrapper)
+    if kind is None:
         names = ", ".join(internal)
         raise AdapterError(
             f"adapter {names}: module {fqn} is adapted as {type(wrapper).__name__}, which is not supported",
             "Adapters on linear layers and embeddings are supported: leave this module out of target_modules.",
         )
+    if layers.is_merged(wrapper, kind):
+        merged = "merged token rows" if kind == "token_rows" else "a merged adapter"
+        raise AdapterError(f"module {fqn} has {merged}", "Call unmerge_adapter() on the model first.")
+    base = layers.base_module(wrapper, kind)
     for agent, key in internal.items():
-        read = reader(f"adapter {agent}: module {fqn}", wrapper, key)
+        where = f"adapter {agent}: module {fqn}"
+        read = _READERS[kind](where, wrapper, base, key)
         if isinstance(read, LoraWeights):
             found.lora.setdefault(fqn, {})[agent] = read
         elif read is not None:
             found.rows.setdefault(fqn, {})[agent] = read
-    assert isinstance(base, nn.Module)
     return base
 
 
-def _lora(where: str, wrapper: Any, key: str) -> LoraWeights | None:
-    base = wrapper.base_layer
-    dtype = weight_of(base).dtype
-    bias = None
-    if key in wrapper.lora_A:
-        a, b = wrapper.lora_A[key].weight, wrapper.lora_B[key].weight
-        bias = wrapper.lora_B[key].bias
-    elif key in getattr(wrapper, "lora_embedding_A", {}):
-        a, b = wrapper.lora_embedding_A[key], wrapper.lora_embedding_B[key]
-    else:
+def _lora(where: str, wrapper: nn.Module, base: nn.Module, key: str) -> LoraWeights | None:
+    matrices = layers.lora_matrices(wrapper, key)
+    if matrices is None:
         return None
-    a, b = a.detach().to(dtype), b.detach().to(dtype)
-    scaling = float(wrapper.scaling[key])
+    dtype = weight_of(base).dtype
+    a, b = (matrix.detach().to(dtype) for matrix in matrices[:2])
+    bias = matrices[2]
+    scaling = layers.lora_scaling(wrapper, key)
     constant = None if bias is None else bias.detach().to(dtype) * scaling
     gain = None
-    variant = wrapper.lora_variant.get(key)
+    variant = layers.lora_variant(wrapper, key)
     if variant is not None:
-        if key not in wrapper.lora_magnitude_vector:
+        magnitude = layers.dora_magnitude(wrapper, key)
+        if magnitude is None:
             raise AdapterError(
-                f"{where} is adapted as {type(variant).__name__}, which is not supported",
+                f"{where} is adapted as {variant}, which is not supported",
                 "Plain LoRA, rsLoRA and DoRA are supported.",
             )
-        magnitude = wrapper.lora_magnitude_vector[key].weight.detach()
-        gain = dora_gain(weight_of(base), a, b, scaling, magnitude)
+        gain = dora_gain(weight_of(base), a, b, scaling, magnitude.detach())
         base_bias = getattr(base, "bias", None)
         constant = None if base_bias is None else (1 - gain) * base_bias.detach()
-    return LoraWeights(a, b, scaling * _embed_scale(base), gain, constant)
+    return LoraWeights(a, b, scaling * embedding_scale(base), gain, constant)
 
 
-def _saved_module(where: str, wrapper: Any, key: str) -> ReplacedRows | None:
-    if key not in wrapper.modules_to_save:
+def _saved_module(where: str, wrapper: nn.Module, base: nn.Module, key: str) -> ReplacedRows | None:
+    saved = layers.saved_module(wrapper, key)
+    if saved is None:
         return None
-    base, saved = wrapper.original_module, wrapper.modules_to_save[key]
     if not isinstance(base, (nn.Linear, nn.Embedding)):
         raise AdapterError(
             f"{where} ({type(base).__name__}) is in modules_to_save",
             "Only linear layers and embeddings can be in modules_to_save; remove this module from it.",
         )
     dtype = base.weight.dtype
-    weight = saved.weight.detach().to(dtype) * _embed_scale(base)
+    assert isinstance(saved.weight, Tensor)
+    weight = saved.weight.detach().to(dtype) * embedding_scale(base)
     bias = getattr(saved, "bias", None)
     return ReplacedRows(torch.arange(weight.shape[0]), weight, None if bias is None else bias.detach().to(dtype))
 
 
-def _token_rows(where: str, wrapper: Any, key: str) -> ReplacedRows | None:
-    layer = wrapper.token_adapter
-    if key not in layer.token_indices:
+def _token_rows(where: str, wrapper: nn.Module, base: nn.Module, key: str) -> ReplacedRows | None:
+    trained = layers.token_rows(wrapper, key)
+    if trained is None:
         return None
-    base = layer.base_layer
-    weight = layer.trainable_tokens_delta[key].detach().to(base.weight.dtype) * _embed_scale(base)
-    return ReplacedRows(torch.tensor(layer.token_indices[key]), weight)
+    tokens, rows = trained
+    return ReplacedRows(torch.tensor(tokens), rows.detach().to(weight_of(base).dtype) * embedding_scale(base))
 
 
-def _embed_scale(base: nn.Module) -> float:
-    """Factor that an embedding applies to its rows; 1 for other modules."""
-    scale = getattr(base, "embed_scale", 1.0)
-    return float(scale) if isinstance(base, nn.Embedding) else 1.0
+_READERS: Mapping[layers.Kind, Callable[[str, nn.Module, nn.Module, str], LoraWeights | ReplacedRows | None]] = {
+    "lora": _lora,
+    "saved_module": _saved_module,
+    "token_rows": _token_rows,
+}

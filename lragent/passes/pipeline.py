@@ -188,9 +188,10 @@ def _drop_unused(graph: fx.GraphModule) -> None:
     graph.delete_all_unused_submodules()
     used = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
     for prefix, module in list(graph.named_modules()):
-        for held in (module._parameters, module._buffers):
-            for name in [n for n in held if (f"{prefix}.{n}" if prefix else n) not in used]:
-                del held[name]
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        for name in [n for n, _ in (*parameters, *buffers) if (f"{prefix}.{n}" if prefix else n) not in used]:
+            delattr(module, name)
     graph.recompile()
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lragent.compat.transformers import attention_set
+
 ATTENTION_NAME = "lragent_marker"
 
 
-@contextmanager
-def attention_as(model: Any, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+def attention_as(model: Any, function: Callable[..., tuple[Tensor, None]]) -> AbstractContextManager[None]:
     """Routes the model's attention calls to `function` inside the context.
 
     transformers passes no mask, unless a mask function is registered under `ATTENTION_NAME` too.
@@ -22,16 +23,7 @@ def attention_as(model: Any, function: Callable[..., tuple[Tensor, None]]) -> It
         model: a transformers model.
         function: takes the arguments of transformers' attention interface and returns (output, None).
     """
-    from transformers.modeling_utils import AttentionInterface
-
-    AttentionInterface.register(ATTENTION_NAME, function)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION_NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        AttentionInterface._global_mapping.pop(ATTENTION_NAME, None)
+    return attention_set(model, ATTENTION_NAME, function)
 
 
 def own_value(query_1HqTD: Tensor, key_1HTD: Tensor, value_1HTDv: Tensor) -> Tensor:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
+from lragent.compat.transformers import gathered_experts
 
-@contextmanager
-def row_wise_experts(model: Any) -> Iterator[None]:
+
+def row_wise_experts(model: Any) -> AbstractContextManager[None]:
     """Makes transformers' expert layers gather the weights of each token's experts, inside the context.
 
     By default they loop over the selected experts. Such a loop can't be exported. Its matrix products also have one row
     per token that selected the expert, so that other tokens change a token's rounding.
     """
-    config = model.config.get_text_config()
-    before = getattr(config, "_experts_implementation", None)
-    if before is None:
-        yield
-        return
-    config._experts_implementation = "batched_mm"
-    try:
-        yield
-    finally:
-        config._experts_implementation = before
+    return gathered_experts(model.config.get_text_config())

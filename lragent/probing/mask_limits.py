@@ -6,8 +6,8 @@ masks independently, from functions of two positions. Each mask function is comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lragent.errors import InternalError, LRAgentError, ModelError, shortened
+from lragent.compat.transformers import MaskFunction, attention_can_be_set, mask_registered, mask_request
+from lragent.errors import LRAgentError, ModelError, shortened
 from lragent.probing.attention_interface import ATTENTION_NAME, attention_as, own_value
 from lragent.probing.bisection import largest
 from lragent.probing.position_offset import logits_at
-
-MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # Masks are compared up to this many positions; no known model has a longer window or chunk.
 MOST_POSITIONS = 1 << 16
@@ -106,8 +105,7 @@ def make_mask(made: list[MaskFunction], **given: Any) -> Tensor:
 
     Args:
         made: the recorded mask functions; the new one is appended.
-        given: keywords that transformers passes. The number of queries is `q_length`; in 5.0, the length of
-            `cache_position`.
+        given: keywords that transformers passes.
 
     Returns:
         A mask `[1, 1, Tq, Tk]`, float32, filled with the index of its function in `made`.
@@ -115,15 +113,9 @@ def make_mask(made: list[MaskFunction], **given: Any) -> Tensor:
     Raises:
         InternalError: the keywords are unknown.
     """
-    known = {"kv_length", "mask_function"} <= given.keys()
-    if known and "q_length" in given:
-        queries = int(given["q_length"])
-    elif known and "cache_position" in given:
-        queries = int(given["cache_position"].shape[0])
-    else:
-        raise InternalError(f"transformers makes masks with unknown keywords: {', '.join(sorted(given))}")
-    made.append(given["mask_function"])
-    return torch.full((1, 1, queries, int(given["kv_length"])), float(len(made) - 1))
+    request = mask_request(given)
+    made.append(request.function)
+    return torch.full((1, 1, request.queries, request.keys), float(len(made) - 1))
 
 
 @contextmanager
@@ -136,8 +128,6 @@ def tokens_alone(model: Any, masks: bool = True) -> Iterator[list[ProbedCall]]:
     Raises:
         ModelError: inside the context, if an attention call does not have one key per token.
     """
-    from transformers.masking_utils import AttentionMaskInterface
-
     calls: list[ProbedCall] = []
     made: list[MaskFunction] = []
 
@@ -161,13 +151,9 @@ def tokens_alone(model: Any, masks: bool = True) -> Iterator[list[ProbedCall]]:
         calls.append(ProbedCall(caller, int(sliding_window or 0), mask, attention_mask is not None and mask is None))
         return own_value(query, key, value), None
 
-    with attention_as(model, attend):
-        if masks:
-            AttentionMaskInterface.register(ATTENTION_NAME, partial(make_mask, made))
-        try:
-            yield calls
-        finally:
-            AttentionMaskInterface._global_mapping.pop(ATTENTION_NAME, None)
+    masking = mask_registered(ATTENTION_NAME, partial(make_mask, made)) if masks else nullcontext()
+    with attention_as(model, attend), masking:
+        yield calls
 
 
 def mask_limit(model: Any, positions: int, offset: int) -> int:
@@ -184,7 +170,7 @@ def mask_limit(model: Any, positions: int, offset: int) -> int:
         ModelError: an attention call does not have one key per token.
         InternalError: transformers passes keywords that `make_mask` does not know.
     """
-    if not model._can_set_attn_implementation():
+    if not attention_can_be_set(model):
         return positions
     ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
     alone = run_tokens_alone(model, ids, torch.arange(_TOKENS)[None] + offset)

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
 
+from lragent.compat.torch import leaves, map_leaves
+from lragent.compat.transformers import forward_with_steady_frequencies
 from lragent.probing.bisection import largest
 from lragent.probing.position_offset import require_logits_at, takes_positions
 
@@ -45,7 +46,8 @@ def rotary_limit(model: Any, positions: int, offset: int) -> int:
 @contextmanager
 def steady_frequencies(model: nn.Module) -> Iterator[None]:
     """Makes rotary modules keep the frequencies of their last call, inside the context."""
-    changed = [(module, plain) for module in model.modules() if (plain := _undecorated(type(module).forward))]
+    forwards = ((module, forward_with_steady_frequencies(type(module).forward)) for module in model.modules())
+    changed = [(module, plain) for module, plain in forwards if plain]
     for module, plain in changed:
         module.forward = MethodType(plain, module)
     try:
@@ -72,8 +74,8 @@ class _Call:
             return positions_1T.expand_as(value) if _is_positions(value, self.positions) else value
 
         with torch.no_grad():
-            out = self.module(*tree_map(moved, self.args), **tree_map(moved, self.kwargs))
-        tensors = [value for value in tree_flatten(out)[0] if isinstance(value, Tensor)]
+            out = self.module(*map_leaves(moved, self.args), **map_leaves(moved, self.kwargs))
+        tensors = [value for value in leaves(out) if isinstance(value, Tensor)]
         return [t.movedim(t.shape.index(_TOKENS), 0)[:-1].clone() if _TOKENS in t.shape else t.clone() for t in tensors]
 
 
@@ -100,7 +102,7 @@ def _calls_with_positions(model: Any, offset: int) -> list[_Call]:
     calls: list[_Call] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = any(_is_positions(value, positions) for value in tree_flatten((args, kwargs))[0])
+        given = any(_is_positions(value, positions) for value in leaves((args, kwargs)))
         if given and next(module.parameters(), None) is None:
             calls.append(_Call(module, args, kwargs, positions))
 
@@ -120,16 +122,3 @@ def _is_positions(value: Any, positions_1T: Tensor) -> bool:
     if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
         return False
     return value.dim() > 0 and value.shape[-1] == _TOKENS and bool((value == positions_1T).all())
-
-
-def _undecorated(forward: Any) -> Any:
-    """Returns the forward inside transformers' `dynamic_rope_update` decorator; None if it is not decorated."""
-    from transformers.modeling_rope_utils import dynamic_rope_update
-
-    decorator = dynamic_rope_update(lambda module, x, position_ids: None).__code__
-    while forward is not None:
-        inner = getattr(forward, "__wrapped__", None)
-        if getattr(forward, "__code__", None) is decorator:
-            return inner
-        forward = inner
-    return None

@@ -90,6 +90,12 @@ class EngineLoop:
         Raises:
             Exception: the error of the program or of `on_step`, or InternalError. All requests in progress end with it.
         """
+        error = self._step_error()
+        if error is not None:
+            raise error
+
+    def _step_error(self) -> Exception | None:
+        """Runs one step. Its error ends all requests in progress, and is returned."""
         try:
             self._step()
             if self.on_step is not None:
@@ -97,7 +103,8 @@ class EngineLoop:
         except Exception as error:
             for request in [*self.scheduler.running, *self.scheduler.waiting]:
                 self.end(request, error)
-            raise
+            return error
+        return None
 
     def _step(self) -> None:
         entries = self.scheduler.schedule()
@@ -190,9 +197,7 @@ class EngineLoop:
 
     async def _pump(self) -> None:
         while self.scheduler.waiting or self.scheduler.running:
-            try:
-                self.step()
-            except Exception:
-                continue  # every request in progress has ended with this error, and its caller raises it
-            # Callers whose turn is done may submit the next one before the next step.
-            await asyncio.sleep(0)
+            # After an error every request has ended with it, and its caller raises it.
+            if self._step_error() is None:
+                # Callers whose turn is done may submit the next one before the next step.
+                await asyncio.sleep(0)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.exc import UserError as ExportRefused
 
+from lragent.compat.torch import export_refused
 from lragent.compile.aoti_package import write_package
 from lragent.compile.export import dynamic_shapes, example_cache, example_step, tensors_of, value_of
 from lragent.compile.segments.build import GraphSegment, build
@@ -107,7 +107,7 @@ def _export(segment: GraphSegment, weights: Mapping[str, Tensor]) -> torch.expor
     try:
         with without_exporter_noise(), torch.no_grad():
             return torch.export.export(segment.graph, inputs, dynamic_shapes=dynamic_shapes(shapes), strict=False)
-    except ExportRefused as error:
+    except export_refused() as error:
         raise CannotCut(f"a segment can't be exported: {str(error).splitlines()[0]}") from error
 
 

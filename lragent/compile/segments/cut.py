@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-import torch
 from torch import fx
 
+from lragent.compat.torch import OpOverload, arguments_of
 from lragent.compile.segments.shapes import CannotCut, Form, Scalar, TensorForm
 from lragent.graph.fx_tools import dependents
 from lragent.kernels.implementations import GRAPHS
@@ -95,11 +95,10 @@ def _facts(graph: fx.GraphModule, forms: Mapping[fx.Node, Form]) -> _Facts:
 
 
 def _require_no_writes(node: fx.Node) -> None:
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return
-    for value, argument in zip(node.args, node.target._schema.arguments, strict=False):
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        if written and isinstance(value, fx.Node) and value.op != "placeholder":
+    for value, argument in zip(node.args, arguments_of(node.target), strict=False):
+        if argument.is_written and isinstance(value, fx.Node) and value.op != "placeholder":
             raise CannotCut(f"an op writes in place to an intermediate value ({node.name})")
 
 

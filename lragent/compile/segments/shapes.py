@@ -13,12 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
 
+from lragent.compat.torch import SHAPE_DEPENDS_ON_VALUES, as_fake, fake_mode
 from lragent.compile.export import value_of
 from lragent.program.step import Size
 
@@ -69,7 +65,7 @@ def forms(graph: fx.GraphModule, inputs: Mapping[str, tuple[tuple[Size, ...], to
 def _run(
     graph: fx.GraphModule, inputs: Mapping[str, tuple[tuple[Size, ...], torch.dtype]], sizes: Mapping[str, int]
 ) -> dict[fx.Node, Any]:
-    mode = FakeTensorMode()
+    mode = fake_mode()
     found: dict[fx.Node, Any] = {}
     with mode, torch.no_grad():
         for node in graph.graph.nodes:
@@ -80,13 +76,13 @@ def _run(
                 held = attrgetter(str(node.target))(graph)
                 if not isinstance(held, Tensor):
                     raise CannotCut(f"the graph has a subgraph ({node.target})")
-                found[node] = mode.from_tensor(held, static_shapes=True)
+                found[node] = as_fake(mode, held)
             elif node.op == "call_function":
                 args = fx.map_arg(node.args, found.__getitem__)
                 kwargs = fx.map_arg(node.kwargs, found.__getitem__)
                 try:
                     found[node] = node.target(*args, **kwargs)
-                except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                except SHAPE_DEPENDS_ON_VALUES as error:
                     raise CannotCut(f"a shape depends on the values of a tensor ({node.name})") from error
             elif node.op != "output":
                 raise CannotCut(f"the graph has a subgraph ({node.target})")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lragent.compat.torch import require_in_graph
 from lragent.kernels.attention_call import AttentionCall
 from lragent.kernels.flash_lora_attention.reference import compute_dtype
 from lragent.program.cache_schema import LR_OFFSET, LR_RANK
@@ -24,7 +25,7 @@ from lragent.program.cache_schema import LR_OFFSET, LR_RANK
 
 def decode_aten(call: AttentionCall) -> Tensor:
     """Attention of sequences with one query each: `[T, Hq, Dv]`."""
-    torch._check(call.query_THqDk.shape[0] == call.page_table_SM.shape[0])
+    require_in_graph(call.query_THqDk.shape[0] == call.page_table_SM.shape[0])
     return _attention(call, call.query_THqDk[:, None], call.agent_ids_T, call.context_lens_S, call.page_table_SM)[:, 0]
 
 
