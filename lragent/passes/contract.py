@@ -15,7 +15,7 @@ from lragent.program.cache_schema import BaseStreams, Layout, LowRankStream
 
 @dataclass(frozen=True)
 class Adapter:
-    """One agent's weights on one projection: `y = gain * (base(x) + (x A + ones) B)`.
+    """One agent's weights on one projection: `y = gain * (base(x) + (x @ A.T + ones) @ B.T)`.
 
     A is `[r, in]`, B is `[out, r]`.
 
@@ -79,7 +79,7 @@ class KeyTransform:
     """f between the K projection and attention: optional RMSNorm over the head dim, then an optional rotation.
 
     Args:
-        kind: "linear" (no dependence on position), "rotary", "norm", "wide norm" (over all heads), or a norm "+rotary".
+        kind: "linear" (no dependence on position), "rotary", "norm", "wide norm" (over all heads), "norm+rotary", ...
         final: the base key is cached after f (f is linear).
         cos_PD, sin_PD: rotation tables `[positions, D]`; partner_D: which channel `sin` takes.
         norm_weight_D, norm_eps: RMSNorm before the rotation; a weight `[H, D]` means one norm over all heads.

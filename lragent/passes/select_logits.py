@@ -4,7 +4,7 @@ Before:                                          After:
     h      = mul(norm, w)          [1, T, D]         h      = mul(norm, w)              [1, T, D]
     logits = linear(h, lm_head)    [1, T, V]         rows   = index_select(h, 1, rows)  [1, R, D]
     return logits                                    logits = linear(rows, lm_head)     [1, R, V]
-                                                     return reshape(float(logits), [-1, V])
+                                                     return squeeze(float(logits), 0)
 
 The pass walks back from the output through pointwise ops (softcap, casts, scaling) to the linear op of the LM head, and
 to its marker if it is adapted. If it finds none, rows are selected at the output: logits are correct, but all rows are

@@ -4,7 +4,7 @@ Before (split layout, K side):                   After:
     y   = linear(x, W)                               y    = linear(x, W)              base output
     lr  = linear(x, A_cat)                           lr   = linear(x, A_cat)          LR stream, to be cached
     y2  = y + routed delta                           k    = f(y)                      base key
-    k   = f(y2)                                      attention(q, k, v, ...)          + lr, B per head, f
+    k   = f(y2)                                      attention(q, k, v, ...)          lr, B, f: in the state
     attention(q, k, v, ...)
 
 The key transform f is cut out of the graph, derived by probing and verified (`key_transform.py`). If f is linear, the

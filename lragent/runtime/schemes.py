@@ -46,10 +46,10 @@ class View:
 
     Args:
         log: write log of processed tokens.
-        computed: first tokens whose pages are stored.
-        settled: first tokens whose pages are final (less than `computed` in `rebase_shared` only).
+        computed: number of leading tokens whose pages are stored.
+        settled: number of leading tokens whose pages are final (below `computed` in `rebase_shared` only).
         settled_before: high-water mark of `settled`; work below it counts as replay.
-        lr_covered: by agent id, first tokens whose LR values of this agent are stored (`base_shared`).
+        lr_covered: by agent id, number of leading tokens whose LR values of this agent are stored (`base_shared`).
         lr_covered_before: high-water mark of `lr_covered`; work below it counts as replay.
         tokens: tokens of the trajectory.
         prompt: tokens of the trajectory when the turn began; later tokens are the turn's own.

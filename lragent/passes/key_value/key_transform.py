@@ -44,7 +44,7 @@ class Probe:
     max_positions: int
 
     def __call__(self, x_nC: Tensor, positions: Tensor | int) -> Tensor:
-        """Runs f on n tokens: `[n, channels] -> [n, H, D]` in float32 (float64 for float64 models)."""
+        """Runs f on n tokens: `[n, channels] -> [n, H, D]` in float64; f runs in `dtype`."""
         at = torch.full((x_nC.shape[0],), positions) if isinstance(positions, int) else positions
         with torch.no_grad():
             out = self.f(x_nC[None].to(self.dtype), at[None])

@@ -98,7 +98,7 @@ class PagePool:
         self.holders[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Removes one holder of each page. Pages of a table come last first, so that late ones are evicted first."""
+        """Removes one holder of each page. Callers pass a table's pages in reverse, to evict its end first."""
         for page in pages:
             if self.holders[page] <= 0:
                 raise InternalError(f"page {page} released without a holder")
