@@ -18,7 +18,7 @@ def dtype_named(name: str) -> torch.dtype:
         RequestError: the dtype is not supported.
     """
     if name not in DTYPES:
-        raise RequestError(f"unknown dtype {name!r}", f"Use one of {', '.join(DTYPES)}.")
+        raise RequestError(f"unknown dtype {name!r}", f"Use auto, or one of {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lragent.errors import RequestError
 from lragent.rollouts.jsonl import Existing, ResultFile, check_tasks, finished_ids, pending_tasks
 from lragent.rollouts.result_lines import generated_tokens, result_line, with_json_result
 from lragent.runtime import Engine, RolloutResult, Workflow
+from lragent.runtime.task_loop import require_runnable
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,11 @@ def plan_rollout(tasks: Path, out: Path, existing: Existing) -> RolloutPlan:
     """Reads both files to their ends and counts; nothing is run or written.
 
     Raises:
-        RequestError: `tasks` and `out` are one file.
+        RequestError: `tasks` and `out` are one file, or `existing` is none of the three words.
         TaskFileError: a file can't be read, a line is broken, or `out` exists and `existing` is "refuse".
     """
+    if existing not in get_args(Existing):
+        raise RequestError(f"existing is {existing!r}", f"Use one of {', '.join(get_args(Existing))}.")
     if out.resolve() == tasks.resolve():
         raise RequestError(f"tasks and results are both in {out}", "Write the results to another file.")
     ids = set(check_tasks(tasks))
@@ -99,9 +102,11 @@ def run_rollout(
         on_result: called with every result after its line was written.
 
     Raises:
-        RequestError: `tasks` and `out` are one file, or `concurrency` is below 1.
+        RequestError: `tasks` and `out` are one file, `existing` is none of the three words, `concurrency` is below 1,
+            or an event loop is running.
         TaskFileError: see `plan_rollout`; `out` can't be written, or another run writes it.
     """
+    require_runnable(concurrency)  # before the result file is emptied
     plan = plan_rollout(tasks, out, existing)
     if not plan.left:
         return RolloutSummary(out, engine.sharing, plan.tasks, plan.kept)

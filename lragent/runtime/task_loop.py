@@ -79,8 +79,7 @@ async def arun_workflow(
     concurrency: int,
 ) -> AsyncGenerator[RolloutResult, None]:
     """Yields results as tasks finish. At most `concurrency` tasks run at a time; a task is read when it starts."""
-    if concurrency < 1:
-        raise RequestError(f"concurrency is {concurrency}, must be at least 1")
+    _require_concurrency(concurrency)
     source = enumerate(tasks)
     pending: set[asyncio.Task[RolloutResult]] = set()
     try:
@@ -101,6 +100,28 @@ async def arun_workflow(
         await asyncio.gather(*pending, return_exceptions=True)
 
 
+def _require_concurrency(concurrency: int) -> None:
+    if concurrency < 1:
+        raise RequestError(f"concurrency is {concurrency}, must be at least 1")
+
+
+def require_runnable(concurrency: int) -> None:
+    """Checks that `run_workflow` can run here, before a caller opens files for its results.
+
+    Raises:
+        RequestError: an event loop is running, or `concurrency` is below 1.
+    """
+    _require_concurrency(concurrency)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise RequestError(
+        "a synchronous run was started where an event loop is running",
+        "Use Engine.arun there, or start the run in another thread (asyncio.to_thread).",
+    )
+
+
 def run_workflow(
     new_trajectory: Callable[[], Trajectory],
     workflow: Workflow,
@@ -108,12 +129,7 @@ def run_workflow(
     concurrency: int,
 ) -> Iterator[RolloutResult]:
     """As `arun_workflow`, from synchronous code, on an event loop of its own."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        pass
-    else:
-        raise RequestError("run was called where an event loop is running", "Use arun there.")
+    require_runnable(concurrency)
     results = arun_workflow(new_trajectory, workflow, tasks, concurrency)
     loop = asyncio.new_event_loop()
     following: asyncio.Future[RolloutResult] | None = None

@@ -1,5 +1,6 @@
 """run_rollout: every task becomes one line, and a resumed run computes only what is missing."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,19 @@ def test_files_are_checked_before_anything_runs(engine: Engine, tasks: Path, tmp
     with pytest.raises(TaskFileError, match="line 5: not JSON"):
         lragent.rollout(engine, flow, tasks, out, existing="overwrite")
     assert out.read_text() == '{"id": "t1"}\n'
+
+
+def test_refused_arguments_leave_the_results_as_they_are(engine: Engine, tasks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    out.write_text('{"id": "t0"}\n')
+    with pytest.raises(RequestError, match="existing is 'append'"):
+        lragent.rollout(engine, flow, tasks, out, existing="append")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="concurrency is 0"):
+        lragent.rollout(engine, flow, tasks, out, existing="overwrite", concurrency=0)
+
+    async def in_a_loop() -> None:
+        lragent.rollout(engine, flow, tasks, out, existing="overwrite")
+
+    with pytest.raises(RequestError, match="where an event loop is running"):
+        asyncio.run(in_a_loop())
+    assert out.read_text() == '{"id": "t0"}\n'
