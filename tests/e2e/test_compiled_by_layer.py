@@ -27,6 +27,8 @@ from lragent.runtime.engine import Engine
 from tests.e2e.scripts import SCRIPT, assert_equals_oracle, run_on_engine
 from tests.models import WrittenModel, write_model
 
+pytestmark = pytest.mark.integration  # each test compiles for longer than 20 s
+
 PROMPT = [5, 40, 77, 12, 90, 33]
 
 
