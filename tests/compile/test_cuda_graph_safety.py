@@ -11,8 +11,8 @@ from lragent.compile import compile as compile_module
 from lragent.compile.compile import ProgramFacts, eager_call, program
 from lragent.kernels.implementations import FALLBACK, IMPLEMENTATIONS
 from lragent.passes.pipeline import lower, transform
+from tests.passes.key_paths import norm_over_heads, norm_then_rotate
 from tests.passes.stages import captured
-from tests.passes.test_split_kv import norm_over_heads, norm_then_rotate
 from tests.passes.tiny_lm import Path, Tiny
 
 

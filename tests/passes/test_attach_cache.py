@@ -8,8 +8,8 @@ import torch
 from lragent.graph.fx_tools import argument, calls
 from lragent.program.cache_schema import CacheSchema
 from lragent.program.step import STEP_INPUTS, cache_input_names
+from tests.passes.key_paths import norm_over_heads_then_rotate, norm_then_rotate
 from tests.passes.stages import allowed, captured, peft_logits, run_cached, run_until
-from tests.passes.test_split_kv_keys import norm_over_heads_then_rotate, norm_then_rotate
 from tests.passes.tiny_lm import Path, Tiny, keep, rotate
 
 IDS = (torch.arange(40) * 7 + 3) % 64

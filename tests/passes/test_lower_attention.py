@@ -10,8 +10,8 @@ from lragent.kernels.implementations import GRAPHS
 from lragent.passes.contract import LowerContext
 from lragent.passes.lower_attention import LOWER_ATTENTION
 from lragent.passes.pipeline import lower, transform
+from tests.passes.key_paths import norm_over_heads, norm_then_rotate
 from tests.passes.stages import captured, peft_logits, run_cached
-from tests.passes.test_split_kv import norm_over_heads, norm_then_rotate
 from tests.passes.tiny_lm import Path, Tiny
 
 IDS = (torch.arange(40) * 7 + 3) % 64

@@ -16,8 +16,8 @@ from lragent.passes import LOWER, REWRITE, pipeline
 from lragent.passes.contract import RewriteContext
 from lragent.passes.pipeline import lower, transform
 from lragent.program.cache_schema import Layout
+from tests.passes.key_paths import clipped, norm_over_heads, norm_then_rotate
 from tests.passes.stages import captured
-from tests.passes.test_split_kv import clipped, norm_over_heads, norm_then_rotate
 from tests.passes.tiny_lm import Path, Tiny
 
 MISSES = tuple(Miss(f"place {index}", f"node_{index}", "no reason") for index in range(6))

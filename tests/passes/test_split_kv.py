@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tests.passes import tiny_lm as tiny
+from tests.passes.key_paths import clipped
 from tests.passes.stages import allowed, call, captured, peft_logits, run_until, split_report
-from tests.passes.tiny_lm import DIM, Path, Tiny, clipped, keep, rotate
+from tests.passes.tiny_lm import DIM, Path, Tiny, keep, rotate
 
 IDS = torch.arange(3, 20) % 64
 

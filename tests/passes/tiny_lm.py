@@ -138,7 +138,3 @@ class Tiny:
                     adapter = name.split(".")[-2]
                     parameter.data.copy_(parameters[name.replace(f".{adapter}.", f".{first}.")].data)
         return model.eval()
-
-
-def clipped(x: Tensor, positions: Tensor, module: nn.Module) -> Tensor:
-    return x.clamp(-0.5, 0.5)

@@ -8,8 +8,8 @@ from torch import Tensor
 from lragent.passes.key_value.join_streams import join, source_order
 from lragent.program.cache_schema import CacheSchema, LowRankStream
 from tests.passes import tiny_lm as tiny
+from tests.passes.key_paths import partial
 from tests.passes.stages import allowed, captured, peft_logits, run_cached, run_until
-from tests.passes.test_split_kv_keys import partial
 from tests.passes.tiny_lm import DIM, Tiny
 
 IDS = (torch.arange(40) * 7 + 3) % 64
