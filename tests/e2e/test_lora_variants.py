@@ -100,7 +100,7 @@ SETS = {
 SPLIT = ("ranks", "dora", "dora without rotation", "adapted embeddings")
 REFUSED = {
     "dora on keys": "layer 0 key: it is a DoRA, whose magnitudes differ between channels that are rotated",
-    "saved projections": "layer 0 value: an agent has a whole weight of its own for it",
+    "saved projections": "layer 0 value: an agent replaces its whole weight",
 }
 
 

@@ -44,7 +44,7 @@ def test_slots_and_program_agree_on_who_shares_an_a(make: object, group: tuple[i
     loaded = make()
     assert groups_of(loaded) == agent_slots_of(loaded, spare=0).groups == {MODULE: group}
     (stream,) = transform(capture(loaded), "split").schema.low_rank
-    assert stream.group == group
+    assert stream.shares_a_with == group
 
 
 def test_a_fitted_model_keeps_the_groups_of_its_slots() -> None:
