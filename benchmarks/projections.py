@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.timing import seconds
 from lragent.kernels import cpp_library, ops
+from lragent.program.dtypes import dtype_name
 
 SETS = 6
 
@@ -44,7 +45,7 @@ def main() -> None:
 
             times = [statistics.median(seconds(work, 7)) / SETS for work in (ours, plain)]
             rate = 4 * tokens * options.inputs * options.features / times[0] / 1e9
-            name = str(dtype).removeprefix("torch.")
+            name = dtype_name(dtype)
             print(
                 f"{tokens:5} tokens {name:8}: routed_linears {times[0] * 1e3:8.2f} ms ({rate:5.1f} GFLOP/s), "
                 f"linear {times[1] * 1e3:8.2f} ms"

@@ -119,9 +119,8 @@ def token_mixing_error(graph: fx.GraphModule, loaded: LoadedModel) -> float:
     rounding = min(256 * torch.finfo(loaded.dtype).eps, 0.03) * max(1.0, float(straight.abs().max()))
     by_order = float((straight[order] - reversed_).abs().max())
     by_number = float((straight[some] - fewer).abs().amax(1).median())
-    return max(
-        _logit_change(straight[some], replaced[some]), *(m for m in (by_order, by_number, 0.0) if not 0 < m <= rounding)
-    )
+    beyond = [change for change in (by_order, by_number) if not change <= rounding]
+    return max([_logit_change(straight[some], replaced[some]), *beyond])
 
 
 def _without_attention(graph: fx.GraphModule) -> fx.GraphModule:

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from lragent.capture.context import CaptureContext
 from lragent.errors import Miss
-from lragent.graph.fx_tools import dependents, emit
+from lragent.graph.fx_tools import dependents, drop_metadata_asserts, emit
 from lragent.graph.passes import Pass, PassReport
 from lragent.probing.position_offset import POSITIONS
 
@@ -42,8 +42,7 @@ _INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.gather.default, torch.o
 
 
 def _run(graph: fx.GraphModule, context: CaptureContext) -> PassReport:
-    for check in graph.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-        graph.graph.erase_node(check)
+    drop_metadata_asserts(graph)
     graph.graph.eliminate_dead_code()
     counting = _counting_nodes(graph)
     indexing = [node for node in counting if _indexes_rows(node)]

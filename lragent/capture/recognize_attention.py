@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from lragent.capture.context import CaptureContext
 from lragent.errors import Miss
-from lragent.graph.fx_tools import depends_on_ids, emit, evaluate, in_order
+from lragent.graph.fx_tools import depends_on_ids, drop_metadata_asserts, emit, evaluate, in_order
 from lragent.graph.passes import Pass, PassReport
 from lragent.kernels.ops import attention_marker
 
@@ -52,8 +52,7 @@ class NotRecognized(Exception):
 
 def _run(graph: fx.GraphModule, context: CaptureContext) -> PassReport:
     changed, misses = 0, list[Miss]()
-    for check in graph.graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
-        graph.graph.erase_node(check)
+    drop_metadata_asserts(graph)
     for node in list(graph.graph.nodes):
         try:
             if node.target in _SOFTMAX:

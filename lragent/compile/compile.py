@@ -29,6 +29,7 @@ from lragent.errors import CompilerMissing, Miss, RequestError
 from lragent.kernels.implementations import FALLBACK, GRAPHS, IMPLEMENTATIONS
 from lragent.program.agent import Agent
 from lragent.program.cache_schema import CacheSchema
+from lragent.program.dtypes import dtype_name
 from lragent.program.program import Program, run_flat
 from lragent.program.step import STEP_INPUTS, cache_input_names
 
@@ -231,6 +232,6 @@ def program(call: Callable[..., Tensor], facts: ProgramFacts, backend: str, devi
             "backend": backend,
             "attention": facts.attention_text,
             "device": str(device),
-            "dtype": str(facts.dtype).removeprefix("torch."),
+            "dtype": dtype_name(facts.dtype),
         },
     )

@@ -81,6 +81,12 @@ def emit(graph: fx.GraphModule, target: Callable[..., Any], *args: Any, **kwargs
     return graph.graph.call_function(target, args, kwargs)
 
 
+def drop_metadata_asserts(graph: fx.GraphModule) -> None:
+    """Erases the exporter's checks of dtypes and devices, which would count as users of the values that they check."""
+    for check in graph.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.graph.erase_node(check)
+
+
 def fetch(graph: fx.GraphModule, node: fx.Node) -> Tensor:
     """The tensor that a `get_attr` node reads."""
     value: object = attrgetter(str(node.target))(graph)

@@ -25,7 +25,7 @@ from lragent.loading.peft_layers import Adapted, add_biases, put_hooks, take_apa
 from lragent.probing.mask_limits import mask_limit
 from lragent.probing.position_offset import position_offset
 from lragent.probing.rotary_limits import rotary_limit
-from lragent.program.agent import Agent
+from lragent.program.agent import BASE, Agent
 from lragent.program.dtypes import dtype_named
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BASE_AGENT = "base"
 INTERNAL = "adapter"  # adapter name inside PEFT, which allows no dots; names of agents may contain them
 
 
@@ -126,10 +125,8 @@ def load_live(peft_model: Any, tokenizer_source: str | None = None) -> LoadedMod
 def check_agent_names(names: Mapping[str, object] | list[str]) -> None:
     """Raises RequestError for a reserved name or one with characters other than letters, digits, `_`, `.`, `-`."""
     for name in names:
-        if name == BASE_AGENT:
-            raise RequestError(
-                f'agent name "{BASE_AGENT}" is reserved for the model without adapter', "Choose another name."
-            )
+        if name == BASE:
+            raise RequestError(f'agent name "{BASE}" is reserved for the model without adapter', "Choose another name.")
         if not re.fullmatch(r"[\w.\-]+", name):
             raise RequestError(f"agent name {name!r} has characters other than letters, digits, _ . -", "Rename it.")
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Name of the model without adapter, agent id 0.
+BASE = "base"
+
 
 @dataclass(frozen=True)
 class Agent:

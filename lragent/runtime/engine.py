@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lragent.errors import InternalError, RequestError
+from lragent.program.agent import BASE
 from lragent.program.program import Program
 from lragent.runtime.cache import memory
 from lragent.runtime.cache.prefix_index import KeyRules
@@ -25,8 +26,6 @@ from lragent.runtime.task_loop import RolloutResult, Workflow, arun_workflow, ru
 from lragent.runtime.trajectory import Trajectory
 from lragent.runtime.trajectory_state import TrajectoryState
 from lragent.runtime.usage import Usage
-
-BASE = "base"
 
 
 class Engine:
