@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lragent.errors import RequestError
-from lragent.program.defaults import KV_MEMORY
+from lragent.program.defaults import ATTENTION, BACKEND, DEVICE, KV_MEMORY, MAX_BATCH_TOKENS
 
 from .engine_options import (
     ALL_SCHEMES,
@@ -76,10 +76,10 @@ def bench(
     observation_tokens: Annotated[int, typer.Option(min=0, help="Tokens appended after each turn.")] = 64,
     concurrency: Concurrency = 8,
     kv_memory: KvMemory = KV_MEMORY,
-    max_batch_tokens: MaxBatchTokens = 2048,
-    backend: Backend = "auto",
-    attention: Attention = "auto",
-    device: Device = "cpu",
+    max_batch_tokens: MaxBatchTokens = MAX_BATCH_TOKENS,
+    backend: Backend = BACKEND,
+    attention: Attention = ATTENTION,
+    device: Device = DEVICE,
     threads: Threads = None,
     allow_compiled: AllowCompiled = True,
     as_json: AsJson = False,

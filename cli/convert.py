@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 import lragent
+from lragent.program.defaults import ATTENTION
 
 from .adapter_arguments import parse_adapters
 from .engine_options import Adapters, AsJson, Attention, ModelArgument
@@ -37,7 +38,7 @@ def convert(
         Literal["split", "dense", "both", "none"],
         typer.Option(help="Layouts to compile now. Others are compiled when they are first loaded."),
     ] = "split",
-    attention: Attention = "auto",
+    attention: Attention = ATTENTION,
     unit: Annotated[
         Literal["model", "layer"],
         typer.Option(help="Compile the whole model, or each kind of layer once (faster for deep models)."),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lragent.errors import TaskFileError
-from lragent.program.defaults import KV_MEMORY
+from lragent.program.defaults import BACKEND, KV_MEMORY
 from lragent.rollouts.jsonl import ResultFile
 from lragent.rollouts.result_lines import result_line, with_json_result
 from lragent.rollouts.workflow_loading import open_workflow
@@ -43,25 +45,25 @@ def demo(
     world: Annotated[Path, typer.Option(metavar="DIR", help="The fact_world example.")] = FACT_WORLD,
     concurrency: Concurrency = 8,
     kv_memory: KvMemory = KV_MEMORY,
-    backend: Backend = "auto",
+    backend: Backend = BACKEND,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer multi-hop questions with three real agents, once for each sharing scheme."""
     chosen = parse_schemes(schemes)
-    workflow, questions = load_world(world, tasks)
-    work.mkdir(parents=True, exist_ok=True)
-    model = model or ensure_model(work / "model")
-    artifact = ensure_artifact(model, world / "adapters", work / "fact_world.lragent", compiled=backend != "eager")
-    options = EngineOptions(kv_memory, backend=backend, threads=threads)
-    runs: list[SchemeRun] = []
-    for sharing in chosen:
-        with ResultFile(work / f"results-{sharing}.jsonl", "overwrite") as file:
+    with open_world(world, tasks) as (workflow, questions):
+        work.mkdir(parents=True, exist_ok=True)
+        model = model or ensure_model(work / "model")
+        artifact = ensure_artifact(model, world / "adapters", work / "fact_world.lragent", compiled=backend != "eager")
+        options = EngineOptions(kv_memory, backend=backend, threads=threads)
+        runs: list[SchemeRun] = []
+        for sharing in chosen:
+            with ResultFile(work / f"results-{sharing}.jsonl", "overwrite") as file:
 
-            def keep(outcome: RolloutResult, file: ResultFile = file) -> None:
-                file.write(result_line(with_json_result(outcome)))
+                def keep(outcome: RolloutResult, file: ResultFile = file) -> None:
+                    file.write(result_line(with_json_result(outcome)))
 
-            runs.append(run_scheme(options.load(artifact, sharing), workflow, questions, concurrency, keep))
+                runs.append(run_scheme(options.load(artifact, sharing), workflow, questions, concurrency, keep))
     if as_json:
         print_json({"tasks": tasks, "runs": [run.to_dict() for run in runs]})
         return
@@ -69,8 +71,9 @@ def demo(
     results.print(f"trajectories are in {work}/results-*.jsonl", markup=False)
 
 
-def load_world(world: Path, tasks: int) -> tuple[Workflow, list[dict[str, Any]]]:
-    """The workflow of the example, and its first held-out tasks.
+@contextmanager
+def open_world(world: Path, tasks: int) -> Iterator[tuple[Workflow, list[dict[str, Any]]]]:
+    """Yields the workflow of the example, and its first held-out tasks.
 
     Raises:
         TaskFileError: the example doesn't exist.
@@ -80,4 +83,4 @@ def load_world(world: Path, tasks: int) -> tuple[Workflow, list[dict[str, Any]]]
     with open_workflow(f"{world / 'workflow.py'}:workflow") as workflow:
         package = workflow.__module__.rpartition(".")[0]
         questions: list[dict[str, Any]] = importlib.import_module(f"{package}.world").make_tasks("test", tasks)
-        return workflow, questions
+        yield workflow, questions

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lragent.program.defaults import KV_MEMORY
+from lragent.program.defaults import ATTENTION, BACKEND, DEVICE, KV_MEMORY, MAX_BATCH_TOKENS, SHARING
 
 from .engine_options import (
     Agents,
@@ -37,15 +37,15 @@ def rollout(
     workflow: Annotated[str, typer.Option(metavar="FILE.py:FUNC", help="async def FUNC(task, t) -> dict.")],
     tasks: Annotated[Path, typer.Option(metavar="TASKS.jsonl", help="One JSON object a line.")],
     out: Annotated[Path, typer.Option(metavar="RESULTS.jsonl", help="One line is added for each finished task.")],
-    sharing: Sharing = "base_lr_shared",
+    sharing: Sharing = SHARING,
     concurrency: Concurrency = 32,
     resume: Annotated[bool, typer.Option("--resume", help="Keep results in --out and run the other tasks.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in --out.")] = False,
     kv_memory: KvMemory = KV_MEMORY,
-    max_batch_tokens: MaxBatchTokens = 2048,
-    backend: Backend = "auto",
-    attention: Attention = "auto",
-    device: Device = "cpu",
+    max_batch_tokens: MaxBatchTokens = MAX_BATCH_TOKENS,
+    backend: Backend = BACKEND,
+    attention: Attention = ATTENTION,
+    device: Device = DEVICE,
     threads: Threads = None,
     allow_compiled: AllowCompiled = True,
     agents: Agents = None,

@@ -11,6 +11,7 @@ from rich.table import Table
 
 import lragent
 from lragent.errors import TaskFileError
+from lragent.program.defaults import ATTENTION, BACKEND
 
 from .adapter_arguments import parse_adapters
 from .engine_options import (
@@ -49,8 +50,8 @@ def verify(
         ),
     ] = None,
     schemes: Schemes = "non_shared,base_lr_shared",
-    backend: Backend = "auto",
-    attention: Attention = "auto",
+    backend: Backend = BACKEND,
+    attention: Attention = ATTENTION,
     threads: Threads = None,
     allow_compiled: AllowCompiled = True,
     as_json: AsJson = False,

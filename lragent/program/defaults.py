@@ -1,8 +1,10 @@
 """Defaults of engine options for the Python API, the engine and the command line. Importing this module is cheap."""
 
-SHARING = "base_lr_shared"
-KV_MEMORY = "2GiB"
-MAX_BATCH_TOKENS = 2048
-BACKEND = "auto"
-ATTENTION = "auto"
-DEVICE = "cpu"
+from typing import Final
+
+SHARING: Final = "base_lr_shared"
+KV_MEMORY: Final = "2GiB"
+MAX_BATCH_TOKENS: Final = 2048
+BACKEND: Final = "auto"
+ATTENTION: Final = "auto"
+DEVICE: Final = "cpu"

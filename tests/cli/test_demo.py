@@ -7,22 +7,22 @@ from transformers.utils import logging
 
 from lragent.errors import ModelError, TaskFileError
 from lragent_cli import demo_model
-from lragent_cli.demo import FACT_WORLD, load_world
+from lragent_cli.demo import FACT_WORLD, open_world
 from lragent_cli.demo_artifact import ensure_artifact, ingredients
 from lragent_cli.demo_model import find_gguf, write_model
 from tests.models import WrittenModel
 
 
 def test_the_world_gives_a_workflow_and_held_out_tasks() -> None:
-    workflow, tasks = load_world(FACT_WORLD, 3)
-    assert workflow.__name__ == "workflow"
-    assert len({task["id"] for task in tasks}) == 3
-    assert {task["split"] for task in tasks} == {"test"}
+    with open_world(FACT_WORLD, 3) as (workflow, tasks):
+        assert workflow.__name__ == "workflow"
+        assert len({task["id"] for task in tasks}) == 3
+        assert {task["split"] for task in tasks} == {"test"}
 
 
 def test_a_missing_world_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TaskFileError, match="no fact_world example"):
-        load_world(tmp_path, 3)
+    with pytest.raises(TaskFileError, match="no fact_world example"), open_world(tmp_path, 3):
+        pass
 
 
 def test_the_artifact_is_made_once_and_again_when_an_adapter_changes(tiny_llama: WrittenModel, tmp_path: Path) -> None:
