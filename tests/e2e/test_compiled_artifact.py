@@ -67,6 +67,7 @@ def test_compiled_code_equals_the_definition(scheme: str, tiny_llama: WrittenMod
     assert_equals_oracle(tiny_llama, scheme, SCRIPT, run_on_engine(engine, SCRIPT))
 
 
+@pytest.mark.integration  # compiles a model of 200 MB
 def test_memory_is_weights_once_and_the_cache(tmp_path: Path) -> None:
     """RSS grows by at most 1.15 times weights plus kv_memory, on a model whose weights outweigh everything else."""
     config = LlamaConfig(

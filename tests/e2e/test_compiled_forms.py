@@ -15,9 +15,9 @@ from lragent.program.cache_schema import Layout
 from tests.coverage.compare import errors_of
 from tests.coverage.tiny_model import adapted_model
 
-# One stays in the usual run: each compiles for half a minute.
+# One runs in CI: each compiles for half a minute.
 FORMS = [
-    pytest.param("bloom", id="slopes, fused q k v"),
+    pytest.param("bloom", id="slopes, fused q k v", marks=pytest.mark.integration),
     *(
         pytest.param(kind, id=form, marks=pytest.mark.slow)
         for kind, form in {

@@ -29,6 +29,7 @@ def test_mixed_steps_are_split(artifacts: Artifacts, open_engine: Callable[..., 
     assert run_together(open_engine(artifact, "base_lr_shared", attention="inductor", max_batch_tokens=33)) == expected
 
 
+@pytest.mark.integration  # compiles two packages
 def test_compiled(artifacts: Artifacts, tmp_path: Path) -> None:
     written, _ = artifacts.get("llama")
     out = tmp_path / "m.lragent"

@@ -13,7 +13,11 @@ from lragent.kernels import triton_library
 
 pytestmark = pytest.mark.skipif(not triton_library.is_installed(), reason="triton isn't installed")
 
-CHECKS = sorted((Path(__file__).parent / "interpreter").glob("check_*.py"))
+LONG = "check_attention.py"  # takes over a minute
+CHECKS = [
+    pytest.param(file, id=file.stem, marks=[pytest.mark.integration] if file.name == LONG else [])
+    for file in sorted((Path(__file__).parent / "interpreter").glob("check_*.py"))
+]
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,11 +28,11 @@ def _run(file: Path, marked: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("file", CHECKS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", CHECKS)
 def test_checks_pass_in_the_interpreter(file: Path) -> None:
     _run(file, "not slow")
 
 
 @pytest.mark.slow
 def test_long_checks_pass_in_the_interpreter() -> None:
-    _run(Path(__file__).parent / "interpreter" / "check_attention.py", "slow")
+    _run(Path(__file__).parent / "interpreter" / LONG, "slow")
