@@ -21,7 +21,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("marked", [pytest.param("not slow", marks=pytest.mark.integration), pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "marked", [pytest.param("not slow", marks=pytest.mark.integration), pytest.param("slow", marks=pytest.mark.slow)]
+)
 def test_variants_fit_their_targets(marked: str) -> None:
     file = Path(__file__).parent / "compiled" / "check_compiled.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, str(file)]

@@ -25,9 +25,9 @@ Step = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class TurnResult:
-    """One turn: tokens, their log-probabilities (float64 log_softmax), the likeliest tokens and their lead.
+    """One turn: tokens, their log-probabilities, the likeliest tokens and their lead.
 
-    `gaps`: log-probability of the likeliest token less that of the second.
+    Log-probabilities are computed in the dtype of the model, at least in float32. `gaps`: log-probability of the likeliest token less that of the second.
     """
 
     token_ids: list[int]
@@ -79,7 +79,7 @@ class SharingOracle:
         result = TurnResult([], [], [], [])
         for i in range(tokens):
             logits = self._act(agent, owner)
-            logprobs = logits.double().log_softmax(-1)
+            logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
             first, second = logprobs.topk(2).values.tolist()
             result.likeliest.append(int(logprobs.argmax()))
             result.gaps.append(first - second)

@@ -11,7 +11,7 @@ from torch import fx
 from lragent.errors import InternalError, Miss, SplitRefused
 from lragent.graph.adapter_marker import ADAPTER_MARKER
 from lragent.graph.passes import Pass, PassReport
-from lragent.kernels.implementations import GRAPHS
+from lragent.kernels.implementations import GRAPHS, IMPLEMENTATION_OF
 from lragent.passes import LOWER, REWRITE, pipeline
 from lragent.passes.contract import RewriteContext
 from lragent.passes.pipeline import lower, transform
@@ -87,7 +87,7 @@ def test_fallback_layers_are_known_before_lowering(attention: str, key_path: Pat
     program = transform(captured(Tiny(key_path=key_path).build()), "split")
     fallback = program.fallbacks.get(attention, ())
     assert fallback == lower(program.graph, attention).fallback
-    wide = key_path is norm_over_heads and attention not in ("reference", "torch")
+    wide = key_path is norm_over_heads and not IMPLEMENTATION_OF[attention].wide_norms
     assert [miss.where for miss in fallback] == (["layer 0", "layer 1"] if wide else [])
 
 
