@@ -27,7 +27,8 @@ Step = tuple[Any, ...]
 class TurnResult:
     """One turn: tokens, their log-probabilities, the likeliest tokens and their lead.
 
-    Log-probabilities are computed in the dtype of the model, at least in float32. `gaps`: log-probability of the likeliest token less that of the second.
+    Log-probabilities are computed in the dtype of the model, at least in float32. `gaps`: log-probability of the
+    likeliest token less that of the second.
     """
 
     token_ids: list[int]
