@@ -30,15 +30,25 @@ def open_workflow(spec: str) -> Iterator[Workflow]:
     Raises:
         TaskFileError: there is no such file or function, the import fails, or the function isn't a workflow.
     """
+    path, name = parse_spec(spec)
+    root, module_name = module_root(path.resolve())
+    with _on_path(root):
+        yield _function(_import_file(path, module_name), path, name)
+
+
+def parse_spec(spec: str) -> tuple[Path, str]:
+    """File and function of "FILE.py:FUNC".
+
+    Raises:
+        TaskFileError: the text has another form, or there is no such file.
+    """
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py") or not name.isidentifier():
         raise TaskFileError(f"workflow {spec!r} isn't FILE.py:FUNC", "For example workflows/qa.py:workflow.")
-    path = Path(file)
+    path = Path(file).expanduser()
     if not path.is_file():
         raise TaskFileError(f"workflow file {path} doesn't exist", "Check the path before the colon.")
-    root, module_name = _module_name(path.resolve())
-    with _on_path(root):
-        yield _function(_import_file(path, module_name), path, name)
+    return path, name
 
 
 @contextmanager
@@ -102,7 +112,7 @@ def _import_file(path: Path, name: str) -> ModuleType:
     return module
 
 
-def _module_name(path: Path) -> tuple[Path, str]:
+def module_root(path: Path) -> tuple[Path, str]:
     """The folder that must be on `sys.path`, and the file's dotted name below it."""
     root, parts = path.parent, [path.stem]
     while (root / "__init__.py").is_file():
