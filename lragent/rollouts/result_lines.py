@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lragent.errors import STOPS
+
 if TYPE_CHECKING:
     from lragent.runtime import RolloutResult, TrajectoryRecord
 
@@ -34,12 +36,15 @@ class LinePlace:
 
 def with_json_result(outcome: RolloutResult) -> RolloutResult:
     """The same outcome if its result can be written as strict JSON; otherwise an outcome with an error instead."""
-    from lragent.runtime import TaskError
+    from lragent.runtime.task_error import task_error
 
     try:
         json.dumps(outcome.result, allow_nan=False)
-    except Exception as raised:  # also of methods of the result's objects
-        error = TaskError(type(raised).__name__, f"the workflow's result isn't JSON: {raised}")
+    except STOPS:
+        raise
+    except BaseException as raised:  # also of methods of the result's objects
+        error = task_error(raised, None)
+        error = dataclasses.replace(error, message=f"the workflow's result isn't JSON: {error.message}")
         return dataclasses.replace(outcome, result=None, error=error)
     return outcome
 
@@ -69,7 +74,12 @@ def result_line(outcome: RolloutResult, place: LinePlace) -> dict[str, Any]:
 def reward_of(result: Any) -> float | None:
     """The entry "reward" of a result that is an object, if it is a number."""
     reward = result.get("reward") if isinstance(result, dict) else None
-    return float(reward) if isinstance(reward, int | float) and not isinstance(reward, bool) else None
+    if isinstance(reward, bool) or not isinstance(reward, int | float):
+        return None
+    try:
+        return float(reward)
+    except OverflowError:  # a whole number that no float can hold
+        return None
 
 
 def _trajectory(record: TrajectoryRecord) -> dict[str, Any]:
