@@ -10,7 +10,6 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from lragent.program.dtypes import dtype_name
 from lragent.rollouts.jsonl import shorten
 from lragent.rollouts.workflow_parts import workflow_parts
 
@@ -37,6 +36,8 @@ class Run:
 
 def run_of_engine(engine: Engine, workflow: Workflow | str, seed: int) -> Run:
     """The run of a workflow on an engine. Reads all weights of an engine that was made from a live model."""
+    from lragent.program.dtypes import dtype_name
+
     program = engine.program
     dtype = program.facts.get("dtype", "")
     return _run(workflow, program.identity(), engine.sharing, dtype, dtype_name(engine.kv_dtype), seed)

@@ -68,7 +68,14 @@ def test_an_error_has_four_entries() -> None:
 
 @pytest.mark.parametrize(
     ("result", "reward"),
-    [({"reward": 2}, 2.0), ({"reward": -0.5}, -0.5), ({"reward": True}, None), ({"reward": "1"}, None), ({"reward": 10**400}, None), ({}, None)],
+    [
+        ({"reward": 2}, 2.0),
+        ({"reward": -0.5}, -0.5),
+        ({"reward": True}, None),
+        ({"reward": "1"}, None),
+        ({"reward": 10**400}, None),
+        ({}, None),
+    ],
 )
 def test_a_reward_is_a_number_or_null(result: Any, reward: float | None) -> None:
     assert reward_of(result) == reward and isinstance(reward_of(result), float | None)
