@@ -101,9 +101,9 @@ def identity(manifest: Manifest) -> dict[str, Any]:
 
 
 def _brief(value: Any) -> Any:
-    """A short entry as it is, a long one as its sha256."""
+    """A short entry as JSON gives it back, a long one as its sha256."""
     text = json.dumps(value, sort_keys=True)
-    return value if len(text) <= LONGEST else hashlib.sha256(text.encode()).hexdigest()
+    return json.loads(text) if len(text) <= LONGEST else hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_manifest(manifest: Manifest, directory: Path) -> None:
