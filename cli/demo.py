@@ -12,8 +12,10 @@ import typer
 
 from lragent.errors import TaskFileError
 from lragent.program.defaults import BACKEND, KV_MEMORY
-from lragent.rollouts.jsonl import ResultFile
-from lragent.rollouts.result_lines import result_line, with_json_result
+from lragent.rollouts.result_file import open_results
+from lragent.rollouts.result_lines import LinePlace, result_line, with_json_result
+from lragent.rollouts.run_facts import run_of_engine, start_of
+from lragent.rollouts.tasks import task_digest
 from lragent.rollouts.workflow_loading import open_workflow
 
 from .demo_artifact import ensure_artifact, ensure_model
@@ -32,6 +34,7 @@ from .output import print_json, results
 from .scheme_runs import SchemeRun, comparison_table, run_scheme
 
 if TYPE_CHECKING:
+    from lragent.rollouts.result_file import ResultFile
     from lragent.runtime import RolloutResult, Workflow
 
 FACT_WORLD = Path(__file__).resolve().parent.parent / "examples" / "fact_world"
@@ -58,12 +61,16 @@ def demo(
         options = EngineOptions(kv_memory, backend=backend, threads=threads)
         runs: list[SchemeRun] = []
         for sharing in chosen:
-            with ResultFile(work / f"results-{sharing}.jsonl", "overwrite") as file:
+            engine = options.load(artifact, sharing)
+            run, out = run_of_engine(engine, workflow, seed=0), work / f"results-{sharing}.jsonl"
+            with open_results(out, "overwrite", run, start_of(engine, concurrency), tasks={}) as file:
 
-                def keep(outcome: RolloutResult, file: ResultFile = file) -> None:
-                    file.write(result_line(with_json_result(outcome)))
+                def keep(outcome: RolloutResult, file: ResultFile = file, digest: str = run.digest) -> None:
+                    place = LinePlace(digest, outcome.index, task_digest(questions[outcome.index]))
+                    file.write(result_line(with_json_result(outcome), place))
 
-                runs.append(run_scheme(options.load(artifact, sharing), workflow, questions, concurrency, keep))
+                runs.append(run_scheme(engine, workflow, questions, concurrency, keep))
+            del engine
     if as_json:
         print_json({"tasks": tasks, "runs": [run.to_dict() for run in runs]})
         return

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from lragent.rollouts.jsonl import Task
 from lragent.rollouts.result_lines import generated_tokens
+from lragent.rollouts.tasks import Task
 
 from .quantities import show_bytes, show_count, show_seconds
 from .rollout_progress import RolloutProgress

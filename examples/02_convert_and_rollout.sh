@@ -27,7 +27,7 @@ fi
 
 python -m examples.fact_world.world --split test --n "${TASKS:-4}" --out "$work/example-tasks.jsonl"
 
-# After Ctrl-C, call it again: --resume skips the tasks that already have a result.
+# After Ctrl-C, call it again: --resume skips the tasks that already have a result. It refuses results of another run.
 lragent rollout "$work/example.lragent" --workflow "$world/workflow.py:workflow" \
     --tasks "$work/example-tasks.jsonl" --out "$work/example-results.jsonl" --resume \
     --sharing "${SHARING:-base_lr_shared}" --concurrency 4 --kv-memory 1GiB --backend "$backend"

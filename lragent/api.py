@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from lragent.program.cache_schema import Layout
     from lragent.reports.inspection import Inspection
     from lragent.reports.verification import Verification
-    from lragent.rollouts.jsonl import Existing
+    from lragent.rollouts.kept_results import Existing
     from lragent.rollouts.run import RolloutSummary
     from lragent.runtime import RolloutResult, Workflow
     from lragent.runtime.engine import Engine
@@ -248,27 +247,30 @@ def rollout(
     existing: Existing = "refuse",
     concurrency: int = 32,
     on_result: Callable[[RolloutResult], None] | None = None,
+    seed: int = 0,
 ) -> RolloutSummary:
-    """Runs a workflow over a file of tasks and writes a result line as soon as a task finishes.
+    """Runs a workflow over a file of tasks and writes a result line as soon as a task finishes (docs/results.md).
 
     Args:
         workflow: `async def workflow(task, t) -> dict`, or "FILE.py:FUNC".
         tasks: JSON lines file with one object per task. A task is named by "id" or, without it, by its line number.
-        out: JSON lines file with one object per finished task.
-        existing: treatment of an existing file at `out`: "refuse" raises, "resume" keeps its results and runs the other
-            tasks, "overwrite" deletes them.
+        out: JSON lines file with one object per finished task. The facts of the run are written beside it, into
+            `OUT.run.json`.
+        existing: treatment of an existing file at `out`: "refuse" raises; "resume" keeps its results and runs the other
+            tasks; "retry" also runs tasks again whose result is an error, and accepts another workflow; "overwrite"
+            deletes them.
         concurrency: largest number of concurrent tasks.
         on_result: called with every result after its line is written.
+        seed: the run's seed; turns that give no seed derive theirs from it, the task and the place of the turn.
 
     Raises:
-        TaskFileError: a file or the workflow can't be read or written, or `out` exists and `existing` is "refuse".
+        TaskFileError: a file or the workflow can't be read or written; `out` exists and `existing` is "refuse"; or the
+            results in it are of another run or of tasks that have changed since.
         RequestError: an argument is not valid.
     """
     from lragent.rollouts.run import run_rollout
-    from lragent.rollouts.workflow_loading import open_workflow
 
-    with open_workflow(workflow) if isinstance(workflow, str) else nullcontext(workflow) as function:
-        return run_rollout(engine, function, Path(tasks), Path(out), existing, concurrency, on_result)
+    return run_rollout(engine, workflow, Path(tasks), Path(out), existing, concurrency, on_result, seed)
 
 
 def verify(

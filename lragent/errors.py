@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 MOST_SHOWN = 300
 
+# Exceptions that stop a process or a generator; they are no errors of the code that raises them.
+STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
 
 def shortened(error: BaseException) -> str:
     """Text of a library's error on one line, cut to `MOST_SHOWN` characters."""

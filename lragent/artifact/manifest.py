@@ -19,6 +19,7 @@ from lragent.program.layer_facts import LayerFacts
 FORMAT = 2
 MANIFEST = "manifest.json"
 SEAL = "seal"  # sha256 of the other entries
+LONGEST = 60  # characters of an entry that `identity` gives as it is
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,28 @@ class Manifest:
 def seal_of(raw: Mapping[str, Any]) -> str:
     """sha256 of a manifest's entries without its seal, as hexadecimal digits."""
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+
+def identity(manifest: Manifest) -> dict[str, Any]:
+    """All entries but those of compiled packages, to which other machines add (`Program.identity`).
+
+    Long entries are given by their hash.
+    """
+    raw = dataclasses.asdict(manifest)
+    del raw["compiled"]
+    named = {
+        "agents": {agent["name"]: _brief(agent) for agent in raw.pop("agents")},
+        "layouts": {name: _brief(layout) for name, layout in raw.pop("layouts").items()},
+        "weights": {file["path"]: _brief(file) for file in raw.pop("weights")},
+        "versions": raw.pop("versions"),
+    }
+    return {**named, **{name: _brief(value) for name, value in raw.items()}}
+
+
+def _brief(value: Any) -> Any:
+    """A short entry as JSON gives it back, a long one as its sha256."""
+    text = json.dumps(value, sort_keys=True)
+    return json.loads(text) if len(text) <= LONGEST else hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_manifest(manifest: Manifest, directory: Path) -> None:

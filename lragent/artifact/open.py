@@ -6,6 +6,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lragent.artifact.compiled_files import CompiledKey, compiled_file, keep_compiled
 from lragent.artifact.directory import Artifact
-from lragent.artifact.manifest import LayoutEntry
+from lragent.artifact.manifest import LayoutEntry, identity
 from lragent.artifact.package_probe import Probe, require_runs
 from lragent.compile.compile import ProgramFacts, compile_graph, eager_call, join, load_compiled, program, target_name
 from lragent.compile.devices import moved, placed
@@ -87,7 +88,7 @@ def program_of_artifact(
         attention=attention,
         fallback=tuple(fallback.values()),
     )
-    return program(join(calls), facts, backend, device)
+    return replace(program(join(calls), facts, backend, device), identity=partial(identity, manifest))
 
 
 @dataclass(frozen=True)

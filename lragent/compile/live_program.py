@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lragent.compile.compile import ProgramFacts, compile_graph, eager_call, join, load_compiled, program
 from lragent.compile.export import CPU, tensors_of
+from lragent.compile.fingerprint import fingerprint
 from lragent.errors import Miss
 from lragent.kernels.dispatch import graphs
+from lragent.program.agent import Agent
 from lragent.program.program import Program
 
 if TYPE_CHECKING:
@@ -70,4 +75,17 @@ def program_of_model(
         attention=attention,
         fallback=tuple(fallback.values()),
     )
-    return program(join(calls), facts, backend, CPU)
+    return replace(program(join(calls), facts, backend, CPU), identity=partial(_identity, loaded.agents, transformed))
+
+
+def _identity(agents: tuple[Agent, ...], transformed: Transformed) -> dict[str, Any]:
+    """See `Program.identity`; reads all weights."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors_of(transformed.graph).items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return {
+        "agents": {agent.name: agent.digest for agent in agents},
+        "program": fingerprint(transformed.graph, transformed.schema),
+        "weights": sha.hexdigest(),
+    }

@@ -54,3 +54,40 @@ def directory_lock(directory: Path, wait: bool = True) -> Iterator[bool]:
             yield try_lock(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[bool]:
+    """Holds a lock that a file of its own stands for; the file is made for it and removed at the end.
+
+    Yields:
+        False if another process holds the lock.
+
+    Raises:
+        OSError: the file can't be made.
+    """
+    descriptor = _locked(path)
+    if descriptor is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked(path: Path) -> int | None:
+    """A locked descriptor of the file that is at `path`; None if another process holds the lock."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        if not try_lock(descriptor):
+            os.close(descriptor)
+            return None
+        try:
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # its last holder has removed it meanwhile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,6 +24,8 @@ class Program:
         run: takes a step on the CPU and a cache on the program's device, and writes the cache. Returns float32 logits
             `[R, vocab]`, after the model's softcap.
         facts: for reports: backend, attention and its fallback, device, dtype.
+        identity: gives everything by which two programs differ in their results, by name: agents and weights by their
+            hashes, versions. It may read all weights.
     """
 
     schema: CacheSchema
@@ -31,6 +34,7 @@ class Program:
     vocab_size: int
     run: Callable[[StepInputs, CacheTensors], torch.Tensor]
     facts: Mapping[str, str]
+    identity: Callable[[], Mapping[str, Any]] = dict
 
 
 def run_flat(

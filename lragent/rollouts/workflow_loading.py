@@ -13,11 +13,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from lragent.errors import TaskFileError
+from lragent.rollouts.workflow_files import files_of, module_root
 
 if TYPE_CHECKING:
     from lragent.runtime import Workflow
 
 SIGNATURE = "async def workflow(task, t) -> dict"
+_FILES = "__lragent_files__"  # attribute of a workflow's module
 
 
 @contextmanager
@@ -30,15 +32,26 @@ def open_workflow(spec: str) -> Iterator[Workflow]:
     Raises:
         TaskFileError: there is no such file or function, the import fails, or the function isn't a workflow.
     """
+    path, name = parse_spec(spec)
+    root, module_name = module_root(path.resolve())
+    with _on_path(root):
+        _forget_if_changed(path.resolve(), root, module_name)
+        yield _function(_import_file(path, module_name), path, name)
+
+
+def parse_spec(spec: str) -> tuple[Path, str]:
+    """File and function of "FILE.py:FUNC".
+
+    Raises:
+        TaskFileError: the text has another form, or there is no such file.
+    """
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py") or not name.isidentifier():
         raise TaskFileError(f"workflow {spec!r} isn't FILE.py:FUNC", "For example workflows/qa.py:workflow.")
-    path = Path(file)
+    path = Path(file).expanduser()
     if not path.is_file():
         raise TaskFileError(f"workflow file {path} doesn't exist", "Check the path before the colon.")
-    root, module_name = _module_name(path.resolve())
-    with _on_path(root):
-        yield _function(_import_file(path, module_name), path, name)
+    return path, name
 
 
 @contextmanager
@@ -53,6 +66,21 @@ def _on_path(folder: Path) -> Iterator[None]:
     finally:
         if added and entry in sys.path:
             sys.path.remove(entry)
+
+
+def _forget_if_changed(path: Path, root: Path, name: str) -> None:
+    """Makes Python import a workflow and its modules anew if a file has changed since this function was called before.
+
+    A module remembers the hashes of its files, so that a session runs the file that the results are bound to.
+    """
+    files = files_of(path)
+    module = sys.modules.get(name)
+    if module is not None and getattr(module, _FILES, files) != files:
+        paths = {str(root / relative) for relative in (*getattr(module, _FILES), *files)}
+        for other, loaded in list(sys.modules.items()):
+            if getattr(loaded, "__file__", None) in paths:
+                del sys.modules[other]
+        importlib.invalidate_caches()
 
 
 def _function(module: ModuleType, path: Path, name: str) -> Workflow:
@@ -99,16 +127,8 @@ def _import_file(path: Path, name: str) -> ModuleType:
             f"{path} can't be imported: Python has another module named {name!r} at {module.__file__ or 'its own'}",
             "Rename the file.",
         )
+    setattr(module, _FILES, files_of(path.resolve()))
     return module
-
-
-def _module_name(path: Path) -> tuple[Path, str]:
-    """The folder that must be on `sys.path`, and the file's dotted name below it."""
-    root, parts = path.parent, [path.stem]
-    while (root / "__init__.py").is_file():
-        parts.insert(0, root.name)
-        root = root.parent
-    return root, ".".join(parts)
 
 
 def _line_in(path: Path, error: BaseException) -> str:

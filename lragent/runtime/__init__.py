@@ -12,10 +12,12 @@
 
 from lragent.runtime.config import EngineConfig
 from lragent.runtime.engine import Engine
+from lragent.runtime.record import AgentSpan, TrajectoryRecord
 from lragent.runtime.sampling.tokenizer import Tokenizer, TokenizerFile
 from lragent.runtime.schemes import SCHEMES
 from lragent.runtime.stats import EngineStats
-from lragent.runtime.task_loop import RolloutResult, TaskError, Workflow
+from lragent.runtime.task_error import ErrorCause, TaskError
+from lragent.runtime.task_loop import RolloutResult, Workflow
 from lragent.runtime.trajectory import Trajectory
 from lragent.runtime.trajectory_state import TurnSegment
 from lragent.runtime.turn import Turn
@@ -23,14 +25,17 @@ from lragent.runtime.usage import Usage
 
 __all__ = [
     "SCHEMES",
+    "AgentSpan",
     "Engine",
     "EngineConfig",
     "EngineStats",
+    "ErrorCause",
     "RolloutResult",
     "TaskError",
     "Tokenizer",
     "TokenizerFile",
     "Trajectory",
+    "TrajectoryRecord",
     "Turn",
     "TurnSegment",
     "Usage",

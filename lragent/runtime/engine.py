@@ -21,8 +21,10 @@ from lragent.runtime.loop import EngineLoop
 from lragent.runtime.make_request import RequestMaker
 from lragent.runtime.sampling.tokenizer import Tokenizer
 from lragent.runtime.schemes import Scheme
+from lragent.runtime.seeds import SeedPath
 from lragent.runtime.stats import EngineStats
 from lragent.runtime.task_loop import RolloutResult, Workflow, arun_workflow, run_workflow
+from lragent.runtime.task_scope import running_task
 from lragent.runtime.trajectory import Trajectory
 from lragent.runtime.trajectory_state import TrajectoryState
 from lragent.runtime.usage import Usage
@@ -71,8 +73,13 @@ class Engine:
             stop_token_ids=frozenset(config.stop_token_ids),
             rules=_key_rules(program, scheme),
             names=names,
+            digests=("", *(agent.digest for agent in program.agents)),
             acting=(BASE, *acting),
         )
+        self._kv_dtype = config.kv_dtype
+        # Of trajectories outside a run.
+        self._seeds = SeedPath(0, None, 0, ())
+        self._opened = 0
         self._loop = EngineLoop(
             program=program,
             scheme=scheme,
@@ -90,6 +97,10 @@ class Engine:
     @property
     def sharing(self) -> str:
         return self._loop.scheme.name
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return self._kv_dtype
 
     @property
     def program(self) -> Program:
@@ -111,29 +122,44 @@ class Engine:
     def trajectory(self, start: str | Sequence[int] | None = None) -> Trajectory:
         """A new trajectory that starts with text (special tokens are added), token ids, or nothing.
 
-        Close it, or use it as a context manager, to release its pages.
+        Close it, or use it as a context manager, to release its pages. In a workflow, it belongs to the task and is
+        closed with it.
         """
-        state = TrajectoryState()
-        if start is not None:
-            state.add_tokens(self._make.encode(start, special=True), agent=None)
+        task = running_task()
+        ids = [] if start is None else self._make.encode(start, special=True)
+        if task is not None:
+            task.require_running()
+            seeds = task.next_seeds()
+        else:
+            seeds = self._seeds.child(self._opened)
+            self._opened += 1
+        state = TrajectoryState(seeds, task)
+        state.append(ids)
         self._loop.open(state)
-        return Trajectory(self._loop, self._make, state)
+        trajectory = Trajectory(self._loop, self._make, state)
+        if task is not None:
+            task.trajectories[trajectory] = None
+        return trajectory
 
     def run(
-        self, workflow: Workflow, tasks: Iterable[dict[str, Any]], concurrency: int = 32
+        self, workflow: Workflow, tasks: Iterable[dict[str, Any]], concurrency: int = 32, seed: int = 0
     ) -> Iterator[RolloutResult]:
         """Runs a workflow over tasks, `concurrency` at a time, and yields results as they finish.
+
+        Args:
+            tasks: tasks with an equal "id" are samples of one task, and draw different samples.
+            seed: the run's; turns that give no seed derive theirs from it, so that a run can be repeated.
 
         Raises:
             RequestError: called where an event loop is running; use `arun` there.
         """
-        return run_workflow(self.trajectory, workflow, tasks, concurrency)
+        return run_workflow(self.trajectory, workflow, tasks, concurrency, seed)
 
     def arun(
-        self, workflow: Workflow, tasks: Iterable[dict[str, Any]], concurrency: int = 32
+        self, workflow: Workflow, tasks: Iterable[dict[str, Any]], concurrency: int = 32, seed: int = 0
     ) -> AsyncIterator[RolloutResult]:
         """As `run`, from asynchronous code."""
-        return arun_workflow(self.trajectory, workflow, tasks, concurrency)
+        return arun_workflow(self.trajectory, workflow, tasks, concurrency, seed)
 
     def save(self, path: str | Path) -> None:
         """Writes the model as an artifact.

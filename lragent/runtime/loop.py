@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextvars import Context
 from dataclasses import dataclass, field
 
 import torch
 
-from lragent.errors import InternalError, RequestError
+from lragent.errors import STOPS, InternalError, RequestError
 from lragent.program.program import Program
 from lragent.runtime.cache.memory import CacheMemory
 from lragent.runtime.cache.shared_cache import SharedCache
@@ -88,19 +89,26 @@ class EngineLoop:
         """Runs one step.
 
         Raises:
-            Exception: the error of the program or of `on_step`, or InternalError. All requests in progress end with it.
+            BaseException: the error of the program or of `on_step`, or InternalError; all requests in progress end with
+                it.
         """
         error = self._step_error()
         if error is not None:
             raise error
 
-    def _step_error(self) -> Exception | None:
-        """Runs one step. Its error ends all requests in progress, and is returned."""
+    def _step_error(self) -> BaseException | None:
+        """Runs one step. Its error ends all requests in progress, and is returned.
+
+        An error that is no Exception (a panic of a library written in Rust) is an error of the step too; what stops a
+        process is not.
+        """
         try:
             self._step()
             if self.on_step is not None:
                 self.on_step()
-        except Exception as error:
+        except STOPS:
+            raise
+        except BaseException as error:
             for request in [*self.scheduler.running, *self.scheduler.waiting]:
                 self.end(request, error)
             return error
@@ -143,7 +151,7 @@ class EngineLoop:
             self.end(request)
         return bool(settled)
 
-    def end(self, request: Request, error: Exception | None = None) -> None:
+    def end(self, request: Request, error: BaseException | None = None) -> None:
         """Ends a request. After an error its trajectory is as before the turn."""
         if request.done and self.active.get(request.state) is not request:
             return
@@ -156,10 +164,16 @@ class EngineLoop:
             request.table.cut(request.turn_start, self.cache)
             request.table.drop(self.cache)
         elif request.token_ids:
-            state.segments.append(TurnSegment(self.names[request.agent or 0], request.prompt, len(state.tokens)))
+            agent, end = self.names[request.agent or 0], len(state.tokens)
+            state.segments.append(
+                TurnSegment(agent, request.prompt, end, request.seed, request.finish_reason, request.stop_reason)
+            )
+            state.turns += 1
             self.turns += 1
         self.usage.add(request.usage)
         state.usage.add(request.usage)
+        if state.task is not None:
+            state.task.usage.add(request.usage)
         request.finish(error)
 
     def drive(self, request: Request) -> None:
@@ -185,7 +199,8 @@ class EngineLoop:
         if request.done:
             wake()
         elif self.pump is None or self.pump.done() or self.pump.get_loop() is not loop:
-            self.pump = loop.create_task(self._pump())
+            # In a context of its own: it serves all tasks of a run.
+            self.pump = Context().run(loop.create_task, self._pump())
         try:
             await future
         except asyncio.CancelledError:

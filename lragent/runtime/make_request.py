@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import index
 
 from lragent.errors import CacheMemoryError, RequestError
 from lragent.program.program import Program
@@ -25,7 +26,7 @@ class RequestMaker:
     Args:
         stop_token_ids: the model's own stop tokens.
         rules: key rules by owner of page tables: by agent id in `non_shared`, else one under key 0.
-        names: agent names by agent id.
+        names: agent names by agent id; digests: of their adapters, "" for `base`.
         acting: names of agents that may act.
     """
 
@@ -36,6 +37,7 @@ class RequestMaker:
     stop_token_ids: frozenset[int]
     rules: tuple[KeyRules, ...]
     names: tuple[str, ...]
+    digests: tuple[str, ...]
     acting: tuple[str, ...]
 
     def ids(self, token_ids: Sequence[int]) -> list[int]:
@@ -91,18 +93,17 @@ class RequestMaker:
         """
         if options.forced is not None:
             options = replace(options, forced=self.ids(options.forced))
-        stops = set(options.stop_token_ids)
-        if not options.ignore_eos:
-            stops |= self.stop_token_ids
-        return self._request(
-            state, self.agent_id(agent), options, StopWatch(self.tokenizer, options.stop_strings, stops)
-        )
+        stops = options.stop_ids if options.ignore_eos else options.stop_ids | self.stop_token_ids
+        watch = StopWatch(self.tokenizer, options.stop_strings, stops)
+        request = self._request(state, self.agent_id(agent), options, watch)
+        request.seed = state.seeds.seed(state.turns) if options.seed is None else index(options.seed)
+        return request
 
     def score(self, state: TrajectoryState, agent: str, token_ids: Sequence[int]) -> Request:
         """A score of `token_ids` on a scratch fork; the fork gets all tokens but the last, which is never processed."""
         first = len(state.tokens) - 1
         ids = self.ids(token_ids)
-        state.add_tokens(ids[:-1], agent=None)
+        state.append(ids[:-1])
         request = self._request(state, self.agent_id(agent), TurnOptions(forced=ids), StopWatch(self.tokenizer, (), ()))
         request.score, request.logits_from = True, first
         return request

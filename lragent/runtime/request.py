@@ -28,6 +28,7 @@ class Request:
         table: the page table that the request works on.
         agent: agent id; None only makes processed tokens final (`rebase_shared`).
         options, watch: sampling and stop rules.
+        seed: of the turn's samples.
         prompt: tokens of the trajectory when the turn began.
         turn_start: processed tokens when the turn began.
         logits_from: first position whose logits are still needed.
@@ -46,7 +47,9 @@ class Request:
     Set by sampling/take_logits.py:
         token_ids: sampled tokens.
         logprobs: one per sampled or scored token.
+        sampled_logprobs, kept_mass: one per token of the turn (`lragent.runtime.turn.Turn`).
         finish_reason: "stop" or "length".
+        stop_reason: the stop string or token id that ended the turn.
 
     Set by loop.py (`finish`; the scheduler and take_logits.py set `error` of a request that fails alone):
         done, error: the request has ended; the error that its caller gets, or None.
@@ -61,6 +64,7 @@ class Request:
     prompt: int
     turn_start: int
     logits_from: int
+    seed: int = 0
     score: bool = False
     submitted: float = field(default_factory=time.perf_counter)
 
@@ -73,10 +77,13 @@ class Request:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    sampled_logprobs: list[float | None] = field(default_factory=list)
+    kept_mass: list[float | None] = field(default_factory=list)
     finish_reason: FinishReason = "length"
+    stop_reason: str | int | None = None
 
     done: bool = False
-    error: Exception | None = None
+    error: BaseException | None = None
     on_done: Callable[[], None] | None = None
 
     @property
@@ -84,7 +91,7 @@ class Request:
         """True if one token at a time is left to run."""
         return len(self.spans) == 1 and self.spans[0].kind == "decode"
 
-    def finish(self, error: Exception | None = None) -> None:
+    def finish(self, error: BaseException | None = None) -> None:
         self.done, self.error = True, error
         if self.on_done is not None:
             self.on_done()

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 
 from lragent.errors import RequestError
 from lragent.runtime.loop import EngineLoop
+from lragent.runtime.make_record import record_of
 from lragent.runtime.make_request import RequestMaker
+from lragent.runtime.record import TrajectoryRecord
 from lragent.runtime.request import Request
+from lragent.runtime.task_scope import running_task
 from lragent.runtime.trajectory_state import TrajectoryState, TurnSegment
 from lragent.runtime.turn import Turn, TurnArguments, TurnOptions
 from lragent.runtime.usage import Usage
@@ -69,7 +72,7 @@ class Trajectory:
             RequestError: text without a tokenizer or that is no Unicode, or an id outside the vocabulary.
         """
         self._check_idle("append")
-        self._state.add_tokens(self._make.encode(piece, special=False), agent=None)
+        self._state.append(self._make.encode(piece, special=False))
 
     def truncate(self, length: int) -> None:
         """Keeps the first `length` tokens."""
@@ -79,10 +82,26 @@ class Trajectory:
         self._loop.truncate(self._state, length)
 
     def fork(self) -> Trajectory:
-        """A second trajectory with the same tokens; it shares pages until one of the two writes into them."""
+        """A second trajectory with the same tokens; it shares pages until one of the two writes into them.
+
+        It draws other samples. In a run, it belongs to the task and is closed with it.
+        """
         self._check_idle("fork")
+        parent = self._state
+        task = parent.task or running_task()
+        if task is not None:
+            task.require_running()
         self._settle_now()
-        return self._fork()
+        fork = self._fork()
+        fork._state.task = task
+        if task is parent.task:
+            fork._state.seeds = parent.seeds.child(parent.forks)
+            parent.forks += 1
+        elif task is not None:
+            fork._state.seeds = task.next_seeds()
+        if task is not None:
+            task.trajectories[fork] = None
+        return fork
 
     def _fork(self) -> Trajectory:
         return Trajectory(self._loop, self._make, self._loop.fork(self._state))
@@ -124,9 +143,15 @@ class Trajectory:
             await self._loop.wait(request)
             return request.logprobs
 
+    def record(self) -> TrajectoryRecord:
+        """Tokens, spans of agents and the facts of sampling, as they are now."""
+        return record_of(self._state, self._make.names, self._make.digests)
+
     def close(self) -> None:
         """Releases all pages; a turn in progress ends with RequestError."""
         self._loop.close(self._state)
+        if self._state.task is not None:
+            self._state.task.trajectories.pop(self, None)
 
     def _check_idle(self, action: str) -> None:
         if self._state.closed:
@@ -153,6 +178,10 @@ class Trajectory:
             request.logprobs,
             request.finish_reason,
             request.usage,
+            request.sampled_logprobs,
+            request.kept_mass,
+            request.seed,
+            request.stop_reason,
         )
 
     def _check_score(self, agent: str, token_ids: Sequence[int]) -> None:

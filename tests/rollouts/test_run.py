@@ -6,11 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 import lragent
 from lragent.errors import RequestError, TaskFileError
 from lragent.rollouts.run import plan_rollout
+from lragent.rollouts.run_facts import run_of_engine
 from lragent.runtime import Engine, RolloutResult, Trajectory
+from tests.models import WrittenModel
+
+
+async def flow_by_ids(task: dict[str, Any], t: Trajectory) -> dict[str, Any]:
+    t.append([5, 7, 9])
+    await t.agenerate("plan", max_new_tokens=4, ignore_eos=True)
+    return {}
 
 
 async def flow(task: dict[str, Any], t: Trajectory) -> dict[str, Any]:
@@ -55,13 +66,86 @@ def test_a_resumed_run_reports_its_own_work_only(engine: Engine, tasks: Path, tm
     out.write_text("".join(json.dumps(whole[name]) + "\n" for name in ("t1", "t3")) + '{"id": "t0", "res')
     summary = lragent.rollout(engine, flow, tasks, out, existing="resume")
     resumed = {line["id"]: line for line in map(json.loads, out.read_text().splitlines())}
-    assert {name: line["token_ids"] for name, line in resumed.items()} == {
-        name: line["token_ids"] for name, line in whole.items()
+    assert {name: line["trajectories"] for name, line in resumed.items()} == {
+        name: line["trajectories"] for name, line in whole.items()
     }
+    assert {line["run"] for line in resumed.values()} == {summary.run}
     assert (summary.kept, summary.done, summary.failed, summary.generated_tokens) == (2, 2, 1, 8)
     assert summary.computed["prefill"] == sum(resumed[name]["usage"]["prefill"] for name in ("t0", "t2"))
+    assert [resumed[f"t{i}"]["task_index"] for i in range(4)] == [0, 1, 2, 3]
     nothing = lragent.rollout(engine, flow, tasks, out, existing="resume")
     assert (nothing.kept, nothing.done, nothing.tokens_per_second, nothing.computed) == (4, 0, 0.0, {})
+    assert (nothing.kept_failed, nothing.all_failed) == (2, 2)
+
+
+def test_a_retry_runs_failed_tasks_again_also_with_another_workflow(
+    engine: Engine, tasks: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "results.jsonl"
+    first = lragent.rollout(engine, flow, tasks, out)
+
+    async def mended(task: dict[str, Any], t: Trajectory) -> dict[str, Any]:
+        if task["id"] == "t1":
+            raise KeyError("no such street")
+        return await flow({**task, "set": None}, t)
+
+    with pytest.raises(TaskFileError, match=r"workflow function was test_run.py:flow and is test_run.py:.*mended"):
+        lragent.rollout(engine, mended, tasks, out, existing="resume")
+    for attempt in (2, 3):
+        summary = lragent.rollout(engine, mended, tasks, out, existing="retry")
+        lines = {line["id"]: line for line in map(json.loads, out.read_text().splitlines())}
+        assert len(out.read_text().splitlines()) == 4
+        assert (lines["t1"]["attempt"], lines["t1"]["run"]) == (attempt, summary.run)
+        assert (summary.failed, summary.older) == (1, 2)
+    assert summary.run != first.run
+    assert {name: line["run"] == first.run for name, line in lines.items()} == {
+        "t0": True,
+        "t1": False,
+        "t2": False,
+        "t3": True,
+    }
+    assert (lines["t2"]["attempt"], lines["t2"]["error"]) == (2, None)
+
+
+def test_a_changed_engine_or_seed_is_refused(engine: Engine, tasks: Path, tmp_path: Path, eager_artifact: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    lragent.rollout(engine, flow, tasks, out, concurrency=1)
+    before = out.read_bytes()
+    for other, seed, found in (
+        (engine, 5, "seed was 0 and is 5"),
+        (
+            lragent.load(eager_artifact, "full_shared", backend="eager", kv_memory="4MiB"),
+            0,
+            "sharing was base_lr_shared and is full_shared",
+        ),
+        (
+            lragent.load(eager_artifact, backend="eager", kv_memory="4MiB", kv_dtype="bfloat16"),
+            0,
+            "kv_dtype was float32 and is bfloat16",
+        ),
+    ):
+        for existing in ("resume", "retry"):
+            with pytest.raises(TaskFileError, match=f"is of another run: {found}"):
+                lragent.rollout(other, flow, tasks, out, existing=existing, seed=seed)  # type: ignore[arg-type]
+    assert out.read_bytes() == before
+    again = lragent.load(eager_artifact, backend="eager", kv_memory="2MiB", attention="reference", max_batch_tokens=64)
+    assert lragent.rollout(again, flow, tasks, out, existing="resume", concurrency=2).kept == 4
+
+
+def test_a_live_model_has_an_identity_too(tiny_llama: WrittenModel, tasks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama.model_dir)
+    model = PeftModel.from_pretrained(base, tiny_llama.adapters["plan"], adapter_name="plan")
+    engine = lragent.optimize(model, backend="eager", kv_memory="4MiB")
+    lragent.rollout(engine, flow_by_ids, tasks, out)
+    assert lragent.rollout(engine, flow_by_ids, tasks, out, existing="resume").kept == 4
+    written = json.loads(out.read_text().splitlines()[0])["trajectories"][0]["generated"]
+    digests = {agent.name: agent.digest for agent in engine.program.agents}
+    assert [span[:2] for span in written] == [["plan", digests["plan"]]]
+    with torch.no_grad():
+        next(parameter for name, parameter in model.named_parameters() if "embed_tokens" in name)[7] += 1
+    with pytest.raises(TaskFileError, match=r"artifact weights was .* and is "):
+        lragent.rollout(engine, flow_by_ids, tasks, out, existing="resume")
 
 
 @pytest.mark.usefixtures("forget_workflows")
@@ -78,14 +162,17 @@ def test_files_are_checked_before_anything_runs(engine: Engine, tasks: Path, tmp
     with pytest.raises(RequestError, match="are both in"):
         lragent.rollout(engine, flow, tasks, tasks, existing="overwrite")
     assert tasks.read_text() == whole
-    out.write_text(json.dumps({"id": "t1"}) + "\n")
+    lragent.rollout(engine, flow, tasks, out)
+    first = out.read_text().splitlines(keepends=True)[0]
+    out.write_text(first)
     with pytest.raises(TaskFileError, match="exists"):
         lragent.rollout(engine, flow, tasks, out)
-    assert (plan_rollout(tasks, out, "resume").left, plan_rollout(tasks, out, "overwrite").left) == (3, 4)
+    run = run_of_engine(engine, flow, seed=0)
+    assert [plan_rollout(tasks, out, existing, run).left for existing in ("resume", "overwrite")] == [3, 4]  # type: ignore[arg-type]
     tasks.write_text(whole + "{\n")
     with pytest.raises(TaskFileError, match="line 5: not JSON"):
         lragent.rollout(engine, flow, tasks, out, existing="overwrite")
-    assert out.read_text() == '{"id": "t1"}\n'
+    assert out.read_text() == first
 
 
 def test_refused_arguments_leave_the_results_as_they_are(engine: Engine, tasks: Path, tmp_path: Path) -> None:

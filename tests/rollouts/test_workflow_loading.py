@@ -40,6 +40,22 @@ def test_its_folder_is_importable_while_it_runs_and_no_longer(tmp_path: Path) ->
     assert sys.path == before
 
 
+def test_changed_files_are_imported_anew_and_others_are_not(tmp_path: Path) -> None:
+    text = "import count_tools\nasync def go(task, t):\n    return {'a': count_tools.ANSWER}\n"
+    tools = write(tmp_path / "count_tools.py", "ANSWER = 42\n")
+    file = write(tmp_path / "count.py", text)
+
+    def answer() -> object:
+        with open_workflow(f"{file}:go") as workflow:
+            return asyncio.run(workflow({}, None)), workflow  # type: ignore[arg-type]
+
+    first, again = answer(), answer()
+    assert first == again == ({"a": 42}, first[1])  # type: ignore[index]
+    write(tools, "ANSWER = 420\n")
+    changed = answer()
+    assert changed[0] == {"a": 420} and changed[1] is not first[1]  # type: ignore[index]
+
+
 def test_a_workflow_inside_a_package(tmp_path: Path) -> None:
     for folder in ("outer", "outer/inner"):
         write(tmp_path / folder / "__init__.py", "")

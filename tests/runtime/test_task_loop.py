@@ -38,14 +38,15 @@ def test_results_do_not_depend_on_concurrency_and_errors_stay_in_their_task(sche
         alone, together = found[0][index], found[1][index]
         assert alone.task_id == together.task_id == f"t{index}"
         assert alone.result == together.result
-        assert alone.token_ids == together.token_ids
+        assert alone.trajectories == together.trajectories
+        (record,) = together.trajectories
         if index == 3:
             assert together.error is not None
             assert (together.error.type, together.error.message) == ("ValueError", "task t3 is broken")
         else:
             assert together.error is None
-            assert [part.agent for part in together.segments] == [None, "plan", None, "act"]
-            assert len(together.token_ids) == len(together.logprobs) == together.segments[-1].end
+            assert [(span.agent, span.end - span.start) for span in record.generated] == [("plan", 4), ("act", 3)]
+            assert len(record.token_ids) == len(record.logprobs) == record.generated[-1].end
             assert together.usage.computed > 0
 
 

@@ -2,6 +2,7 @@ import asyncio
 from dataclasses import fields
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from lragent.errors import InternalError, RequestError
 from lragent.program.program import Program
 from lragent.program.step import CacheTensors, StepInputs
 from lragent.runtime import Engine, EngineConfig, Turn, TurnSegment
-from lragent.runtime.turn import TurnArguments, TurnOptions
+from lragent.runtime.turn import NONE_IS_DEFAULT, TurnArguments, TurnOptions
 from tests.runtime.random_operations import toy_engine
 from tests.runtime.toy_program import AGENTS, toy_program
 from tests.runtime.toy_tokenizer import BOS, EOS, ToyTokenizer, piece_id
@@ -44,7 +45,9 @@ def test_text_leaves_out_stop_string_but_the_trajectory_keeps_every_token() -> N
         assert middle not in stopped.text
         assert turn.text.startswith(stopped.text)
         assert stopped.token_ids == turn.token_ids[: len(stopped.token_ids)]
-        assert t.segments()[-1] == TurnSegment("plan", len(t) - len(stopped.token_ids), len(t))
+        last = t.segments()[-1]
+        assert (last.agent, last.start, last.end) == ("plan", len(t) - len(stopped.token_ids), len(t))
+        assert (last.seed, last.finish_reason) == (stopped.seed, "stop")
         assert t.logprobs[-len(stopped.token_ids) :] == stopped.logprobs
         assert t.logprobs[0] is None
 
@@ -88,7 +91,23 @@ def test_sampling_with_every_filter() -> None:
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"max_new_tokens": 2.5}, "no whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, must be a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens is True, must be a whole number"),
+        ({"max_new_tokens": None}, "max_new_tokens is None, must be a whole number"),
+        ({"top_k": 1.5}, "top_k is 1.5, must be a whole number"),
+        ({"top_p": "0.9"}, "top_p is '0.9', must be a finite number"),
+        ({"temperature": float("nan")}, "temperature is nan, must be a finite number"),
+        ({"temperature": float("inf")}, "temperature is inf, must be a finite number"),
+        ({"temperature": 10**400}, "must be a finite number"),
+        ({"min_p": False}, "min_p is False, must be a finite number"),
+        ({"seed": 0.5}, "seed is 0.5, must be a whole number"),
+        ({"ignore_eos": None}, "ignore_eos is None, must be True or False"),
+        ({"stop": 5}, "stop is 5, must be a string or strings"),
+        ({"stop": ["a", 5]}, r"stop is \['a', 5\], must be a string or strings"),
+        ({"stop": b"a"}, "stop is b'a', must be a string or strings"),
+        ({"stop_token_ids": 5}, "stop_token_ids is 5, must be whole numbers"),
+        ({"stop_token_ids": ["a"]}, "must be whole numbers"),
+        ({"forced": 5}, "forced is 5, must be a sequence of token ids"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"min_p": 2.0}, "min_p"),
@@ -102,6 +121,21 @@ def test_sampling_with_every_filter() -> None:
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with toy_engine("base_lr_shared").trajectory([1, 2]) as t, pytest.raises(RequestError, match=message):
         t.generate("plan", **options)  # type: ignore[arg-type]
+
+
+def test_none_is_the_default_of_options_that_can_be_off() -> None:
+    with toy_engine("base_lr_shared").trajectory([1, 2, 3]) as t:
+        plain = t.fork().generate("act", max_new_tokens=6)
+        off = dict.fromkeys(("stop", "stop_token_ids", "temperature", "top_k", "top_p", "min_p", "seed", "forced"))
+        assert t.generate("act", max_new_tokens=6, **off).token_ids == plain.token_ids  # type: ignore[arg-type]
+
+
+def test_numbers_of_other_libraries_are_taken() -> None:
+    with toy_engine("base_lr_shared").trajectory([1, 2, 3]) as t:
+        options: Any = {"max_new_tokens": np.int64(6), "temperature": np.float32(1.5), "seed": np.int64(1), "top_k": 30}
+        turn = t.fork().generate("act", **options, stop_token_ids=torch.tensor([39]))
+        plain = t.generate("act", max_new_tokens=6, temperature=1.5, seed=1, top_k=30, stop_token_ids=[39])
+        assert (turn.token_ids, turn.seed) == (plain.token_ids, 1) and type(turn.seed) is int
 
 
 def test_bad_calls() -> None:
@@ -136,7 +170,10 @@ def test_a_program_of_the_wrong_layout(sharing: str, layout: str) -> None:
 
 def test_turn_arguments_are_the_fields_of_turn_options() -> None:
     assert TurnArguments.__annotations__.keys() == {field.name for field in fields(TurnOptions)}
-    assert get_type_hints(TurnArguments) == get_type_hints(TurnOptions)
+    options = get_type_hints(TurnOptions)
+    assert get_type_hints(TurnArguments) == {
+        name: hint | None if name in NONE_IS_DEFAULT else hint for name, hint in options.items()
+    }
 
 
 def test_an_unknown_turn_option_is_refused_with_the_known_ones() -> None:
@@ -232,19 +269,26 @@ def test_an_error_of_the_program_ends_all_turns_and_not_the_engine() -> None:
     engine.check_integrity()
 
 
-def test_logits_that_are_nan_end_the_turn_and_no_other() -> None:
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"forced": [5, 6]}, {}, {"temperature": 0.7}, {"temperature": 1.0, "top_p": 0.5}], ids=str
+)
+def test_logits_that_are_unusable_end_the_turn_and_no_other(bad: float, options: Any) -> None:
+    """The row of a token 39 is bad: one logit of it, or, for -inf, all."""
     plain = toy_program("split")
 
-    def one_nan(step: StepInputs, cache: CacheTensors) -> torch.Tensor:
+    def one_bad(step: StepInputs, cache: CacheTensors) -> torch.Tensor:
         logits_RV = plain.run(step, cache)
-        return torch.where(step.token_ids[step.logits_rows, None] == 39, torch.nan, logits_RV)
+        rows_R1 = step.token_ids[step.logits_rows, None] == 39
+        tokens_V = torch.arange(logits_RV.shape[1]) == 7
+        return torch.where(rows_R1 & (tokens_V | (bad == -torch.inf)), bad, logits_RV)
 
-    program = Program(plain.schema, plain.agents, plain.max_positions, plain.vocab_size, one_nan, {})
+    program = Program(plain.schema, plain.agents, plain.max_positions, plain.vocab_size, one_bad, {})
     engine = Engine(program, EngineConfig("base_shared", kv_memory="1MB", kv_dtype=torch.float64, page_size=4))
 
     async def run() -> list[object]:
         with engine.trajectory([1, 2, 39]) as broken, engine.trajectory([1, 2, 3]) as whole:
-            turns = (t.agenerate("plan", max_new_tokens=2, forced=[5, 6]) for t in (broken, whole))
+            turns = (t.agenerate("plan", max_new_tokens=2, **options) for t in (broken, whole))
             found = list(await asyncio.gather(*turns, return_exceptions=True))
             assert broken.token_ids == [1, 2, 39]
             with pytest.raises(RequestError, match="logits after token 5 are NaN"):
@@ -253,7 +297,8 @@ def test_logits_that_are_nan_end_the_turn_and_no_other() -> None:
 
     error, turn = asyncio.run(run())
     assert isinstance(error, RequestError) and "logits after token 2 are NaN" in str(error)
-    assert isinstance(turn, Turn) and turn.token_ids == [5, 6]
+    assert isinstance(turn, Turn) and len(turn.token_ids) == 2
+    assert all(token != 39 for token in turn.token_ids)
     engine.check_integrity()
     assert engine.stats().pages_held == 0
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from lragent.errors import RequestError
+from lragent.errors import STOPS, RequestError
 from lragent.runtime.request import Request
-from lragent.runtime.sampling.sample import SamplingRow, log_probabilities, sample
+from lragent.runtime.sampling.sample import SamplingRow, log_probabilities, log_totals, sample
 from lragent.runtime.scheduling.batch import Entry
 from lragent.runtime.schemes import Scheme, acting_span
 
@@ -21,7 +20,8 @@ def take_logits(
 ) -> list[Request]:
     """Samples or scores every logits row for its request; returns the requests that are done.
 
-    A request whose logits are NaN is done with an error: a token taken from them would be meaningless.
+    A request whose logits are not usable (`log_totals`), or whose tokenizer fails, is done with an error; the others
+    go on.
 
     Args:
         logits_RV: rows in the order of the entries' `Piece.rows`.
@@ -31,25 +31,39 @@ def take_logits(
     wanted = [(entry.request, at) for entry in entries for piece in entry.pieces for at in piece.rows]
     if not wanted:
         return []
+    totals_R = log_totals(logits_RV)
+    usable_R = totals_R.isfinite()
+    usable = usable_R.tolist()
+    if not all(usable):
+        logits_RV = logits_RV.masked_fill(~usable_R[:, None], 0.0)
     chosen = sample(logits_RV, [_sampling_row(request, at) for request, at in wanted])
-    logprobs = log_probabilities(logits_RV, chosen)
+    tokens, logprobs = chosen.tokens_R.tolist(), log_probabilities(logits_RV, chosen.tokens_R, totals_R)
     done: list[Request] = []
-    for (request, at), token, logprob in zip(wanted, chosen.tolist(), logprobs, strict=True):
+    for row, (request, at) in enumerate(wanted):
         if request.error is not None:
             continue
-        if math.isnan(logprob):
+        if not usable[row]:
             request.error = RequestError(
-                f"the model's logits after token {at} are NaN",
+                f"the model's logits after token {at} are NaN or infinite",
                 "Some models overflow in float16: convert with dtype float32 or bfloat16. Or a weight is broken.",
             )
             done.append(request)
             continue
-        request.logprobs.append(logprob)
+        request.logprobs.append(logprobs[row])
         if request.score:
             request.logits_from += 1
             if len(request.logprobs) == request.options.length:
                 done.append(request)
-        elif _take_token(request, token, scheme, agents, max_positions):
+            continue
+        request.sampled_logprobs.append(chosen.logprobs[row])
+        request.kept_mass.append(chosen.kept_mass[row])
+        try:
+            ended = _take_token(request, tokens[row], scheme, agents, max_positions)
+        except STOPS:
+            raise
+        except BaseException as error:  # of the tokenizer
+            request.error, ended = error, True
+        if ended:
             done.append(request)
     return done
 
@@ -62,7 +76,7 @@ def _sampling_row(request: Request, position: int) -> SamplingRow:
         first = request.prompt - options.length if request.score else request.prompt - 1
         forced = options.forced[position - first]
     return SamplingRow(
-        options.temperature, options.top_k, options.top_p, options.min_p, options.seed, position + 1, forced
+        options.temperature, options.top_k, options.top_p, options.min_p, request.seed, position + 1, forced
     )
 
 
@@ -71,8 +85,7 @@ def _take_token(request: Request, token: int, scheme: Scheme, agents: int, max_p
     state, options = request.state, request.options
     if not request.token_ids:
         request.usage.ttft = time.perf_counter() - request.submitted
-    state.tokens.append(token)
-    state.logprobs.append(request.logprobs[-1])
+    state.add_sampled(token, request.logprobs[-1], request.sampled_logprobs[-1], request.kept_mass[-1])
     request.token_ids.append(token)
     request.logits_from = len(state.tokens) - 1
     if options.forced is None and request.watch.push(token):

@@ -1,6 +1,9 @@
+import math
+
+import pytest
 import torch
 
-from lragent.runtime.sampling.sample import SamplingRow, log_probabilities, sample, uniform
+from lragent.runtime.sampling.sample import GREEDY, SamplingRow, log_probabilities, log_totals, sample, uniform
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
 
@@ -12,7 +15,7 @@ def row(temperature: float = 1.0, position: int = 0, **changes: object) -> Sampl
 
 def frequencies(draws: int = 20000, **changes: object) -> torch.Tensor:
     rows = [row(position=position, **changes) for position in range(draws)]
-    tokens = sample(LOGITS.repeat(draws, 1), rows)
+    tokens = sample(LOGITS.repeat(draws, 1), rows).tokens_R
     return torch.bincount(tokens, minlength=len(LOGITS)) / draws
 
 
@@ -35,7 +38,7 @@ def test_uniform_is_uniform_and_differs_by_seed_and_position() -> None:
 
 
 def test_greedy_takes_the_most_likely() -> None:
-    assert sample(LOGITS[None], [row(temperature=0.0)]).tolist() == [0]
+    assert sample(LOGITS[None], [row(temperature=0.0)]).tokens_R.tolist() == [0]
 
 
 def test_distribution_at_temperature() -> None:
@@ -67,13 +70,69 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         for i in range(64)
     ]
     together = sample(logits, rows)
-    alone = [int(sample(logits[i : i + 1], rows[i : i + 1])) for i in range(64)]
-    assert together.tolist() == alone
+    alone = [sample(logits[i : i + 1], rows[i : i + 1]) for i in range(64)]
+    assert together.tokens_R.tolist() == [int(one.tokens_R) for one in alone]
+    assert together.logprobs == pytest.approx([one.logprobs[0] for one in alone], abs=1e-12)
+    assert together.kept_mass == pytest.approx([one.kept_mass[0] for one in alone], abs=1e-12)
 
 
 def test_forced_tokens_and_log_probabilities() -> None:
-    tokens = sample(LOGITS.repeat(2, 1), [row(forced=4), row(temperature=0.0)])
-    assert tokens.tolist() == [4, 0]
+    logits = LOGITS.repeat(2, 1)
+    samples = sample(logits, [row(forced=4), row(temperature=0.0)])
+    assert samples.tokens_R.tolist() == [4, 0]
+    assert samples.logprobs == [None, 0.0] and samples.kept_mass == [None, 1.0]
     expected = LOGITS.log_softmax(0)
-    found = log_probabilities(LOGITS.repeat(2, 1), tokens)
+    found = log_probabilities(logits, samples.tokens_R, log_totals(logits))
     torch.testing.assert_close(torch.tensor(found), expected[[4, 0]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, 5),
+        ({"top_k": 2}, 2),
+        ({"min_p": 0.2}, 2),
+        ({"top_p": 0.6}, 1),
+        ({"top_k": 4, "top_p": 0.9, "min_p": 0.2}, 2),
+    ],
+    ids=["none", "top_k", "min_p", "top_p", "all"],
+)
+def test_a_draw_tells_its_own_distribution(changes: dict[str, object], kept: int) -> None:
+    """The filters are written out for these five logits at temperature 0.8."""
+    rows = [row(temperature=0.8, position=position, **changes) for position in range(200)]
+    samples = sample(LOGITS.repeat(200, 1), rows)
+    probs = (LOGITS.double() / 0.8).softmax(0)
+    mass = float(probs[:kept].sum())
+    for token, logprob, found in zip(samples.tokens_R.tolist(), samples.logprobs, samples.kept_mass, strict=True):
+        assert token < kept
+        assert logprob == pytest.approx(math.log(float(probs[token]) / mass), abs=1e-9)
+        assert found == pytest.approx(mass, abs=1e-9) and found <= 1
+
+
+def test_excluded_tokens_are_legal() -> None:
+    logits = LOGITS.clone()
+    logits[[0, 3]] = -math.inf
+    assert log_totals(logits[None]).isfinite().all()
+    drawn = sample(logits.repeat(500, 1), [row(position=position, top_p=0.99) for position in range(500)])
+    assert set(drawn.tokens_R.tolist()) == {1, 2, 4}
+    assert all(value is not None and math.isfinite(value) for value in drawn.logprobs)
+    assert sample(logits[None], [row(temperature=0.0)]).tokens_R.tolist() == [1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_unusable_rows_are_known_by_their_total(value: float) -> None:
+    bad = LOGITS.clone()
+    bad[2] = value
+    rows = torch.stack([LOGITS, bad, torch.full((5,), -math.inf), torch.full((5,), -3e38), torch.full((5,), 3e38)])
+    assert log_totals(rows).isfinite().tolist() == [True, False, False, True, True]
+
+
+def test_a_temperature_that_no_float_can_divide_by_is_greedy() -> None:
+    logits = torch.tensor([[3e38, 3e38, -3e38, 0.0]])
+    for temperature in (5e-324, 1e-300, GREEDY):
+        samples = sample(logits, [row(temperature=temperature)])
+        assert (samples.tokens_R.tolist(), samples.logprobs, samples.kept_mass) == ([0], [0.0], [1.0])
+    for temperature in (2 * GREEDY, 1e-45, 1e308):
+        samples = sample(logits, [row(temperature=temperature, min_p=0.5)])
+        assert samples.tokens_R.tolist() in ([0], [1], [2], [3])
+        assert samples.logprobs[0] is not None and samples.logprobs[0] <= 0
