@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from lragent.errors import TaskFileError
+from lragent.files.user_path import user_path
 
 if TYPE_CHECKING:
     from lragent.runtime import Workflow
@@ -33,7 +34,7 @@ def open_workflow(spec: str) -> Iterator[Workflow]:
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py") or not name.isidentifier():
         raise TaskFileError(f"workflow {spec!r} isn't FILE.py:FUNC", "For example workflows/qa.py:workflow.")
-    path = Path(file)
+    path = user_path(file)
     if not path.is_file():
         raise TaskFileError(f"workflow file {path} doesn't exist", "Check the path before the colon.")
     root, module_name = _module_name(path.resolve())
