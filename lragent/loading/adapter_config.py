@@ -115,7 +115,7 @@ def note_on_bases(configs: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _repository(name: str) -> str:
-    """The hub id in a base model's name: the name itself, or that of a folder in the hub's cache; "" for other paths."""
+    """The hub id in a base model's name, also of a folder in the hub's cache; "" for other paths."""
     cached = re.search(r"(?:^|[/\\])models--([^/\\]+)", name)
     if cached:
         return cached[1].replace("--", "/", 1)

@@ -25,8 +25,8 @@ def require_not_empty(where: str, key: str, tensor: Tensor) -> None:
     if tensor.numel() == 0:
         raise AdapterError(
             f"{where}: {key} is empty, its shape is {list(tensor.shape)}",
-            "DeepSpeed ZeRO-3 leaves empty tensors when an adapter is saved without gathering its weights: save it with "
-            "stage3_gather_16bit_weights_on_model_save, or from the state dict that accelerator.get_state_dict gathers.",
+            "DeepSpeed ZeRO-3 leaves empty tensors if an adapter is saved without gathering its weights: save it with "
+            "stage3_gather_16bit_weights_on_model_save, or the state dict that accelerator.get_state_dict gathers.",
         )
 
 

@@ -86,7 +86,8 @@ def read_usable_config(checkpoint: Checkpoint) -> Any:
     config = read_config(checkpoint)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
-            f"{checkpoint.path} is quantised", "Convert from the unquantised checkpoint, which its adapters fit as well."
+            f"{checkpoint.path} is quantised",
+            "Convert from the unquantised checkpoint, which its adapters fit as well.",
         )
     return config
 
@@ -143,7 +144,7 @@ def loading_errors(path: Path) -> Iterator[None]:
     except Exception as error:  # a broken file can raise anything
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"{path} needs Python code that comes with the model (auto_map in its config.json); such code is never run",
+                f"{path} needs Python code that comes with the model (auto_map in config.json), which is never run",
                 "Use a model type that transformers has itself; docs/coverage.md lists those that convert.",
             ) from error
         raise ModelError(

@@ -54,7 +54,7 @@ class LoadedModel:
         rows: module FQN -> agent name -> replaced weight rows.
         groups: module FQN -> for each agent, index of the first agent with the same A; empty: found by comparing A.
         notes: sentences for the user about the files: a changed dtype, bases of other names.
-        sources: agent, or `base` for the model -> hub id and commit "OWNER/NAME@COMMIT"; those from a path are left out.
+        sources: agent, or `base` for the model -> hub id and commit "OWNER/NAME@COMMIT"; without those from a path.
     """
 
     model: Any

@@ -15,8 +15,8 @@ from typing import Any
 from lragent.artifact.directory import open_artifact
 from lragent.artifact.manifest import Manifest
 from lragent.errors import AdapterError, RequestError
-from lragent.loading.stages import Progress
 from lragent.loading.hub import locate_adapter, locate_model
+from lragent.loading.stages import Progress
 from lragent.program.agent import BASE
 from lragent.reports.peft_reference import PeftReference
 from lragent.runtime import Engine

@@ -1,4 +1,4 @@
-"""An adapter whose tensors don't fit the base is refused for the true reason; a rounded copy of a base weight is not."""
+"""An adapter that doesn't fit the base is refused for the true reason; a rounded copy of a base weight is not."""
 
 from __future__ import annotations
 
@@ -58,7 +58,11 @@ def _with_more_tokens(key: str, tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("agent", "advice"),
-    [("saved", r"then model\.save_pretrained"), ("lora", r"then PeftModel\.from_pretrained.*unload\(\)\.save"), ("head", "")],
+    [
+        ("saved", r"then model\.save_pretrained"),
+        ("lora", r"then PeftModel\.from_pretrained.*unload\(\)\.save"),
+        ("head", ""),
+    ],
 )
 def test_an_enlarged_vocabulary_is_named_with_both_sizes(
     agent: str, advice: str, written: WrittenModel, tmp_path: Path

@@ -92,7 +92,9 @@ def test_float16_needs_a_cpu_that_computes_in_it() -> None:
     assert dtype == torch.float32 and "float64, which is not supported" in note
 
 
-def test_the_report_says_that_float16_became_bfloat16(model_dir: Path, tiny_llama: WrittenModel, tmp_path: Path) -> None:
+def test_the_report_says_so_if_float16_became_bfloat16(
+    model_dir: Path, tiny_llama: WrittenModel, tmp_path: Path
+) -> None:
     configure(model_dir, dtype="float16")
     expected, note = supported_dtype(torch.float16, torch.cpu.get_capabilities())
     report = lragent.convert(model_dir, tiny_llama.adapters, tmp_path / "m.lragent", compiled=False)
