@@ -60,7 +60,7 @@ def write_adapters(model_dir: Path, out: Path, count: int, targets: list[str]) -
     adapters = {}
     for number in range(count):
         torch.manual_seed(number)
-        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, trust_remote_code=False)
         model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
         with torch.no_grad():
             for name, parameter in model.named_parameters():

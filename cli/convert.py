@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 import lragent
+from lragent.files.user_path import user_path
 from lragent.program.defaults import ATTENTION
 
 from .adapter_arguments import parse_adapters
@@ -32,8 +33,12 @@ LAYOUTS: dict[str, tuple[Literal["split", "dense"], ...]] = {
 def convert(
     model_dir: ModelArgument,
     adapters: Adapters,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="NAME.lragent", help="Artifact to write.")],
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="NAME.lragent", parser=user_path, help="Artifact to write.")
+    ],
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto: that of the checkpoint (float32 for GGUF).")
+    ] = "auto",
     layouts: Annotated[
         Literal["split", "dense", "both", "none"],
         typer.Option(help="Layouts to compile now. Others are compiled when they are first loaded."),
@@ -93,5 +98,7 @@ def print_report(report: ConvertReport, console: Console) -> None:
     if report.unit_refusal:
         refusal = f"compiled whole, not by layer: {report.unit_refusal}"
         console.print(refusal, markup=False, soft_wrap=True)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     if report.advice:
         console.print(f"note: {report.advice}", markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lragent.errors import TaskFileError
+from lragent.files.user_path import user_path
 from lragent.program.defaults import BACKEND, KV_MEMORY
 from lragent.rollouts.result_file import open_results
 from lragent.rollouts.result_lines import LinePlace, result_line, with_json_result
@@ -43,9 +44,13 @@ FACT_WORLD = Path(__file__).resolve().parent.parent / "examples" / "fact_world"
 def demo(
     tasks: Annotated[int, typer.Option(min=1, help="Held-out questions for each scheme.")] = 12,
     schemes: Schemes = ALL_SCHEMES,
-    work: Annotated[Path, typer.Option(metavar="DIR", help="Folder for model, artifact and results.")] = Path(".demo"),
-    model: Annotated[Path | None, typer.Option(metavar="DIR", help="SmolLM2-135M-Instruct, if you have it.")] = None,
-    world: Annotated[Path, typer.Option(metavar="DIR", help="The fact_world example.")] = FACT_WORLD,
+    work: Annotated[
+        Path, typer.Option(metavar="DIR", parser=user_path, help="Folder for model, artifact and results.")
+    ] = Path(".demo"),
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", parser=user_path, help="SmolLM2-135M-Instruct, if you have it.")
+    ] = None,
+    world: Annotated[Path, typer.Option(metavar="DIR", parser=user_path, help="The fact_world example.")] = FACT_WORLD,
     concurrency: Concurrency = 8,
     kv_memory: KvMemory = KV_MEMORY,
     backend: Backend = BACKEND,

@@ -36,6 +36,7 @@ def ensure_artifact(model: Path, adapters: Path, artifact: Path, compiled: bool)
             model,
             {agent: adapters / agent for agent in AGENTS},
             artifact,
+            dtype="float32",
             layouts=("split", "dense"),
             overwrite=True,
             compiled=compiled,

@@ -54,14 +54,16 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     with _errors_only():
-        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        read = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        )
         # transformers marks the model as quantized and refuses to save it. Its weights are plain float32 by now.
         config = read.config.to_dict()
         config.pop("quantization_config", None)
         plain = LlamaForCausalLM(LlamaConfig(**config))
         plain.load_state_dict(read.state_dict())
         plain.tie_weights()
-        return plain, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        return plain, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
 
 
 @contextmanager

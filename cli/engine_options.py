@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import typer
 
 import lragent
+from lragent.files.user_path import user_path
 from lragent.program.defaults import ATTENTION, BACKEND, DEVICE, KV_MEMORY, MAX_BATCH_TOKENS
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 ALL_SCHEMES = ",".join(SCHEMES)
 
 ArtifactArgument = Annotated[
-    Path, typer.Argument(metavar="NAME.lragent", help="Artifact that `lragent convert` wrote.")
+    Path, typer.Argument(metavar="NAME.lragent", parser=user_path, help="Artifact that `lragent convert` wrote.")
 ]
 Sharing = Annotated[Scheme, typer.Option(help="Sharing scheme; only non_shared equals PEFT.")]
 Schemes = Annotated[str, typer.Option("--schemes", metavar="A,B,...", help="Sharing schemes to compare.")]
@@ -52,9 +53,16 @@ Agents = Annotated[
     typer.Option(metavar="A,B,...", help="Agents that act: the cache has room for no others. All if not given."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Directory of a Hugging Face causal LM.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Directory or hub id (OWNER/NAME@REVISION) of a Hugging Face causal LM.")
+]
 Adapters = Annotated[
-    str, typer.Option("--adapters", metavar="NAME=DIR,...", help="LoRA adapters; DIR,DIR takes the folders' names.")
+    str,
+    typer.Option(
+        "--adapters",
+        metavar="NAME=DIR,...",
+        help="LoRA adapters, directories or hub ids; DIR,DIR takes the folders' names.",
+    ),
 ]
 
 

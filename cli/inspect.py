@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="An artifact, or a model directory with --adapters.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="An artifact or, with --adapters, a model directory or its hub id.")
+    ],
     adapters: Annotated[
         str | None, typer.Option(metavar="NAME=DIR,...", help="Adapters of a model; nothing is compiled or written.")
     ] = None,
@@ -72,6 +73,8 @@ def print_facts(inspection: Inspection) -> None:
     if inspection.refusal:
         lines.append(f"refused: {inspection.refusal}")
     lines += miss_lines(inspection.misses)
+    lines += [f"{name} is {pin}" for name, pin in inspection.sources.items()]
+    lines += [f"note: {note}" for note in inspection.notes]
     for line in lines:
         results.print(line, markup=False, soft_wrap=True)
 

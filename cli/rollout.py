@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lragent.files.user_path import user_path
 from lragent.program.defaults import ATTENTION, BACKEND, DEVICE, KV_MEMORY, MAX_BATCH_TOKENS, SHARING
 
 from .engine_options import (
@@ -39,8 +40,11 @@ EXISTING: Mapping[str, Existing] = {"--resume": "resume", "--retry-failed": "ret
 def rollout(
     artifact: ArtifactArgument,
     workflow: Annotated[str, typer.Option(metavar="FILE.py:FUNC", help="async def FUNC(task, t) -> dict.")],
-    tasks: Annotated[Path, typer.Option(metavar="TASKS.jsonl", help="One JSON object a line.")],
-    out: Annotated[Path, typer.Option(metavar="RESULTS.jsonl", help="One line is added for each finished task.")],
+    tasks: Annotated[Path, typer.Option(metavar="TASKS.jsonl", parser=user_path, help="One JSON object a line.")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="RESULTS.jsonl", parser=user_path, help="One line is added for each finished task."),
+    ],
     sharing: Sharing = SHARING,
     concurrency: Concurrency = 32,
     resume: Annotated[

@@ -7,13 +7,18 @@ from typing import Annotated
 
 import typer
 
+from lragent.files.user_path import user_path
+
 from .engine_options import ALL_SCHEMES, AsJson, Schemes, parse_schemes
 from .output import print_json, results
 from .roofline_table import NOTE, estimate_facts, estimate_table, shape_of
 
 
 def roofline(
-    source: Annotated[Path, typer.Argument(metavar="PATH", help="An artifact, or a MODEL_DIR with --agents, --rank.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", parser=user_path, help="An artifact, or a MODEL_DIR with --agents, --rank."),
+    ],
     schemes: Schemes = ALL_SCHEMES,
     gpu: Annotated[str, typer.Option(help="Name of the GPU, such as h100.")] = "h100",
     trajectories: Annotated[int, typer.Option(min=1, help="Trajectories in the step.")] = 8,

@@ -11,6 +11,7 @@ from rich.table import Table
 
 import lragent
 from lragent.errors import TaskFileError
+from lragent.files.user_path import user_path
 from lragent.program.defaults import ATTENTION, BACKEND
 
 from .adapter_arguments import parse_adapters
@@ -37,9 +38,17 @@ VERIFY_MEMORY = "512MiB"
 
 def verify(
     artifact: ArtifactArgument,
-    model: Annotated[Path, typer.Option(metavar="MODEL_DIR", help="The model from which it was converted.")],
+    model: Annotated[str, typer.Option(metavar="MODEL_DIR", help="The model from which it was converted.")],
     adapters: Adapters,
-    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="One prompt a line.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            parser=user_path,
+            help="One prompt a line. Default: three short ones; without a tokenizer, random token ids.",
+            show_default=False,
+        ),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each prompt.")] = 32,
     tolerance: Annotated[
         float | None,
@@ -84,7 +93,8 @@ def verify(
         print_json(found.to_dict())
     else:
         verdict = "equal" if found.equal else "NOT EQUAL"
-        results.print(comparison_table(found.comparisons, f"{artifact} against PEFT"))
+        title = f"{artifact} against PEFT" + ("" if found.on_text else ", on token ids: the artifact has no tokenizer")
+        results.print(comparison_table(found.comparisons, title))
         results.print(f"largest difference {found.worst:.2e}, tolerance {found.tolerance:.2e}: {verdict}")
     if not found.equal:
         raise typer.Exit(1)

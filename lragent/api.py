@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lragent.errors import RequestError, SplitRefused
+from lragent.files.user_path import user_path
 from lragent.loading.stages import Progress, Stages
 from lragent.program.defaults import ATTENTION, BACKEND, DEVICE, KV_MEMORY, MAX_BATCH_TOKENS, SHARING
 from lragent.program.dtypes import LAYOUTS, dtype_named
@@ -40,10 +41,13 @@ def convert(
     """Converts a model directory and its adapters into an artifact.
 
     Args:
-        model_dir: model directory or GGUF file.
-        adapters: agent name -> PEFT adapter directory.
+        model_dir: model directory, GGUF file, or hub id (OWNER/NAME, OWNER/NAME@REVISION). An existing path wins. Of a
+            repository on the hub, weights, config and tokenizer files are downloaded, and no code; the artifact keeps
+            the commit.
+        adapters: agent name -> PEFT adapter directory or hub id.
         out: directory of the artifact.
-        dtype: "auto" (float32), "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16", "float16", or "auto": that of the checkpoint. GGUF becomes float32, and float16
+            becomes bfloat16 on a CPU without float16 arithmetic; the report says so.
         layouts: cache layouts to compile for this machine now. Others are compiled when they are first loaded.
         attention: attention implementation of the compiled layouts, or "auto".
         overwrite: True to replace an existing artifact at `out`.
@@ -84,7 +88,7 @@ def convert(
     if spare > 0:
         loaded = fit(loaded, agent_slots_of(loaded, spare))
     options = BuildOptions(compiled=now, attention=attention, unit=unit, overwrite=overwrite)
-    return build(loaded, Path(out), options=options, stages=stages, wanted=layouts)
+    return build(loaded, user_path(out), options=options, stages=stages, wanted=layouts)
 
 
 def update(
@@ -97,9 +101,10 @@ def update(
 
     Args:
         path: the artifact.
-        model_dir: the base model that the artifact was converted from.
-        adapters: agent name -> PEFT adapter directory, for all agents after the update. A present agent is replaced, a
-            new one takes a spare agent slot, and one that is not named is removed.
+        model_dir: the base model that the artifact was converted from, as a path or a hub id. An id without a revision
+            is the commit that the artifact was converted from.
+        adapters: agent name -> PEFT adapter directory or hub id, for all agents after the update. A present agent is
+            replaced, a new one takes a spare agent slot, and one that is not named is removed.
         progress: called with the name of each stage when it begins.
 
     Raises:
@@ -109,7 +114,7 @@ def update(
     """
     from lragent.artifact.update import update as update_artifact
 
-    return update_artifact(Path(path), model_dir, adapters, Stages(progress))
+    return update_artifact(user_path(path), model_dir, adapters, Stages(progress))
 
 
 def load(
@@ -161,7 +166,7 @@ def load(
     config = EngineConfig(sharing, kv_memory, max_batch_tokens, device=place, agents=agents, threads=threads)
     layout = config.scheme.layout
     backend = resolve_backend(backend, place)
-    artifact = open_artifact(path)
+    artifact = open_artifact(user_path(path))
     manifest = artifact.manifest
     if layout not in manifest.layouts:
         raise SplitRefused(
@@ -229,12 +234,12 @@ def optimize(
     def save(out: Path) -> None:
         compiled = (layout,) if backend == "compiled" else ()
         options = BuildOptions(compiled=compiled, attention=chosen, unit=unit)
-        write(loaded, rewritten, out, options=options, stages=Stages())
+        write(loaded, rewritten, user_path(out), options=options, stages=Stages())
 
     return Engine(
         program_of_model(loaded, rewritten.programs[layout], backend, chosen, loaded.dtype, unit),
         replace(config, kv_dtype=loaded.dtype, stop_token_ids=tuple(loaded.stop_token_ids)),
-        tokenizer_from(tokenizer),
+        tokenizer_from(user_path(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer),
         save,
     )
 
@@ -270,14 +275,14 @@ def rollout(
     """
     from lragent.rollouts.run import run_rollout
 
-    return run_rollout(engine, workflow, Path(tasks), Path(out), existing, concurrency, on_result, seed)
+    return run_rollout(engine, workflow, user_path(tasks), user_path(out), existing, concurrency, on_result, seed)
 
 
 def verify(
     path: str | Path,
     model_dir: str | Path,
     adapters: Mapping[str, str | Path],
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str | Sequence[int]] | None = None,
     schemes: Sequence[str] = ("non_shared", "base_lr_shared"),
     new_tokens: int = 32,
     tolerance: float | None = None,
@@ -288,8 +293,10 @@ def verify(
 
     Args:
         path: the artifact.
-        model_dir, adapters: model directory and adapter directories that the artifact was converted from.
-        prompts: texts that the turns continue; None: three short ones.
+        model_dir, adapters: model directory and adapter directories that the artifact was converted from, or their hub
+            ids. An id without a revision is the commit that the artifact was converted from.
+        prompts: texts or token ids that the turns continue; None: three short texts, or random token ids if the
+            artifact has no tokenizer.
         schemes: sharing schemes to check.
         new_tokens: tokens generated per prompt.
         tolerance: largest accepted difference of log-probabilities. None: 0.001 or, for a 16-bit artifact, twice the
@@ -305,11 +312,11 @@ def verify(
     from lragent.reports import verification
 
     return verification.verify(
-        Path(path),
-        Path(model_dir),
-        {name: Path(folder) for name, folder in adapters.items()},
+        user_path(path),
+        model_dir,
+        adapters,
         engine_for or partial(load, path),
-        prompts=verification.PROMPTS if prompts is None else prompts,
+        prompts=prompts,
         schemes=schemes,
         new_tokens=new_tokens,
         tolerance=tolerance,
@@ -321,8 +328,8 @@ def inspect(path: str | Path, adapters: Mapping[str, str | Path] | None = None) 
     """Describes an artifact, or the artifact that `convert` would make of a model directory (a dry run).
 
     Args:
-        path: an artifact or, if `adapters` is given, a model directory or GGUF file.
-        adapters: agent name -> PEFT adapter directory; None: `path` is an artifact.
+        path: an artifact or, if `adapters` is given, a model directory, GGUF file or hub id.
+        adapters: agent name -> PEFT adapter directory or hub id; None: `path` is an artifact.
 
     Raises:
         ArtifactError: the artifact is missing, damaged or of another version.
@@ -330,4 +337,4 @@ def inspect(path: str | Path, adapters: Mapping[str, str | Path] | None = None) 
     """
     from lragent.reports.inspection import inspect_artifact, inspect_model
 
-    return inspect_artifact(Path(path)) if adapters is None else inspect_model(Path(path), adapters)
+    return inspect_artifact(user_path(path)) if adapters is None else inspect_model(path, adapters)

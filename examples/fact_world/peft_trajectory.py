@@ -26,8 +26,8 @@ class PeftAgents:
     """The base model with its adapters and tokenizer."""
 
     def __init__(self, model_dir: Path, adapters: dict[str, Path]) -> None:
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
-        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, trust_remote_code=False)
         names = list(adapters)
         self.model = PeftModel.from_pretrained(base, adapters[names[0]], adapter_name=names[0])
         for name in names[1:]:

@@ -161,13 +161,13 @@ def train(recipe: Recipe, model_dir: Path, adapters: Path, world_seed: int, comm
     """Runs one recipe and writes the adapter, also at every evaluation on the way."""
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
 
     def tokenize(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, trust_remote_code=False)
     peft_model = attach_adapter(model, recipe, adapters)
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)

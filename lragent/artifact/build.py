@@ -67,6 +67,7 @@ class ConvertReport:
         misses: layout -> every place where a pass did not match. That includes layers that don't run the chosen
             attention implementation, and every place for which the layout was refused. Layouts without misses are
             left out.
+        notes: see `lragent.loading.model.LoadedModel`.
     """
 
     out: Path
@@ -77,6 +78,7 @@ class ConvertReport:
     advice: str = ""
     unit_refusal: str = ""
     misses: Mapping[str, tuple[Miss, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def build(
@@ -142,6 +144,7 @@ def write(
         advice=advice(sizes),
         unit_refusal=unit_refusal,
         misses=misses_by_layout(manifest.layouts.items(), rewritten.refused, reported),
+        notes=loaded.notes,
     )
 
 
@@ -182,6 +185,7 @@ def write_programs(loaded: LoadedModel, rewritten: Rewritten, directory: Path, s
         tokenizer=write_tokenizer(loaded.tokenizer_source, directory),
         agent_slot_ranks=dict(agent_slots.ranks),
         agent_slot_groups=dict(agent_slots.groups),
+        sources=dict(loaded.sources),
     )
 
 

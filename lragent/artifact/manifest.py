@@ -16,7 +16,7 @@ from lragent.program.agent import Agent
 from lragent.program.cache_schema import BaseStreams, CacheSchema, Layout, LowRankStream
 from lragent.program.layer_facts import LayerFacts
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 SEAL = "seal"  # sha256 of the other entries
 LONGEST = 60  # characters of an entry that `identity` gives as it is
@@ -51,6 +51,7 @@ class Manifest:
         agent_slot_ranks, agent_slot_groups: see `lragent.loading.agent_slots.AgentSlots`.
         compiled: target -> `CompiledKey` as text -> the file to load (`lragent.artifact.compiled_files`).
         unit: "model" or "layer", used when the artifact is compiled for another machine.
+        sources: agent, or `base` for the model -> hub id and commit; see `lragent.loading.model.LoadedModel`.
     """
 
     versions: dict[str, str]
@@ -71,6 +72,7 @@ class Manifest:
     agent_slot_groups: dict[str, tuple[int, ...]]
     compiled: dict[str, dict[str, FileEntry]] = field(default_factory=dict)
     unit: str = "model"
+    sources: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -154,6 +156,7 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
         **{
             **raw,
             "stop_token_ids": tuple(raw["stop_token_ids"]),
+            "sources": dict(raw["sources"]),
             "agents": tuple(_agent(entry) for entry in raw["agents"]),
             "layouts": {name: _layout(entry) for name, entry in raw["layouts"].items()},
             "refused": _misses(raw["refused"]),

@@ -30,6 +30,7 @@ from lragent.loading.agent_slots import AgentSlots, assign, fit
 from lragent.loading.model import load_directories
 from lragent.loading.stages import Stages
 from lragent.passes.pipeline import rewrite
+from lragent.program.agent import BASE
 from lragent.program.dtypes import LAYOUTS
 from lragent.runtime.cache_cost import advice, bytes_per_token
 
@@ -49,7 +50,8 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
     """
     artifact = open_artifact(path)
     manifest = artifact.manifest
-    loaded = stages.run("load", lambda: load_directories(model_dir, adapters, manifest.dtype))
+    pins = {name: pin for name, pin in manifest.sources.items() if name == BASE}
+    loaded = stages.run("load", lambda: load_directories(model_dir, adapters, manifest.dtype, pins))
     agent_slots = AgentSlots(
         tuple(agent.name for agent in manifest.agents), manifest.agent_slot_ranks, manifest.agent_slot_groups
     )
@@ -82,6 +84,7 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
                 weights=(*base, written),
                 aliases=aliases,
                 layouts=layouts,
+                sources={**pins, **loaded.sources},
                 compiled=read_manifest(path).compiled,  # another process may have added a package
             )
             write_manifest(updated, path)
@@ -93,7 +96,9 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
         raise cannot_write(path, error) from error
     sizes = bytes_per_token({name: entry.schema for name, entry in layouts.items()}, acting, manifest.dtype)
     misses = misses_by_layout(layouts.items(), manifest.refused, graph_names=())
-    return ConvertReport(path, acting, dict(stages.seconds), (), manifest.refusal, advice(sizes), misses=misses)
+    return ConvertReport(
+        path, acting, dict(stages.seconds), (), manifest.refusal, advice(sizes), misses=misses, notes=loaded.notes
+    )
 
 
 def _write_adapters(path: Path, tensors: dict[str, Tensor]) -> FileEntry:

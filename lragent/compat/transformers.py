@@ -143,3 +143,26 @@ def embedding_scale(module: nn.Module) -> float:
     """
     scale = getattr(module, "embed_scale", 1.0)
     return float(scale) if isinstance(module, nn.Embedding) else 1.0
+
+
+def key_conversion(model: Any) -> Callable[[str], tuple[str, bool]]:
+    """Returns the rule by which transformers reads keys of the model's older checkpoints.
+
+    The rule takes a key and gives its name in the model, and True if the tensor is joined with others into one
+    parameter, as those of experts are. A key that needs no rule is given back.
+
+    Private API: `transformers.conversion_mapping.get_model_conversion_mapping`, and `rename_source_key`,
+    `WeightConverter` and `WeightRenaming` of `transformers.core_model_loading`, seen in transformers 5.0 to 5.24.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+    def convert(key: str) -> tuple[str, bool]:
+        name, joining = rename_source_key(key, renamings, converters)
+        return name, joining is not None
+
+    return convert

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,20 +100,23 @@ def lora_config(name: str, config: Mapping[str, Any]) -> Any:
     return LoraConfig(**kept)
 
 
-def require_same_base(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Checks that all adapters name the same base model, compared by the last part of its name.
+def note_on_bases(configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """A note if the adapters name different base models; "" if they don't.
 
-    Raises:
-        AdapterError: they name different ones.
+    Names decide nothing. Copies of one model have many: a hub id, a folder, a copy in 4 bits of another owner. Modules
+    and shapes are compared with the model instead.
     """
-    bases = {
-        name: str(config["base_model_name_or_path"]).rstrip("/").rsplit("/", 1)[-1]
-        for name, config in configs.items()
-        if config.get("base_model_name_or_path")
-    }
-    if len(set(bases.values())) > 1:
-        found = ", ".join(f"{name}: {base}" for name, base in bases.items())
-        raise AdapterError(
-            f"adapters were trained on different base models ({found})",
-            f"Use adapters of one base, or correct base_model_name_or_path in {CONFIG}.",
-        )
+    bases = {name: _repository(str(config.get("base_model_name_or_path") or "")) for name, config in configs.items()}
+    named = {name: base for name, base in bases.items() if base}
+    if len({base.lower() for base in named.values()}) < 2:
+        return ""
+    found = ", ".join(f"{name}: {base}" for name, base in named.items())
+    return f"the adapters name different base models ({found}); their modules and shapes fit this one"
+
+
+def _repository(name: str) -> str:
+    """The hub id in a base model's name, also of a folder in the hub's cache; "" for other paths."""
+    cached = re.search(r"(?:^|[/\\])models--([^/\\]+)", name)
+    if cached:
+        return cached[1].replace("--", "/", 1)
+    return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else ""

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from lragent.compat.transformers import key_conversion
 from lragent.errors import AdapterError, shortened
 from lragent.loading.adapter_config import CONFIG
-from lragent.loading.peft_layers import in_out
+from lragent.loading.adapter_sizes import (
+    require_base_copy,
+    require_lora_shape,
+    require_not_empty,
+    require_saved_shape,
+)
 
 WEIGHTS = "adapter_model.safetensors"
 OLD_WEIGHTS = "adapter_model.bin"
@@ -68,80 +75,91 @@ def read_weights(name: str, path: Path) -> dict[str, Tensor]:
 
 
 def in_peft_names(
-    name: str, path: Path, weights: Mapping[str, Tensor], saved_modules: Sequence[str], base: torch.nn.Module
+    name: str, path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], base: Any
 ) -> AdapterFile:
     """Normalises the keys of an adapter's weights to PEFT's names and separates trained biases.
 
-    Accepts keys with or without the prefix `base_model.model.`, with the adapter's name (`lora_A.default.weight`), and
-    with `_orig_mod.` or `_fsdp_wrapped_module.` anywhere. Drops copies of base weights (PEFT saves them with adapted
-    embeddings) if they equal the base's.
+    Accepts keys with or without the prefix `base_model.model.`, with the adapter's name (`lora_A.default.weight`), with
+    `_orig_mod.` or `_fsdp_wrapped_module.` anywhere, and with the module names of older versions of transformers. Drops
+    copies of base weights (PEFT saves them with adapted embeddings) if they equal the base's.
 
     Args:
         path: the adapter's directory, for messages.
-        saved_modules: `modules_to_save` of the adapter's config: suffixes of module FQNs.
-        base: the base model without adapters.
+        config: the adapter's config.
+        base: the base model without adapters, a transformers model.
 
     Raises:
-        AdapterError: a key belongs to no module of the base or appears twice, a shape or dtype does not fit, or a copy
-            of a base weight differs from the base.
+        AdapterError: a key belongs to no module of the base or appears twice, a tensor is empty, a shape or dtype does
+            not fit, or a copy of a base weight differs from the base.
     """
     modules = dict(base.named_modules())
+    saved = _saved_modules(config, modules)
+    converted = key_conversion(base)
+    where = f"adapter {name} ({path})"
     found = AdapterFile({}, {})
     for key, tensor in weights.items():
+        require_not_empty(where, key, tensor)
         plain = _WRAPPERS.sub("", key).lstrip(".")
         while plain.startswith(PEFT_PREFIX):
             plain = plain.removeprefix(PEFT_PREFIX)
-        part = _PART.search(plain)
-        owner = plain[: part.start()] if part else plain.replace(".base_layer.", ".").rpartition(".")[0]
+        owner, part = _split(plain)
+        if owner not in modules and _split(converted(plain)[0])[0] in modules:
+            plain = converted(plain)[0]
+            owner, part = _split(plain)
         if part is not None:
             if owner not in modules:
-                raise AdapterError(
-                    f"adapter {name} ({path}) adapts module {owner}, which {type(base).__name__} does not have",
-                    "The adapter was trained on another architecture; use its base model.",
-                )
-            _require_shape(name, path, key, tensor, part[1], owner, modules[owner])
+                _refuse_module(where, owner, converted, base)
+            require_lora_shape(where, key, tensor, part[1], owner, base)
             leaf = ".bias" if plain.endswith(".bias") else ".weight" if part[1] in ("lora_A", "lora_B") else ""
             peft_key = f"{PEFT_PREFIX}{owner}.{part[1]}{leaf}"
             if peft_key in found.tensors:
-                raise AdapterError(
-                    f"adapter {name} ({path}) has {owner}.{part[1]} twice, once as {key}", "Save the adapter again."
-                )
+                raise AdapterError(f"{where} has {owner}.{part[1]} twice, once as {key}", "Save the adapter again.")
             if not tensor.is_floating_point():
-                raise AdapterError(f"adapter {name} ({path}): {key} holds {tensor.dtype}", "Save the adapter again.")
+                raise AdapterError(f"{where}: {key} holds {tensor.dtype}", "Save the adapter again.")
             found.tensors[peft_key] = tensor
-        elif any(owner.endswith(end) for end in saved_modules) or owner not in modules:
+        elif owner in saved:
+            require_saved_shape(where, key, tensor, owner, base)
+            found.tensors[PEFT_PREFIX + plain] = tensor
+        elif owner not in modules:
             found.tensors[PEFT_PREFIX + plain] = tensor
         elif plain.endswith(".bias"):
             found.biases[owner] = tensor
         else:
-            _require_base_copy(name, path, key, tensor, modules[owner])
+            require_base_copy(where, key, tensor, owner, base)
     return found
 
 
-def _require_shape(
-    name: str, path: Path, key: str, tensor: Tensor, part: str, owner: str, module: torch.nn.Module
-) -> None:
-    sizes = in_out(module)
-    if sizes is None or tensor.dim() != 2:
-        return
-    expected = sizes[0] if part.endswith("_A") else sizes[1]
-    found = tensor.shape[1] if part.endswith("_A") else tensor.shape[0]
-    if found != expected:
+def _split(plain: str) -> tuple[str, re.Match[str] | None]:
+    """FQN of the module that a key without prefixes belongs to, and the part of a LoRA layer that it names, if any."""
+    part = _PART.search(plain)
+    return plain[: part.start()] if part else plain.replace(".base_layer.", ".").rpartition(".")[0], part
+
+
+def _saved_modules(config: Mapping[str, Any], modules: Mapping[str, torch.nn.Module]) -> set[str]:
+    """FQNs of the modules that an adapter saves whole: those that `modules_to_save` names by the ends of their FQNs.
+
+    With `ensure_weight_tying`, also the modules that share a weight with one of them; PEFT takes those out of the list.
+    """
+    ends = tuple(config.get("modules_to_save") or ())
+    saved = {fqn for fqn in modules if fqn.endswith(ends)} if ends else set()
+    if config.get("ensure_weight_tying"):
+        shared = {id(weight) for fqn in saved if (weight := getattr(modules[fqn], "weight", None)) is not None}
+        saved |= {fqn for fqn, module in modules.items() if id(getattr(module, "weight", None)) in shared}
+    return saved
+
+
+def _refuse_module(where: str, owner: str, converted: Callable[[str], tuple[str, bool]], base: Any) -> NoReturn:
+    """Raises AdapterError for a LoRA layer on a module that the base doesn't have, with the reason."""
+    parameter, joined = converted(f"{owner}.weight")
+    if joined:
         raise AdapterError(
-            f"adapter {name} ({path}): {key} has shape {list(tensor.shape)}, but {owner} of the base has"
-            f" {expected} {'input' if part.endswith('_A') else 'output'} features",
-            "The adapter was trained on another base model; use that one.",
+            f"{where} adapts {owner}, whose weight this version of transformers joins with others into one parameter,"
+            f" {parameter}; adapters on parts of a parameter are not supported",
+            "Leave such modules out of target_modules (experts, mostly), or merge the adapter into a model of its own.",
         )
-
-
-def _require_base_copy(name: str, path: Path, key: str, tensor: Tensor, module: torch.nn.Module) -> None:
-    """Raises AdapterError unless a base weight in an adapter's file equals the base's, which agents share."""
-    weight = getattr(module, key.rpartition(".")[2], None)
-    if isinstance(weight, Tensor) and weight.shape == tensor.shape and torch.equal(weight, tensor.to(weight.dtype)):
-        return
     raise AdapterError(
-        f"adapter {name} ({path}): {key} differs from the base weight, which agents share",
-        "Use the base that it was trained on; list fully trained modules in modules_to_save.",
+        f"{where} adapts module {owner}, which {type(base).__name__} does not have",
+        "The adapter was trained on another architecture; use its base model.",
     )
 
 

@@ -34,6 +34,11 @@ class Checkpoint:
         """Keyword arguments of transformers' `from_pretrained` besides the directory."""
         return {} if self.gguf is None else {"gguf_file": self.gguf}
 
+    @property
+    def path(self) -> Path:
+        """The model directory or GGUF file."""
+        return self.directory if self.gguf is None else self.directory / self.gguf
+
 
 def find_checkpoint(path: Path) -> Checkpoint:
     """Locates the model at `path`: a GGUF file, a directory with config.json, or one with exactly one GGUF file.
@@ -57,41 +62,63 @@ def find_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, found[0])
 
 
+def read_config(checkpoint: Checkpoint) -> Any:
+    """Reads a model's config. Python code that comes with the model is never run.
+
+    Returns:
+        A transformers config.
+
+    Raises:
+        ModelError: the config can't be read, or needs code from the model's folder.
+    """
+    from transformers import AutoConfig
+
+    with loading_errors(checkpoint.path):
+        return AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, **checkpoint.arguments)
+
+
+def read_usable_config(checkpoint: Checkpoint) -> Any:
+    """Reads the config of a model that is to be loaded.
+
+    Raises:
+        ModelError: see `read_config`; the model is quantised (other than GGUF).
+    """
+    config = read_config(checkpoint)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{checkpoint.path} is quantised",
+            "Convert from the unquantised checkpoint, which its adapters fit as well.",
+        )
+    return config
+
+
 def read_base(path: Path, dtype: torch.dtype) -> Any:
     """Loads the causal LM at `path` in one dtype. GGUF weights are dequantised.
+
+    An attention implementation that the config asks for is not used; the program has its own.
 
     Returns:
         A transformers model.
 
     Raises:
-        ModelError: the model can't be read, lacks weights, has weights of another shape than its config or with
-            infinite values or NaN, or is quantised (other than GGUF).
+        ModelError: the model can't be read, needs code from its folder, lacks weights, has weights of another shape
+            than its config or with infinite values or NaN, or is quantised (other than GGUF).
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     checkpoint = find_checkpoint(path)
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, **checkpoint.arguments)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ModelError(
-                f"{path} is quantised", "Convert from the unquantised checkpoint, which its adapters fit as well."
-            )
-        with _without_reports():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                checkpoint.directory,
-                config=config,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below
-                **checkpoint.arguments,
-            )
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"transformers can't load a causal LM from {path}: {type(error).__name__}: {shortened(error)}",
-            "Check its config.json, and that all weight files are present and complete.",
-        ) from error
+    config = read_usable_config(checkpoint)
+    with loading_errors(path), _without_reports():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation=None,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below
+            trust_remote_code=False,
+            **checkpoint.arguments,
+        )
     if info["missing_keys"]:
         some = sorted(info["missing_keys"])
         raise ModelError(f"{path} lacks {len(some)} weights, {some[0]} for one", "Use a complete checkpoint.")
@@ -107,6 +134,23 @@ def read_base(path: Path, dtype: torch.dtype) -> Any:
                 "Copy the checkpoint again, or choose another dtype if this one is float16.",
             )
     return model
+
+
+@contextmanager
+def loading_errors(path: Path) -> Iterator[None]:
+    """Converts errors that transformers raises while it loads a model into ModelError."""
+    try:
+        yield
+    except Exception as error:  # a broken file can raise anything
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{path} needs Python code that comes with the model (auto_map in config.json), which is never run",
+                "Use a model type that transformers has itself; docs/coverage.md lists those that convert.",
+            ) from error
+        raise ModelError(
+            f"transformers can't load a causal LM from {path}: {type(error).__name__}: {shortened(error)}",
+            "Check its config.json, and that all weight files are present and complete.",
+        ) from error
 
 
 @contextmanager

@@ -11,8 +11,9 @@ import copy
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from lragent.errors import AdapterError, RequestError
 from lragent.loading import adapter_config, adapter_files, checkpoint
 from lragent.loading.adapter_weights import LoraWeights, ReplacedRows, digest, require_finite
+from lragent.loading.checkpoint_dtype import auto_dtype
+from lragent.loading.hub import locate_adapter, locate_model
 from lragent.loading.peft_layers import Adapted, add_biases, put_hooks, take_apart
 from lragent.probing.mask_limits import mask_limit
 from lragent.probing.position_offset import position_offset
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INTERNAL = "adapter"  # adapter name inside PEFT, which allows no dots; names of agents may contain them
+NO_PINS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class LoadedModel:
         tokenizer_source: directory of the tokenizer; None: unknown.
         rows: module FQN -> agent name -> replaced weight rows.
         groups: module FQN -> for each agent, index of the first agent with the same A; empty: found by comparing A.
+        notes: sentences for the user about the files: a changed dtype, bases of other names.
+        sources: agent, or `base` for the model -> hub id and commit "OWNER/NAME@COMMIT"; without those from a path.
     """
 
     model: Any
@@ -63,28 +69,38 @@ class LoadedModel:
     tokenizer_source: str | None
     rows: Mapping[str, Mapping[str, ReplacedRows]] = field(default_factory=dict)
     groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
-def load_directories(model_dir: str | Path, adapters: Mapping[str, str | Path], dtype: str = "auto") -> LoadedModel:
+def load_directories(
+    model_dir: str | Path, adapters: Mapping[str, str | Path], dtype: str = "auto", pins: Mapping[str, str] = NO_PINS
+) -> LoadedModel:
     """Reads a model directory (or GGUF file) and its adapters.
 
     Args:
-        dtype: "auto" (float32 on CPU), "float32", "bfloat16" or "float16".
+        model_dir: a path or a hub id; so are the values of `adapters` (`lragent.loading.hub`).
+        dtype: "auto" (the checkpoint's, see `lragent.loading.checkpoint_dtype`), "float32", "bfloat16" or "float16".
+        pins: known commits of hub ids, see `LoadedModel.sources`.
 
     Raises:
-        ModelError: the model can't be read or run.
+        ModelError: the model can't be found, read or run.
         AdapterError: an adapter is missing, damaged, unsupported, or does not fit the model.
         RequestError: an agent name or the dtype is not valid.
     """
     check_agent_names(adapters)
-    paths = {name: Path(path) for name, path in adapters.items()}
+    wanted = None if dtype == "auto" else dtype_named(dtype)
+    located = {name: locate_adapter(name, path, pins.get(name, "")) for name, path in adapters.items()}
+    paths = {name: place.path for name, place in located.items()}
     configs = {name: adapter_config.read_config(name, path) for name, path in paths.items()}
-    adapter_config.require_same_base(configs)
-    model = checkpoint.read_base(Path(model_dir), torch.float32 if dtype == "auto" else dtype_named(dtype))
+    place = locate_model(model_dir, pins.get(BASE, ""))
+    notes = [adapter_config.note_on_bases(configs)]
+    if wanted is None:
+        wanted, note = auto_dtype(checkpoint.find_checkpoint(place.path))
+        notes.append(note)
+    model = checkpoint.read_base(place.path, wanted)
     files = {
-        name: adapter_files.in_peft_names(
-            name, path, adapter_files.read_weights(name, path), configs[name].get("modules_to_save") or (), model
-        )
+        name: adapter_files.in_peft_names(name, path, adapter_files.read_weights(name, path), configs[name], model)
         for name, path in paths.items()
     }
     adapted = Adapted()
@@ -94,7 +110,9 @@ def load_directories(model_dir: str | Path, adapters: Mapping[str, str | Path], 
             _inject(model, name, path, configs[name], files[name].tensors)
         take_apart(model, {name: INTERNAL}, adapted)
         add_biases(model, name, files[name].biases, adapted)
-    return _describe(model, adapted, tuple(paths), str(model_dir))
+    described = _describe(model, adapted, tuple(paths), str(place.path))
+    pinned = {name: source.pin for name, source in {BASE: place, **located}.items() if source.pin}
+    return replace(described, notes=tuple(filter(None, notes)), sources=pinned)
 
 
 def load_live(peft_model: Any, tokenizer_source: str | None = None) -> LoadedModel:

@@ -51,6 +51,7 @@ class Inspection:
         spare: number of slots without agent.
         misses: layout -> every place where a pass did not match, or for which the layout was refused. Layers that an
             attention implementation can't run are listed for each implementation.
+        notes, sources: see `lragent.loading.model.LoadedModel`.
     """
 
     source: str
@@ -64,6 +65,8 @@ class Inspection:
     compiled: Mapping[str, tuple[str, ...]]
     spare: int = 0
     misses: Mapping[str, tuple[Miss, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def break_even(self) -> dict[str, int | None]:
@@ -99,10 +102,11 @@ def inspect_artifact(path: Path) -> Inspection:
         compiled={target: tuple(packages) for target, packages in manifest.compiled.items()},
         spare=len(manifest.agents) - len(acting),
         misses=misses_by_layout(manifest.layouts.items(), manifest.refused),
+        sources=manifest.sources,
     )
 
 
-def inspect_model(model_dir: Path, adapters: Mapping[str, str | Path]) -> Inspection:
+def inspect_model(model_dir: str | Path, adapters: Mapping[str, str | Path]) -> Inspection:
     """Loads, captures and rewrites a model; nothing is compiled or written.
 
     Raises:
@@ -131,6 +135,8 @@ def inspect_model(model_dir: Path, adapters: Mapping[str, str | Path]) -> Inspec
         refusal=rewritten.refusal,
         compiled={},
         misses=misses_by_layout(programs.items(), rewritten.refused),
+        notes=loaded.notes,
+        sources=loaded.sources,
     )
 
 

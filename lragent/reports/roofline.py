@@ -14,6 +14,7 @@ from typing import Any
 
 from lragent.artifact.directory import open_artifact
 from lragent.errors import RequestError
+from lragent.loading.checkpoint import Checkpoint, loading_errors, read_config
 from lragent.program.cache_schema import BaseStreams, CacheSchema, LowRankStream
 from lragent.program.dtypes import dtype_named
 from lragent.runtime.cache_cost import bytes_per_token
@@ -103,14 +104,15 @@ def shape_of_model(model_dir: Path, agents: int, rank: int) -> ModelShape:
     Only the model's configuration is read.
 
     Raises:
+        ModelError: the configuration can't be read, or needs code from the model's folder.
         RequestError: the configuration lacks the sizes of attention.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config: Any = AutoConfig.from_pretrained(model_dir)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    config = read_config(Checkpoint(model_dir))
+    with loading_errors(model_dir), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=None, trust_remote_code=False)
     try:
         heads = config.num_attention_heads
         layers, kv_heads = config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads

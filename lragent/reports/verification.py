@@ -6,14 +6,18 @@ The turns start fresh trajectories, and a first turn is exact under every sharin
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lragent.artifact.directory import open_artifact
+from lragent.artifact.manifest import Manifest
 from lragent.errors import AdapterError, RequestError
+from lragent.loading.hub import locate_adapter, locate_model
 from lragent.loading.stages import Progress
+from lragent.program.agent import BASE
 from lragent.reports.peft_reference import PeftReference
 from lragent.runtime import Engine
 
@@ -22,8 +26,11 @@ PROMPTS = (
     "Question: A train leaves at nine and arrives at noon. How long does it travel?\nAnswer:",
     "def fibonacci(n):\n",
 )
+ID_PROMPTS = (5, 24, 12)  # lengths of prompts of token ids
 SCHEMES = ("non_shared", "base_lr_shared")
 FLOAT32_TOLERANCE = 1e-3
+
+Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -49,10 +56,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verification:
-    """All comparisons, and the largest difference that counts as equal."""
+    """All comparisons.
+
+    Args:
+        tolerance: the largest difference that counts as equal.
+        on_text: False if the prompts were token ids.
+    """
 
     comparisons: tuple[Comparison, ...]
     tolerance: float
+    on_text: bool = True
 
     @property
     def worst(self) -> float:
@@ -65,15 +78,15 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         rows = [dataclasses.asdict(row) for row in self.comparisons]
-        return {"equal": self.equal, "tolerance": self.tolerance, "comparisons": rows}
+        return {"equal": self.equal, "tolerance": self.tolerance, "on_text": self.on_text, "comparisons": rows}
 
 
 def verify(
     path: Path,
-    model_dir: Path,
-    adapters: Mapping[str, Path],
+    model_dir: str | Path,
+    adapters: Mapping[str, str | Path],
     engine_for: Callable[[str], Engine],
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[Prompt] | None = None,
     schemes: Sequence[str] = SCHEMES,
     new_tokens: int = 32,
     tolerance: float | None = None,
@@ -82,8 +95,10 @@ def verify(
     """Checks the hashes of all weight files, then compares the artifact with PEFT in float32.
 
     Args:
-        path: the artifact; `model_dir`, `adapters`: the files from which it was converted.
+        path: the artifact; `model_dir`, `adapters`: the files from which it was converted, or their hub ids. An id
+            without a revision is the commit from which the artifact was converted.
         engine_for: opens the artifact with a sharing scheme.
+        prompts: None: `PROMPTS` or, if the artifact has no tokenizer, random token ids.
         new_tokens: tokens generated for each prompt.
         tolerance: see `Verification`. None: 0.001, or for an artifact of 16 bits twice the largest `Comparison.own`
             if that is more.
@@ -92,32 +107,49 @@ def verify(
     Raises:
         AdapterError: `adapters` are not the artifact's agents.
         ArtifactError: a weight file is damaged.
-        RequestError: there is no prompt or no scheme.
+        ModelError, AdapterError: the model or an adapter can't be found or read.
+        RequestError: there is no prompt or no scheme, or a prompt is text and the artifact has no tokenizer.
     """
-    if not prompts or not schemes:
-        raise RequestError("verify has no prompt or no sharing scheme", "Pass at least one of each.")
     show: Progress = progress or (lambda stage: None)
     opened = open_artifact(path)
-    differing = {agent.name for agent in opened.manifest.agents if agent.digest} ^ set(adapters)
+    manifest = opened.manifest
+    if prompts is None:
+        prompts = PROMPTS if manifest.tokenizer else random_prompts(manifest, new_tokens)
+    if not prompts or not schemes:
+        raise RequestError("verify has no prompt or no sharing scheme", "Pass at least one of each.")
+    if not manifest.tokenizer and any(isinstance(prompt, str) for prompt in prompts):
+        raise RequestError(
+            f"{path} has no tokenizer, and a prompt is text", "Leave the prompts out: verify then runs on token ids."
+        )
+    differing = {agent.name for agent in manifest.agents if agent.digest} ^ set(adapters)
     if differing:
         raise AdapterError(f"{path} and the adapters differ in {', '.join(sorted(differing))}", "Name all its agents.")
+    pins = manifest.sources
+    model = locate_model(model_dir, pins.get(BASE, "")).path
+    folders = {name: locate_adapter(name, folder, pins.get(name, "")).path for name, folder in adapters.items()}
     show("hashing weights")
     opened.weights(hashed=True)
     show("loading the model with PEFT")
-    reference = PeftReference(model_dir, adapters, "float32")
-    dtype = opened.manifest.dtype
-    rounded = None if dtype == "float32" else PeftReference(model_dir, adapters, dtype)
+    reference = PeftReference(model, folders, "float32")
+    rounded = None if manifest.dtype == "float32" else PeftReference(model, folders, manifest.dtype)
     comparisons: list[Comparison] = []
     for sharing in schemes:
         show(f"comparing {sharing}")
         comparisons += compare(engine_for(sharing), reference, rounded, prompts, new_tokens)
     if tolerance is None:
         tolerance = max(FLOAT32_TOLERANCE, *(2 * row.own for row in comparisons))
-    return Verification(tuple(comparisons), tolerance)
+    return Verification(tuple(comparisons), tolerance, on_text=isinstance(prompts[0], str))
+
+
+def random_prompts(manifest: Manifest, new_tokens: int) -> tuple[list[int], ...]:
+    """Prompts of random token ids, the same every time, which leave room for `new_tokens`."""
+    rng = random.Random(0)
+    room = max(1, manifest.max_positions - new_tokens)
+    return tuple([rng.randrange(manifest.vocab_size) for _ in range(min(length, room))] for length in ID_PROMPTS)
 
 
 def compare(
-    engine: Engine, reference: PeftReference, rounded: PeftReference | None, prompts: Sequence[str], new_tokens: int
+    engine: Engine, reference: PeftReference, rounded: PeftReference | None, prompts: Sequence[Prompt], new_tokens: int
 ) -> Iterator[Comparison]:
     """Generates greedily with every agent on fresh trajectories and lets PEFT score the same tokens.
 
@@ -129,8 +161,8 @@ def compare(
         behind: list[float] = []
         differences: list[float] = []
         own = [0.0]
-        for text in prompts:
-            with engine.trajectory(text) as t:
+        for start in prompts:
+            with engine.trajectory(start) as t:
                 prompt = t.token_ids
                 turn = t.generate(agent, max_new_tokens=new_tokens, ignore_eos=True)
             scored = reference.score(agent, prompt, turn.token_ids)

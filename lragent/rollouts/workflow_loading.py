@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from lragent.errors import TaskFileError
+from lragent.files.user_path import user_path
 from lragent.rollouts.workflow_files import files_of, module_root
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def parse_spec(spec: str) -> tuple[Path, str]:
     file, colon, name = spec.rpartition(":")
     if not colon or not file.endswith(".py") or not name.isidentifier():
         raise TaskFileError(f"workflow {spec!r} isn't FILE.py:FUNC", "For example workflows/qa.py:workflow.")
-    path = Path(file).expanduser()
+    path = user_path(file)
     if not path.is_file():
         raise TaskFileError(f"workflow file {path} doesn't exist", "Check the path before the colon.")
     return path, name

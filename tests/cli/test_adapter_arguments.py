@@ -8,7 +8,7 @@ from lragent_cli.adapter_arguments import parse_adapters
 
 def test_named_adapters_keep_their_order() -> None:
     parsed = parse_adapters("plan=a/p, action=b , reflect=/c/r")
-    assert list(parsed.items()) == [("plan", Path("a/p")), ("action", Path("b")), ("reflect", Path("/c/r"))]
+    assert list(parsed.items()) == [("plan", "a/p"), ("action", "b"), ("reflect", "/c/r")]
 
 
 def test_directories_without_names_lend_their_own() -> None:
@@ -22,7 +22,7 @@ def test_the_current_directory_has_a_name_too(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_path_may_hold_an_equals_sign_after_its_name() -> None:
-    assert parse_adapters("plan=runs/lr=1e-3") == {"plan": Path("runs/lr=1e-3")}
+    assert parse_adapters("plan=runs/lr=1e-3") == {"plan": "runs/lr=1e-3"}
 
 
 @pytest.mark.parametrize("text", ["a/plan,b/plan", "plan=a,plan=b", "plan=a,b/plan"])
@@ -39,3 +39,12 @@ def test_a_name_given_twice_is_refused(text: str) -> None:
 def test_what_is_no_adapter_is_named(text: str, found: str) -> None:
     with pytest.raises(typer.BadParameter, match=found):
         parse_adapters(text)
+
+
+def test_a_hub_id_lends_its_name_without_owner_and_revision() -> None:
+    assert parse_adapters("org/plan,org/action@v2") == {"plan": "org/plan", "action": "org/action@v2"}
+
+
+def test_the_home_directory_lends_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "ada"))
+    assert parse_adapters("~,~/plan") == {"ada": "~", "plan": "~/plan"}

@@ -159,3 +159,15 @@ def test_embed_scale() -> None:
     ids = torch.arange(TOKENS)
     assert torch.equal(embedding(ids), embedding.weight[ids] * scale)
     assert compat.embedding_scale(nn.Embedding(2, 2)) == compat.embedding_scale(nn.Linear(2, 2)) == 1.0
+
+
+def test_checkpoint_key_conversion() -> None:
+    """transformers.conversion_mapping.get_model_conversion_mapping; rename_source_key of core_model_loading"""
+    convert = compat.key_conversion(tiny("mixtral", num_local_experts=4, num_experts_per_tok=2))
+    kept = "model.layers.0.self_attn.q_proj.weight"
+    assert convert(kept) == (kept, False)
+    router = "layers.0.block_sparse_moe.gate.lora_A.weight"
+    assert convert(router) == (router.replace("block_sparse_moe", "mlp"), False)
+    expert = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
+    assert convert(expert) == ("model.layers.0.mlp.experts.gate_up_proj", True)
+    assert compat.key_conversion(tiny("llama"))(kept) == (kept, False)

@@ -87,6 +87,24 @@ SETS = {
         },
         tied=True,
     ),
+    "embeddings tied by PEFT": Set(
+        "llama",
+        {
+            "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+            "both": {
+                "target_modules": ["q_proj"],
+                "modules_to_save": ["embed_tokens", "lm_head"],
+                "ensure_weight_tying": True,
+            },
+            "lora": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+            "tokens": {
+                "target_modules": ["q_proj"],
+                "trainable_token_indices": PROMPT[:5],
+                "ensure_weight_tying": True,
+            },
+        },
+        tied=True,
+    ),
     "scaled embeddings": Set(
         "gemma3_text",
         {

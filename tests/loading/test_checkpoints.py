@@ -60,13 +60,13 @@ def test_a_tied_weight_is_stored_once(tmp_path: Path) -> None:
     assert [name for name, tensor in stored.items() if tensor.shape[0] == VOCAB] == ["model.lm_head.weight"]
 
 
-@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("wanted", ["auto", "bfloat16", "float16"])
 def test_dtypes(stored: str, wanted: str, model_dir: Path, tiny_llama: WrittenModel) -> None:
     with quiet():
         AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, stored)).save_pretrained(model_dir)
     loaded = load_directories(model_dir, tiny_llama.adapters, wanted)
-    dtype = torch.float32 if wanted == "auto" else getattr(torch, wanted)
+    dtype = getattr(torch, stored if wanted == "auto" else wanted)
     assert loaded.dtype == dtype
     assert {p.dtype for p in loaded.model.parameters()} == {dtype}
     assert {t.dtype for w in loaded.lora.values() for pair in w.values() for t in (pair.a, pair.b)} == {dtype}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 import lragent
 from lragent.errors import AdapterError, ArtifactError, RequestError
-from lragent.reports.verification import FLOAT32_TOLERANCE, Comparison, Verification
+from lragent.reports.verification import FLOAT32_TOLERANCE, ID_PROMPTS, Comparison, Verification
 from lragent.runtime import Engine
 from tests.models import WrittenModel
 
@@ -71,3 +72,35 @@ def test_a_token_that_peft_likes_less_counts_like_a_difference() -> None:
     row = Comparison("non_shared", "plan", tokens=3, same=2, behind=0.5, difference=0.25, own=0.0)
     assert Verification((row,), 0.5).worst == 0.5
     assert Verification((row,), 0.5).equal and not Verification((row,), 0.4).equal
+
+
+@pytest.fixture(scope="module")
+def without_tokenizer(tiny_llama: WrittenModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of a model of 16 positions whose folder has no tokenizer."""
+    directory = tmp_path_factory.mktemp("bare")
+    (directory / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_llama.model_dir / name, directory / "model")
+    config = directory / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 16}))
+    lragent.convert(directory / "model", tiny_llama.adapters, directory / "m.lragent", compiled=False)
+    return directory / "m.lragent"
+
+
+def test_an_artifact_without_tokenizer_is_compared_on_token_ids(
+    without_tokenizer: Path, tiny_llama: WrittenModel
+) -> None:
+    found = verify(without_tokenizer, tiny_llama, schemes=["non_shared"])
+    assert found.equal and not found.on_text
+    assert {row.tokens for row in found.comparisons} == {len(ID_PROMPTS) * 6}
+    given = verify(without_tokenizer, tiny_llama, schemes=["non_shared"], prompts=[[5, 6, 7]])
+    assert given.equal and {row.tokens for row in given.comparisons} == {6}
+
+
+def test_text_without_a_tokenizer_is_refused_before_anything_is_read(
+    without_tokenizer: Path, tiny_llama: WrittenModel
+) -> None:
+    stages: list[str] = []
+    with pytest.raises(RequestError, match=r"has no tokenizer, and a prompt is text\nLeave the prompts out"):
+        verify(without_tokenizer, tiny_llama, prompts=["one"], progress=stages.append)
+    assert stages == []
