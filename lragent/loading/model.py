@@ -11,7 +11,7 @@ import copy
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +46,10 @@ class LoadedModel:
         max_positions: largest number of positions of a trajectory.
         position_offset: constant that the model adds to positions 0, 1, 2, ... when none are passed.
         dtype: dtype of the weights.
-        tokenizer_source: directory of the tokenizer; None: unknown.
+        tokenizer_source: directory or GGUF file of the tokenizer, or a live transformers tokenizer; None: unknown.
         rows: module FQN -> agent name -> replaced weight rows.
         groups: module FQN -> for each agent, index of the first agent with the same A; empty: found by comparing A.
+        adapter_folders: agent name -> directory of its adapter; empty for a live model.
     """
 
     model: Any
@@ -60,9 +61,10 @@ class LoadedModel:
     stop_token_ids: tuple[int, ...]
     dtype: torch.dtype
     architecture: str
-    tokenizer_source: str | None
+    tokenizer_source: Any
     rows: Mapping[str, Mapping[str, ReplacedRows]] = field(default_factory=dict)
     groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    adapter_folders: Mapping[str, Path] = field(default_factory=dict)
 
 
 def load_directories(model_dir: str | Path, adapters: Mapping[str, str | Path], dtype: str = "auto") -> LoadedModel:
@@ -94,11 +96,14 @@ def load_directories(model_dir: str | Path, adapters: Mapping[str, str | Path], 
             _inject(model, name, path, configs[name], files[name].tensors)
         take_apart(model, {name: INTERNAL}, adapted)
         add_biases(model, name, files[name].biases, adapted)
-    return _describe(model, adapted, tuple(paths), str(model_dir))
+    return replace(_describe(model, adapted, tuple(paths), str(model_dir)), adapter_folders=paths)
 
 
-def load_live(peft_model: Any, tokenizer_source: str | None = None) -> LoadedModel:
+def load_live(peft_model: Any, tokenizer_source: Any = None) -> LoadedModel:
     """Reads a live PEFT model or a plain causal LM, without changing it.
+
+    Args:
+        tokenizer_source: see `LoadedModel`.
 
     Raises:
         ModelError, AdapterError: see `load_directories`.
@@ -157,7 +162,7 @@ def _inject(model: Any, name: str, path: Path, config: Mapping[str, Any], tensor
         )
 
 
-def _describe(causal_lm: Any, adapted: Adapted, names: Sequence[str], tokenizer_source: str | None) -> LoadedModel:
+def _describe(causal_lm: Any, adapted: Adapted, names: Sequence[str], tokenizer_source: Any) -> LoadedModel:
     """Replaces adapted modules by hooks, and collects the facts of the model and of the agents `names`.
 
     Raises:

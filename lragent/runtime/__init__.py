@@ -12,7 +12,6 @@
 
 from lragent.runtime.config import EngineConfig
 from lragent.runtime.engine import Engine
-from lragent.runtime.sampling.tokenizer import Tokenizer, TokenizerFile
 from lragent.runtime.schemes import SCHEMES
 from lragent.runtime.stats import EngineStats
 from lragent.runtime.task_loop import RolloutResult, TaskError, Workflow
@@ -20,6 +19,7 @@ from lragent.runtime.trajectory import Trajectory
 from lragent.runtime.trajectory_state import TurnSegment
 from lragent.runtime.turn import Turn
 from lragent.runtime.usage import Usage
+from lragent.text.tokenizer import Tokenizer
 
 __all__ = [
     "SCHEMES",
@@ -29,7 +29,6 @@ __all__ = [
     "RolloutResult",
     "TaskError",
     "Tokenizer",
-    "TokenizerFile",
     "Trajectory",
     "Turn",
     "TurnSegment",

@@ -19,6 +19,24 @@ class TurnSegment:
     end: int
 
 
+@dataclass(frozen=True)
+class StartText:
+    """The text that a trajectory began with.
+
+    Args:
+        tokens: number of tokens that are left of it.
+        whole: False after `truncate` has removed some.
+    """
+
+    text: str
+    tokens: int
+    whole: bool = True
+
+    def cut(self, length: int) -> StartText:
+        """The start of a trajectory that keeps its first `length` tokens."""
+        return self if length >= self.tokens else StartText(self.text, length, whole=False)
+
+
 @dataclass(eq=False)
 class TrajectoryState:
     """Tokens, their segments, and page tables: one per agent id in `non_shared`, else one under key 0."""
@@ -29,6 +47,7 @@ class TrajectoryState:
     page_tables: dict[int, PageTable] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)  # of all requests, those of forks included
     closed: bool = False
+    start: StartText | None = None  # None if it began with token ids or with nothing
 
     def table_for(self, owner: int, agents: int, rules: KeyRules) -> PageTable:
         if owner not in self.page_tables:
@@ -50,6 +69,7 @@ class TrajectoryState:
         self.segments = [
             TurnSegment(part.agent, part.start, min(part.end, length)) for part in self.segments if part.start < length
         ]
+        self.start = None if self.start is None else self.start.cut(length)
         for table in self.page_tables.values():
             table.cut(length, cache)
 
@@ -61,6 +81,7 @@ class TrajectoryState:
             list(self.segments),
             {owner: table.fork(cache) for owner, table in self.page_tables.items()},
             self.usage,
+            start=self.start,
         )
 
     def close(self, cache: SharedCache) -> None:

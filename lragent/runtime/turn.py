@@ -98,9 +98,11 @@ class Turn:
 
     Args:
         token_ids: every sampled token, a stop token included.
-        text: decoded text without stop string and special tokens; empty if the engine has no tokenizer.
+        text: decoded text without stop string and special tokens; empty if the engine has no tokenizer. A leading space
+            is kept. U+FFFD stands for bytes at its end that are no complete character.
         logprobs: natural log-probability of each token under the unfiltered distribution.
         finish_reason: "stop" (a stop string or token) or "length" (max_new_tokens, or the model's last position).
+        stop_reason: the stop string or the token id that ended the turn; None if its length did.
     """
 
     agent: str
@@ -109,6 +111,7 @@ class Turn:
     logprobs: list[float]
     finish_reason: FinishReason
     usage: Usage
+    stop_reason: str | int | None = None
 
 
 def as_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
