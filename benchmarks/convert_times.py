@@ -26,6 +26,7 @@ import lragent
 from benchmarks.step import runner, step_inputs
 from benchmarks.timing import in_turn
 from lragent.artifact.build import BuildOptions, write
+from lragent.artifact.tokenizer import artifact_tokenizer
 from lragent.compat.torch import empty_inductor_cache
 from lragent.compile.compile import UNITS
 from lragent.loading.model import load_directories
@@ -58,7 +59,8 @@ def convert(model_dir: Path, adapters: Mapping[str, Path], dtype: str, out: Path
     with empty_inductor_cache():
         loaded = stages.run("load", lambda: load_directories(model_dir, adapters, dtype))
         rewritten = rewrite(loaded, ("split",), stages)
-        write(loaded, rewritten, out, options=BuildOptions(compiled=("split",), unit=unit), stages=stages)
+        options = BuildOptions(compiled=("split",), unit=unit)
+        write(loaded, rewritten, artifact_tokenizer(loaded), out, options=options, stages=stages)
     clock("")
     return clock.seconds
 

@@ -85,7 +85,7 @@ def convert(
 
 
 def print_report(report: ConvertReport, console: Console) -> None:
-    """Prints path, agents, seconds of each stage, places that did not match, and reasons of refusals."""
+    """Prints path, agents, seconds of each stage, places that did not match, reasons of refusals, and notes."""
     console.print(f"wrote {report.out} for {', '.join(report.agents)}", markup=False, soft_wrap=True)
     width = max([24, *map(len, report.seconds)])
     for stage, seconds in report.seconds.items():
@@ -100,5 +100,7 @@ def print_report(report: ConvertReport, console: Console) -> None:
         console.print(refusal, markup=False, soft_wrap=True)
     for note in report.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
+    for note in report.tokenizer:
+        console.print(f"tokenizer: {note}", markup=False, soft_wrap=True)
     if report.advice:
         console.print(f"note: {report.advice}", markup=False, soft_wrap=True)

@@ -188,7 +188,7 @@ def load(
 def optimize(
     peft_model: Any,
     sharing: str = SHARING,
-    tokenizer: str | Path | None = None,
+    tokenizer: Any = None,
     kv_memory: int | str = KV_MEMORY,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     backend: str = BACKEND,
@@ -213,7 +213,7 @@ def optimize(
     """
     from lragent.artifact.build import BuildOptions, write
     from lragent.artifact.open import resolve_backend
-    from lragent.artifact.tokenizer import tokenizer_from
+    from lragent.artifact.tokenizer import artifact_tokenizer, tokenizer_from
     from lragent.compile.compile import require_unit
     from lragent.compile.export import CPU
     from lragent.compile.live_program import program_of_model
@@ -228,18 +228,20 @@ def optimize(
     backend = resolve_backend(backend, CPU)
     require_unit(unit)
     chosen = resolve(attention, "cpu")
-    loaded = load_live(peft_model)
+    reader = tokenizer_from(tokenizer)
+    loaded = load_live(peft_model, None if reader is None else reader.source)
+    text = artifact_tokenizer(loaded)
     rewritten = rewrite(loaded, (layout,), Stages())
 
     def save(out: Path) -> None:
         compiled = (layout,) if backend == "compiled" else ()
         options = BuildOptions(compiled=compiled, attention=chosen, unit=unit)
-        write(loaded, rewritten, user_path(out), options=options, stages=Stages())
+        write(loaded, rewritten, text, user_path(out), options=options, stages=Stages())
 
     return Engine(
         program_of_model(loaded, rewritten.programs[layout], backend, chosen, loaded.dtype, unit),
-        replace(config, kv_dtype=loaded.dtype, stop_token_ids=tuple(loaded.stop_token_ids)),
-        tokenizer_from(user_path(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer),
+        replace(config, kv_dtype=loaded.dtype, stop_token_ids=text.stop_token_ids),
+        reader,
         save,
     )
 

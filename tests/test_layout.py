@@ -22,7 +22,7 @@ FLOORS = (
     {"errors"},
     {"files", "compat"},
     {"program"},
-    {"probing"},
+    {"probing", "text"},
     {"kernels", "loading", "runtime"},
     {"graph"},
     {"capture"},

@@ -17,7 +17,7 @@ from lragent.artifact.compiled_files import CompiledKey, compiled_file, place_co
 from lragent.artifact.directory import new_directory, open_artifact, require_free
 from lragent.artifact.manifest import LayoutEntry, Manifest, write_manifest
 from lragent.artifact.misses import misses_by_layout
-from lragent.artifact.tokenizer import write_tokenizer
+from lragent.artifact.tokenizer import artifact_tokenizer, with_stops, write_tokenizer
 from lragent.artifact.weights import write_weights
 from lragent.compile.compile import compile_graph, require_compiler, target_name
 from lragent.compile.export import export_graph, save_without_weights, tensors_of
@@ -33,6 +33,7 @@ from lragent.program.cache_schema import Layout
 from lragent.program.dtypes import dtype_name
 from lragent.program.step import PAGE_SIZE
 from lragent.runtime.cache_cost import advice, bytes_per_token
+from lragent.text.choose_tokenizer import ArtifactTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class ConvertReport:
             attention implementation, and every place for which the layout was refused. Layouts without misses are
             left out.
         notes: see `lragent.loading.model.LoadedModel`.
+        tokenizer: sentences about the tokenizer: that there is none, or whose it is, or that it changes some text.
     """
 
     out: Path
@@ -79,6 +81,7 @@ class ConvertReport:
     unit_refusal: str = ""
     misses: Mapping[str, tuple[Miss, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    tokenizer: tuple[str, ...] = ()
 
 
 def build(
@@ -100,12 +103,19 @@ def build(
     require_free(out, options.overwrite)
     if options.compiled:
         require_compiler()
+    text = artifact_tokenizer(loaded)
     rewritten = rewrite(loaded, options.compiled if wanted is None else wanted, stages)
-    return write(loaded, rewritten, out, options=options, stages=stages)
+    return write(loaded, rewritten, text, out, options=options, stages=stages)
 
 
 def write(
-    loaded: LoadedModel, rewritten: Rewritten, out: Path, *, options: BuildOptions, stages: Stages
+    loaded: LoadedModel,
+    rewritten: Rewritten,
+    text: ArtifactTokenizer,
+    out: Path,
+    *,
+    options: BuildOptions,
+    stages: Stages,
 ) -> ConvertReport:
     """Writes rewritten programs as an artifact and compiles some of them for this machine.
 
@@ -114,7 +124,7 @@ def write(
     """
     names = graphs(resolve(options.attention, "cpu")) if options.compiled else ()
     with new_directory(out, options.overwrite) as directory:
-        manifest = replace(write_programs(loaded, rewritten, directory, stages), unit=options.unit)
+        manifest = replace(write_programs(loaded, rewritten, text, directory, stages), unit=options.unit)
         if options.overwrite:
             _keep_packages(out, manifest, directory)
         packages: dict[str, FileEntry] = {}
@@ -145,10 +155,13 @@ def write(
         unit_refusal=unit_refusal,
         misses=misses_by_layout(manifest.layouts.items(), rewritten.refused, reported),
         notes=loaded.notes,
+        tokenizer=text.notes,
     )
 
 
-def write_programs(loaded: LoadedModel, rewritten: Rewritten, directory: Path, stages: Stages) -> Manifest:
+def write_programs(
+    loaded: LoadedModel, rewritten: Rewritten, text: ArtifactTokenizer, directory: Path, stages: Stages
+) -> Manifest:
     """Writes programs, weights and tokenizer; returns the manifest, which is still to be written."""
     tensors: dict[str, Tensor] = {}
     agent_slots = agent_slots_of(loaded, spare=0)
@@ -173,16 +186,17 @@ def write_programs(loaded: LoadedModel, rewritten: Rewritten, directory: Path, s
         architecture=loaded.architecture,
         max_positions=loaded.max_positions,
         vocab_size=loaded.vocab_size,
-        stop_token_ids=loaded.stop_token_ids,
+        stop_token_ids=text.stop_token_ids,
         dtype=dtype_name(loaded.dtype),
         page_size=PAGE_SIZE,
-        agents=loaded.agents,
+        agents=with_stops(loaded.agents, text),
         layouts=layouts,
         refusal=rewritten.refusal,
         refused=rewritten.refused,
         weights=weights,
         aliases=aliases,
-        tokenizer=write_tokenizer(loaded.tokenizer_source, directory),
+        tokenizer=write_tokenizer(text, directory),
+        chat_templates={agent: dict(templates) for agent, templates in text.templates.items()},
         agent_slot_ranks=dict(agent_slots.ranks),
         agent_slot_groups=dict(agent_slots.groups),
         sources=dict(loaded.sources),

@@ -6,7 +6,7 @@ NAME.lragent/
   compiled/TARGET/KEY.pt2            unit "model"; KEY: see `lragent.artifact.compiled_files.CompiledKey`
   compiled/TARGET/KEY-HASH/          unit "layer": plan.json and its packages
   weights/{base,adapters}.safetensors  (adapters-HASH.safetensors after an update)
-  tokenizer/
+  tokenizer/                         (tokenizer-HASH/ after an update)
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ class Manifest:
         dtype: of weights and computation; page_size: tokens a page.
         refusal, refused: message and every place of a refused split layout; empty if it was not refused.
         weights: weight files; aliases: name of a tied tensor -> name under which it is stored.
-        tokenizer: True if the artifact holds one.
+        tokenizer: files of its tokenizer, in one folder; empty if it has none.
+        chat_templates: agent -> name -> template, of agents with chat templates of their own.
         agent_slot_ranks, agent_slot_groups: see `lragent.loading.agent_slots.AgentSlots`.
         compiled: target -> `CompiledKey` as text -> the file to load (`lragent.artifact.compiled_files`).
         unit: "model" or "layer", used when the artifact is compiled for another machine.
@@ -67,7 +68,8 @@ class Manifest:
     refused: tuple[Miss, ...]
     weights: tuple[FileEntry, ...]
     aliases: dict[str, str]
-    tokenizer: bool
+    tokenizer: tuple[FileEntry, ...]
+    chat_templates: dict[str, dict[str, str]]
     agent_slot_ranks: dict[str, tuple[int, ...]]
     agent_slot_groups: dict[str, tuple[int, ...]]
     compiled: dict[str, dict[str, FileEntry]] = field(default_factory=dict)
@@ -161,6 +163,7 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
             "layouts": {name: _layout(entry) for name, entry in raw["layouts"].items()},
             "refused": _misses(raw["refused"]),
             "weights": tuple(FileEntry(**entry) for entry in raw["weights"]),
+            "tokenizer": tuple(FileEntry(**entry) for entry in raw["tokenizer"]),
             "agent_slot_ranks": {module: tuple(ranks) for module, ranks in raw["agent_slot_ranks"].items()},
             "agent_slot_groups": {module: tuple(group) for module, group in raw["agent_slot_groups"].items()},
             "compiled": {
@@ -180,7 +183,7 @@ def _require_entries(raw: Mapping[str, Any], kind: type[Manifest] | type[LayoutE
 
 
 def _agent(raw: dict[str, Any]) -> Agent:
-    return Agent(**{**raw, "scalings": tuple(raw["scalings"]), "targets": tuple(raw["targets"])})
+    return Agent(**{**raw, **{name: tuple(raw[name]) for name in ("scalings", "targets", "stop_token_ids")}})
 
 
 def _misses(raw: list[dict[str, str]]) -> tuple[Miss, ...]:

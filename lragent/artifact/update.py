@@ -20,6 +20,7 @@ from lragent.artifact.build import ConvertReport, adapter_constants
 from lragent.artifact.directory import cannot_write, open_artifact, place
 from lragent.artifact.manifest import read_manifest, write_manifest
 from lragent.artifact.misses import misses_by_layout
+from lragent.artifact.tokenizer import TOKENIZER, artifact_tokenizer, replace_tokenizer, with_stops
 from lragent.artifact.weights import ADAPTER_FILES, ADAPTER_WEIGHTS, save_tensors, stored_once
 from lragent.compile.export import tensors_of
 from lragent.compile.fingerprint import fingerprint
@@ -55,6 +56,7 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
     agent_slots = AgentSlots(
         tuple(agent.name for agent in manifest.agents), manifest.agent_slot_ranks, manifest.agent_slot_groups
     )
+    text = artifact_tokenizer(loaded)
     loaded = fit(loaded, assign(agent_slots, tuple(adapters)))
     programs = rewrite(loaded, tuple(layout for layout in LAYOUTS if layout in manifest.layouts), stages).programs
     tensors: dict[str, Tensor] = {}
@@ -77,10 +79,15 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
 
     def write(weights: dict[str, Tensor]) -> None:
         with directory_lock(path):
+            _remove_scratch(path)
             written = _write_adapters(path, weights)
+            with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=path) as scratch:
+                tokenizer = replace_tokenizer(text, Path(scratch), artifact)
             updated = dataclasses.replace(
                 manifest,
-                agents=loaded.agents,
+                agents=with_stops(loaded.agents, text),
+                tokenizer=tokenizer,
+                chat_templates={agent: dict(templates) for agent, templates in text.templates.items()},
                 weights=(*base, written),
                 aliases=aliases,
                 layouts=layouts,
@@ -88,7 +95,7 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
                 compiled=read_manifest(path).compiled,  # another process may have added a package
             )
             write_manifest(updated, path)
-            _remove_others(path, written)
+            _remove_others(path, written, tokenizer)
 
     try:
         stages.run("write weights", lambda: write({n: stored[n] for n in stored if n in names}))
@@ -97,24 +104,40 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
     sizes = bytes_per_token({name: entry.schema for name, entry in layouts.items()}, acting, manifest.dtype)
     misses = misses_by_layout(layouts.items(), manifest.refused, graph_names=())
     return ConvertReport(
-        path, acting, dict(stages.seconds), (), manifest.refusal, advice(sizes), misses=misses, notes=loaded.notes
+        out=path,
+        agents=acting,
+        seconds=dict(stages.seconds),
+        compiled=(),
+        refusal=manifest.refusal,
+        advice=advice(sizes),
+        misses=misses,
+        notes=loaded.notes,
+        tokenizer=text.notes,
     )
 
 
 def _write_adapters(path: Path, tensors: dict[str, Tensor]) -> FileEntry:
     """Writes the adapters' file under a name that holds its hash."""
-    for left in path.glob(f"{_SCRATCH}*"):  # left by an update that was killed
-        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=path) as scratch:
         built = save_tensors(Path(scratch), Path(ADAPTER_WEIGHTS).name, tensors)
         return place(Path(scratch) / built.path, path, f"{ADAPTER_FILES}-{built.sha256[:12]}.safetensors")
 
 
-def _remove_others(path: Path, written: FileEntry) -> None:
-    """Removes the adapter files that the manifest does not name."""
+def _remove_scratch(path: Path) -> None:
+    """Removes what an update that was killed has left."""
+    for left in path.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(left)
+
+
+def _remove_others(path: Path, written: FileEntry, tokenizer: tuple[FileEntry, ...]) -> None:
+    """Removes the adapter files and tokenizers that the manifest does not name."""
     for file in path.glob(f"{ADAPTER_FILES}*"):
         if file != path / written.path:
             file.unlink()
+    named = {entry.path.partition("/")[0] for entry in tokenizer}
+    for folder in path.glob(f"{TOKENIZER}*"):
+        if folder.name not in named:
+            shutil.rmtree(folder)
 
 
 def _difference(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> str:

@@ -50,11 +50,12 @@ class LoadedModel:
         max_positions: largest number of positions of a trajectory.
         position_offset: constant that the model adds to positions 0, 1, 2, ... when none are passed.
         dtype: dtype of the weights.
-        tokenizer_source: directory of the tokenizer; None: unknown.
+        tokenizer_source: directory or GGUF file of the tokenizer, or a live transformers tokenizer; None: unknown.
         rows: module FQN -> agent name -> replaced weight rows.
         groups: module FQN -> for each agent, index of the first agent with the same A; empty: found by comparing A.
         notes: sentences for the user about the files: a changed dtype, bases of other names.
         sources: agent, or `base` for the model -> hub id and commit "OWNER/NAME@COMMIT"; without those from a path.
+        adapter_folders: agent name -> directory of its adapter; empty for a live model.
     """
 
     model: Any
@@ -66,11 +67,12 @@ class LoadedModel:
     stop_token_ids: tuple[int, ...]
     dtype: torch.dtype
     architecture: str
-    tokenizer_source: str | None
+    tokenizer_source: Any
     rows: Mapping[str, Mapping[str, ReplacedRows]] = field(default_factory=dict)
     groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
+    adapter_folders: Mapping[str, Path] = field(default_factory=dict)
 
 
 def load_directories(
@@ -112,11 +114,14 @@ def load_directories(
         add_biases(model, name, files[name].biases, adapted)
     described = _describe(model, adapted, tuple(paths), str(place.path))
     pinned = {name: source.pin for name, source in {BASE: place, **located}.items() if source.pin}
-    return replace(described, notes=tuple(filter(None, notes)), sources=pinned)
+    return replace(described, adapter_folders=paths, notes=tuple(filter(None, notes)), sources=pinned)
 
 
-def load_live(peft_model: Any, tokenizer_source: str | None = None) -> LoadedModel:
+def load_live(peft_model: Any, tokenizer_source: Any = None) -> LoadedModel:
     """Reads a live PEFT model or a plain causal LM, without changing it.
+
+    Args:
+        tokenizer_source: see `LoadedModel`.
 
     Raises:
         ModelError, AdapterError: see `load_directories`.
@@ -175,7 +180,7 @@ def _inject(model: Any, name: str, path: Path, config: Mapping[str, Any], tensor
         )
 
 
-def _describe(causal_lm: Any, adapted: Adapted, names: Sequence[str], tokenizer_source: str | None) -> LoadedModel:
+def _describe(causal_lm: Any, adapted: Adapted, names: Sequence[str], tokenizer_source: Any) -> LoadedModel:
     """Replaces adapted modules by hooks, and collects the facts of the model and of the agents `names`.
 
     Raises:

@@ -18,6 +18,7 @@ class Agent:
         rank: largest rank of any module.
         scalings: distinct scalings of the modules, in increasing order.
         targets: FQNs of the adapted modules.
+        stop_token_ids: ids that end its turns besides the model's own stop tokens.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Agent:
     rank: int = 0
     scalings: tuple[float, ...] = ()
     targets: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
 
     @property
     def spare(self) -> bool:

@@ -13,7 +13,6 @@
 from lragent.runtime.config import EngineConfig
 from lragent.runtime.engine import Engine
 from lragent.runtime.record import AgentSpan, TrajectoryRecord
-from lragent.runtime.sampling.tokenizer import Tokenizer, TokenizerFile
 from lragent.runtime.schemes import SCHEMES
 from lragent.runtime.stats import EngineStats
 from lragent.runtime.task_error import ErrorCause, TaskError
@@ -22,6 +21,7 @@ from lragent.runtime.trajectory import Trajectory
 from lragent.runtime.trajectory_state import TurnSegment
 from lragent.runtime.turn import Turn
 from lragent.runtime.usage import Usage
+from lragent.text.tokenizer import Tokenizer
 
 __all__ = [
     "SCHEMES",
@@ -33,7 +33,6 @@ __all__ = [
     "RolloutResult",
     "TaskError",
     "Tokenizer",
-    "TokenizerFile",
     "Trajectory",
     "TrajectoryRecord",
     "Turn",

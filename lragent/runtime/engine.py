@@ -19,15 +19,15 @@ from lragent.runtime.cache.write_log import log_end
 from lragent.runtime.config import EngineConfig
 from lragent.runtime.loop import EngineLoop
 from lragent.runtime.make_request import RequestMaker
-from lragent.runtime.sampling.tokenizer import Tokenizer
 from lragent.runtime.schemes import Scheme
 from lragent.runtime.seeds import SeedPath
 from lragent.runtime.stats import EngineStats
 from lragent.runtime.task_loop import RolloutResult, Workflow, arun_workflow, run_workflow
 from lragent.runtime.task_scope import running_task
 from lragent.runtime.trajectory import Trajectory
-from lragent.runtime.trajectory_state import TrajectoryState
+from lragent.runtime.trajectory_state import StartText, TrajectoryState
 from lragent.runtime.usage import Usage
+from lragent.text.tokenizer import Tokenizer
 
 
 class Engine:
@@ -120,13 +120,14 @@ class Engine:
         self._loop.on_step = hook
 
     def trajectory(self, start: str | Sequence[int] | None = None) -> Trajectory:
-        """A new trajectory that starts with text (special tokens are added), token ids, or nothing.
+        """A new trajectory that starts with text, token ids, or nothing.
 
-        Close it, or use it as a context manager, to release its pages. In a workflow, it belongs to the task and is
-        closed with it.
+        The text is encoded as transformers does, special tokens added; a BOS that it begins with isn't added again. So
+        a chat template that was rendered can be given. Close the trajectory, or use it as a context manager, to
+        release its pages. In a workflow, it belongs to the task and is closed with it.
         """
         task = running_task()
-        ids = [] if start is None else self._make.encode(start, special=True)
+        ids = [] if start is None else self._make.start(start)
         if task is not None:
             task.require_running()
             seeds = task.next_seeds()
@@ -135,6 +136,7 @@ class Engine:
             self._opened += 1
         state = TrajectoryState(seeds, task)
         state.append(ids)
+        state.start = StartText(start, len(ids)) if isinstance(start, str) else None
         self._loop.open(state)
         trajectory = Trajectory(self._loop, self._make, state)
         if task is not None:

@@ -13,10 +13,11 @@ from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.cache.write_log import log_end
 from lragent.runtime.request import Request
 from lragent.runtime.sampling.stop_watch import StopWatch
-from lragent.runtime.sampling.tokenizer import Tokenizer
 from lragent.runtime.schemes import Scheme
 from lragent.runtime.trajectory_state import TrajectoryState
 from lragent.runtime.turn import TurnOptions, as_ids
+from lragent.text.tokenizer import Tokenizer
+from lragent.text.trajectory_text import trajectory_text
 
 
 @dataclass(frozen=True)
@@ -44,24 +45,50 @@ class RequestMaker:
         """Token ids, checked against the vocabulary; RequestError for bad ones."""
         return as_ids(token_ids, self.program.vocab_size)
 
-    def encode(self, piece: str | Sequence[int], special: bool) -> list[int]:
-        """Token ids of text, or given ones.
-
-        Args:
-            special: add the tokenizer's special tokens to text.
+    def start(self, text: str | Sequence[int]) -> list[int]:
+        """Token ids of a text that begins a trajectory, or given ones.
 
         Raises:
             RequestError: text without a tokenizer or that is no Unicode, or an id outside the vocabulary.
         """
-        if not isinstance(piece, str):
-            return self.ids(piece)
+        if not isinstance(text, str):
+            return self.ids(text)
+        return self._known(self._reader(text).encode(text, add_special_tokens=True))
+
+    def piece(self, text: str | Sequence[int], parse_special: bool) -> list[int]:
+        """Token ids of a text that is appended, or given ones; raises as `start` does."""
+        if not isinstance(text, str):
+            return self.ids(text)
+        return self._known(self._reader(text).encode_piece(text, parse_special))
+
+    def text(self, state: TrajectoryState) -> str:
+        """Text of a trajectory; RequestError without a tokenizer."""
+        start, reader = state.start, self._reader("")
+        if start is None:
+            return reader.decode_piece(state.tokens, skip_special_tokens=False)
+        return trajectory_text(reader, state.tokens, start.text, start.tokens, start.whole)
+
+    def _reader(self, text: str) -> Tokenizer:
+        """The tokenizer; RequestError if there is none, or the text is no Unicode."""
         if self.tokenizer is None:
             raise RequestError("text needs a tokenizer, and this engine has none", "Pass token ids, or a tokenizer.")
         try:
-            piece.encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"character {error.start} of the text is half a surrogate pair") from error
-        return self.ids(self.tokenizer.encode(piece, add_special_tokens=special))
+        return self.tokenizer
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """Ids of a text; RequestError for a token that the model lacks."""
+        size = self.program.vocab_size
+        beyond = next((index for index in ids if index >= size), None)
+        if beyond is not None and self.tokenizer is not None:
+            shown = self.tokenizer.decode_piece([beyond], skip_special_tokens=False)
+            raise RequestError(
+                f"the text has token {shown!r} (id {beyond}), the model's vocabulary has {size} tokens",
+                "Leave it out, or resize the base model and convert again.",
+            )
+        return ids
 
     def agent_id(self, agent: str) -> int:
         """Raises RequestError for an agent that is unknown or may not act."""
@@ -93,11 +120,16 @@ class RequestMaker:
         """
         if options.forced is not None:
             options = replace(options, forced=self.ids(options.forced))
-        stops = options.stop_ids if options.ignore_eos else options.stop_ids | self.stop_token_ids
-        watch = StopWatch(self.tokenizer, options.stop_strings, stops)
+            watch = StopWatch(self.tokenizer, (), ())
+        else:
+            own = frozenset() if options.ignore_eos else self.stop_token_ids | self._own_stops(agent)
+            watch = StopWatch(self.tokenizer, options.stop_strings, options.stop_ids | own)
         request = self._request(state, self.agent_id(agent), options, watch)
         request.seed = state.seeds.seed(state.turns) if options.seed is None else index(options.seed)
         return request
+
+    def _own_stops(self, agent: str) -> frozenset[int]:
+        return frozenset(stop for known in self.program.agents if known.name == agent for stop in known.stop_token_ids)
 
     def score(self, state: TrajectoryState, agent: str, token_ids: Sequence[int]) -> Request:
         """A score of `token_ids` on a scratch fork; the fork gets all tokens but the last, which is never processed."""

@@ -50,6 +50,18 @@ class Trajectory:
         return list(self._state.tokens)
 
     @property
+    def text(self) -> str:
+        """Text of all tokens: the pieces that were appended and generated, joined.
+
+        Special tokens of pieces are in it; those that the tokenizer put around the start are not. A character whose
+        bytes are in two pieces is whole here.
+
+        Raises:
+            RequestError: the engine has no tokenizer.
+        """
+        return self._make.text(self._state)
+
+    @property
     def logprobs(self) -> list[float | None]:
         """One per token: log-probability under the agent that generated it, None for appended tokens."""
         return list(self._state.logprobs)
@@ -65,14 +77,18 @@ class Trajectory:
         """Parts of the trajectory in order, each with the agent that generated it."""
         return list(self._state.segments)
 
-    def append(self, piece: str | Sequence[int]) -> None:
-        """Adds token ids, or text, which is tokenized by itself and without special tokens.
+    def append(self, piece: str | Sequence[int], parse_special: bool = True) -> None:
+        """Adds token ids, or text, which is tokenized by itself; nothing is put in front of it.
+
+        Args:
+            parse_special: False: text that looks like a special or an added token, such as `<|im_end|>`, stays text.
+                Use it for text from outside (results of tools, web pages).
 
         Raises:
             RequestError: text without a tokenizer or that is no Unicode, or an id outside the vocabulary.
         """
         self._check_idle("append")
-        self._state.append(self._make.encode(piece, special=False))
+        self._state.append(self._make.piece(piece, parse_special))
 
     def truncate(self, length: int) -> None:
         """Keeps the first `length` tokens."""

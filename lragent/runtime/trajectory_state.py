@@ -39,6 +39,24 @@ class TurnSegment:
         return replace(self, end=length, finish_reason="truncated", stop_reason=None)
 
 
+@dataclass(frozen=True)
+class StartText:
+    """The text that a trajectory began with.
+
+    Args:
+        tokens: number of tokens that are left of it.
+        whole: False after `truncate` has removed some.
+    """
+
+    text: str
+    tokens: int
+    whole: bool = True
+
+    def cut(self, length: int) -> StartText:
+        """The start of a trajectory that keeps its first `length` tokens."""
+        return self if length >= self.tokens else StartText(self.text, length, whole=False)
+
+
 @dataclass(eq=False)
 class TrajectoryState:
     """Tokens, their segments, and page tables: one per agent id in `non_shared`, else one under key 0.
@@ -61,6 +79,7 @@ class TrajectoryState:
     turns: int = 0
     forks: int = 0
     closed: bool = False
+    start: StartText | None = None  # None if it began with token ids or with nothing
 
     def table_for(self, owner: int, agents: int, rules: KeyRules) -> PageTable:
         if owner not in self.page_tables:
@@ -89,6 +108,7 @@ class TrajectoryState:
         for values in (self.tokens, self.logprobs, self.sampled_logprobs, self.kept_mass):
             del values[length:]
         self.segments = [part.cut(length) for part in self.segments if part.start < length]
+        self.start = None if self.start is None else self.start.cut(length)
         for table in self.page_tables.values():
             table.cut(length, cache)
 
@@ -97,6 +117,7 @@ class TrajectoryState:
         return TrajectoryState(
             seeds=self.seeds,
             task=self.task,
+            start=self.start,
             tokens=list(self.tokens),
             logprobs=list(self.logprobs),
             sampled_logprobs=list(self.sampled_logprobs),

@@ -129,7 +129,8 @@ class Turn:
 
     Args:
         token_ids: every sampled token, a stop token included.
-        text: decoded text without stop string and special tokens; empty if the engine has no tokenizer.
+        text: decoded text without stop string and special tokens; empty if the engine has no tokenizer. A leading space
+            is kept. U+FFFD stands for bytes at its end that are no complete character.
         logprobs: natural log-probability of each token under the unfiltered distribution.
         finish_reason: "stop" (a stop string or token) or "length" (max_new_tokens, or the model's last position).
         sampled_logprobs: natural log-probability of each token under the distribution it was drawn from, after

@@ -38,6 +38,12 @@ class ToyTokenizer:
             rest = rest[max(1, len(piece)) :]  # what has no piece is left out
         return ids
 
+    def encode_piece(self, text: str, parse_special: bool = True) -> list[int]:
+        return self.encode(text, add_special_tokens=False)
+
+    def decode_piece(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return self.decode(ids, skip_special_tokens)
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         shown = [token for token in ids if token >= 2 or not skip_special_tokens]
         return b"".join(PIECES[token - 2] if token >= 2 else b"<eos>" for token in shown).decode(errors="replace")

@@ -89,7 +89,7 @@ def _take_token(request: Request, token: int, scheme: Scheme, agents: int, max_p
     request.token_ids.append(token)
     request.logits_from = len(state.tokens) - 1
     if options.forced is None and request.watch.push(token):
-        request.finish_reason = "stop"
+        request.finish_reason, request.stop_reason = "stop", request.watch.stop_reason
         return True
     if len(request.token_ids) == options.length or len(state.tokens) >= max_positions:
         return True
