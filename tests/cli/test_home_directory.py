@@ -10,10 +10,11 @@ import pytest
 
 import lragent
 from lragent.runtime import Engine
-from tests.cli.conftest import EAGER, call
+from tests.cli.conftest import call
 from tests.models import WrittenModel
 
 NAMED = "plan=~/adapters/plan,action=~/adapters/action"
+PLAIN = ("--backend", "eager", "--attention", "torch")  # builds no kernels, which would go into this home directory
 WORKFLOW = """
 async def run(task, t):
     t.append("one")
@@ -22,10 +23,10 @@ async def run(task, t):
 """
 
 
-@pytest.fixture(scope="module")
-def home(tiny_llama: WrittenModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def home(tiny_llama: WrittenModel, tmp_path: Path) -> Path:
     """A home directory with a model, adapters, an artifact, a workflow, prompts and tasks."""
-    directory = tmp_path_factory.mktemp("home")
+    directory = tmp_path / "home"
     shutil.copytree(tiny_llama.model_dir, directory / "model")
     shutil.copytree(tiny_llama.adapters["plan"].parent, directory / "adapters")
     (directory / "flow.py").write_text(WORKFLOW)
@@ -47,9 +48,9 @@ def test_commands(home: Path) -> None:
         ("inspect", "~/model", "--adapters", NAMED),
         ("convert", "~/model", "--adapters", NAMED, "--out", "~/m.lragent", "--update"),
         ("verify", "~/m.lragent", "--model", "~/model", "--adapters", NAMED, "--prompts", "~/prompts.txt",
-         "--backend", "eager", "--new-tokens", 2, "--schemes", "non_shared"),
+         *PLAIN, "--new-tokens", 2, "--schemes", "non_shared"),
         ("rollout", "~/m.lragent", "--workflow", "~/flow.py:run", "--tasks", "~/tasks.jsonl", "--out", "~/r.jsonl",
-         *EAGER),
+         *PLAIN),
         ("roofline", "~/m.lragent"),
         ("roofline", "~/model"),
     )  # fmt: skip
@@ -65,7 +66,7 @@ def test_functions(home: Path) -> None:
     lragent.convert("~/model", adapters, "~/api.lragent", compiled=False)
 
     def engine_for(sharing: str) -> Engine:
-        return lragent.load("~/api.lragent", sharing=sharing, backend="eager", kv_memory="4MiB")
+        return lragent.load("~/api.lragent", sharing=sharing, backend="eager", attention="torch", kv_memory="4MiB")
 
     assert lragent.inspect("~/api.lragent").agents == lragent.inspect(Path("~/model"), adapters).agents
     lragent.update("~/api.lragent", "~/model", adapters)

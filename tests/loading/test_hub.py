@@ -38,19 +38,19 @@ def error_of(call):
 def engine(sharing):
     return lragent.load(out, sharing=sharing, backend="eager", kv_memory="4MiB")
 
-adapters = {"plan": "org/plan", "action": "org/plan@v2"}
-named = "plan=org/plan,action=org/plan@v2"
-arguments = ["convert", "org/tiny", "--adapters", named, "-o", str(out), "--layouts", "none"]
+adapters = {"plan": "org/plan"}
+arguments = ["convert", "org/tiny", "--adapters", "plan=org/plan@v2", "-o", str(out), "--layouts", "none"]
 found["printed"] = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
 found["sources"] = read_manifest(out).sources
 (cache / "models--org--tiny/refs/main").write_text("2" * 40)  # main moves to a commit without a model
 options = {"prompts": ["one"], "schemes": ["non_shared"], "new_tokens": 2, "engine_for": engine}
 found["equal"] = lragent.verify(out, "org/tiny", adapters, **options).equal
-lragent.update(out, "org/tiny", adapters)
+lragent.update(out, "org/tiny", {"plan": "org/plan@v2"})
 found["updated"] = read_manifest(out).sources
-found["moved"] = error_of(lambda: lragent.inspect("org/tiny", adapters))
-found["unknown"] = error_of(lambda: lragent.inspect("org/none", adapters))
-found["revision"] = error_of(lambda: lragent.inspect("org/tiny@v9", adapters))
+found["moved"] = error_of(lambda: lragent.inspect("org/tiny", {}))
+found["newest"] = error_of(lambda: lragent.update(out, "org/tiny", adapters))
+found["unknown"] = error_of(lambda: lragent.inspect("org/none", {}))
+found["revision"] = error_of(lambda: lragent.inspect("org/tiny@v9", {}))
 found["adapter"] = error_of(lambda: lragent.inspect("org/tiny@" + "1" * 40, {"plan": "org/none"}))
 print(json.dumps(found))
 """
@@ -72,7 +72,7 @@ def found(tiny_llama: WrittenModel, tmp_path_factory: pytest.TempPathFactory) ->
     """Results of SCRIPT, which uses the cache only."""
     directory = tmp_path_factory.mktemp("hub")
     cached(directory / "cache", "org/tiny", tiny_llama.model_dir, {"main": OLD})
-    cached(directory / "cache", "org/plan", tiny_llama.adapters["plan"], {"main": OLD, "v2": OLD})
+    cached(directory / "cache", "org/plan", tiny_llama.adapters["plan"], {"main": NEW, "v2": OLD})
     environment = {**os.environ, "HF_HUB_CACHE": str(directory / "cache"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", SCRIPT, directory / "cache", directory / "m.lragent"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -81,7 +81,7 @@ def found(tiny_llama: WrittenModel, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_the_manifest_pins_commits(found: Any) -> None:
-    pins = {"base": f"org/tiny@{OLD}", "plan": f"org/plan@{OLD}", "action": f"org/plan@{OLD}"}
+    pins = {"base": f"org/tiny@{OLD}", "plan": f"org/plan@{OLD}"}
     assert found["sources"] == found["updated"] == pins
     assert found["printed"].startswith("wrote ")
 
@@ -89,6 +89,7 @@ def test_the_manifest_pins_commits(found: Any) -> None:
 def test_verify_and_update_take_the_pinned_commit_and_others_the_newest(found: Any) -> None:
     assert found["equal"] is True
     assert found["moved"].startswith("ModelError") and f"snapshots/{NEW} has no config.json" in found["moved"]
+    assert f"snapshots/{NEW} has no adapter_config.json" in found["newest"]
 
 
 def test_an_id_that_can_not_be_had_is_an_error_with_a_reason(found: Any) -> None:
