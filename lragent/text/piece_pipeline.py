@@ -44,10 +44,10 @@ def added_tokens(backend: Backend) -> list[AddedToken]:
 
 
 def without_prefix(part: Any) -> Any:
-    """A part of a tokenizer's JSON without steps that put a prefix before a text or strip a decoded one."""
+    """A part of a tokenizer's JSON without steps that add to, or cut from, the beginning or end of a text."""
     if not isinstance(part, dict) or "type" not in part:
         return part
-    if part["type"] == "Prepend" or (part["type"] == "Strip" and "content" in part):  # a decoder's Strip has a content
+    if part["type"] in ("Prepend", "Strip") or (part["type"] == "Replace" and _anchored(part["pattern"])):
         return None
     lists = {
         name: [kept for inner in part[name] if (kept := without_prefix(inner)) is not None]
@@ -55,6 +55,12 @@ def without_prefix(part: Any) -> Any:
         if name in part
     }
     return {**part, **_NO_PREFIX.get(part["type"], {}), **lists}
+
+
+def _anchored(pattern: dict[str, str]) -> bool:
+    """True for a pattern that matches at the beginning or end of a text only."""
+    regex = pattern.get("Regex", "")
+    return regex.startswith(("^", r"\A")) or (regex.endswith(("$", r"\z", r"\Z")) and not regex.endswith(r"\$"))
 
 
 def decoder_steps(backend: Backend) -> list[dict[str, Any]]:

@@ -89,11 +89,12 @@ class PlainText:
     """
 
     def __init__(self, backend: Backend, unknown: int | None, pieces: bool) -> None:
-        kept = [token for token in added_tokens(backend) if _is_space(token)]
-        self._backend = rebuilt(backend, kept, pieces)
-        self._added = {
-            index: token.content for index, token in backend.get_added_tokens_decoder().items() if not _is_space(token)
-        }
+        added = backend.get_added_tokens_decoder()
+        kept = {index: token for index, token in sorted(added.items()) if _is_space(token)}
+        self._backend = rebuilt(backend, list(kept.values()), pieces)
+        # Without the others, tokens that are kept have other ids.
+        self._ids = dict(zip(sorted(self._backend.get_added_tokens_decoder()), kept, strict=True))
+        self._added = {index: token.content for index, token in added.items() if index not in kept}
         self._unknown = unknown
 
     def encode(self, text: str) -> list[int]:
@@ -102,13 +103,14 @@ class PlainText:
         A token of a single character can't be cut, and stays.
         """
         encoding = self._backend.encode(text, add_special_tokens=False)
+        ids = [self._ids.get(index, index) for index in encoding.ids]
         cuts = [
             (start + end) // 2
-            for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            for index, (start, end) in zip(ids, encoding.offsets, strict=True)
             if index in self._added and end - start > 1 and self._is_written(index, text[start:end])
         ]
         if not cuts:
-            return list(encoding.ids)
+            return ids
         borders = [0, *cuts, len(text)]
         parts = [text[start:end] for start, end in pairwise(borders)]
         return [index for part in parts for index in self.encode(part)]

@@ -18,6 +18,7 @@ from lragent.text.load_tokenizer import (
     tokenizer_files,
 )
 from lragent.text.probes import PROBES
+from lragent.text.same_encoding import difference
 
 
 def save_tokenizer(source: Any, target: Path, original: Path | None = None) -> None:
@@ -72,6 +73,9 @@ def _change(source: Any, target: Path) -> str:
     if set(loaded.all_special_ids) != set(source.all_special_ids) or loaded.eos_token_id != source.eos_token_id:
         return "has other special tokens"
     added = " ".join(token.content for token in source.added_tokens_decoder.values())
+    other = difference(source, loaded, ("the given one", "the saved one"))
+    if other:
+        return f"encodes otherwise: {other}"
     for probe in (*PROBES, added):
         for special in (True, False):
             ids, found = (
