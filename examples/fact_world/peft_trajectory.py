@@ -45,9 +45,10 @@ class PeftTrajectory:
         self.pieces: list[tuple[str | None, str]] = []
         self._caches: dict[str, DynamicCache] = {}
 
-    def append(self, text: str) -> None:
-        """Appends text, tokenised on its own without special tokens."""
-        self.token_ids += self._agents.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def append(self, text: str, parse_special: bool = True) -> None:
+        """Appends text, tokenised on its own; with `parse_special=False`, text of special tokens stays text."""
+        tokenized = self._agents.tokenizer(text, add_special_tokens=False, split_special_tokens=not parse_special)
+        self.token_ids += tokenized["input_ids"]
         self.pieces.append((None, text))
 
     async def agenerate(

@@ -29,8 +29,8 @@ class Turn(Protocol):
 class Trajectory(Protocol):
     """The methods of a trajectory that the workflow calls."""
 
-    def append(self, text: str) -> Any:
-        """Appends text, tokenised on its own without special tokens."""
+    def append(self, text: str, parse_special: bool = True) -> Any:
+        """Appends text, tokenised on its own; with `parse_special=False`, text of special tokens stays text."""
         ...
 
     async def agenerate(self, agent: str, *, max_new_tokens: int, stop: list[str], temperature: float) -> Any:
@@ -55,7 +55,7 @@ def same_answer(left: str, right: str) -> bool:
 async def workflow(task: Task, t: Trajectory) -> dict[str, Any]:
     """Answers one task; never raises because of an agent's text."""
     world = world_of(task)
-    t.append(fmt.opening(task["question"]).text)
+    t.append(fmt.opening(task["question"]).text, parse_special=False)
     answer = ""
     rounds = 0
     while rounds < MAX_ROUNDS:
@@ -63,13 +63,13 @@ async def workflow(task: Task, t: Trajectory) -> dict[str, Any]:
         await take_turn(t, PLAN)
         action = fmt.parse_action(await take_turn(t, ACTION))
         if action is None:
-            t.append(fmt.observation(fmt.MALFORMED).text)
+            t.append(fmt.observation(fmt.MALFORMED).text, parse_special=False)
             continue
         kind, argument = action
         if kind == "finish":
             answer = argument
             break
-        t.append(fmt.observation(world.lookup(argument)).text)
+        t.append(fmt.observation(world.lookup(argument)).text, parse_special=False)
     verdict = fmt.parse_verdict(await take_turn(t, REFLECT))
     exact_match = same_answer(answer, task["answer"])
     return {

@@ -13,7 +13,7 @@ class SlowTrajectory:
         self.turns = 0
         self.appended: list[str] = []
 
-    def append(self, text: str) -> None:
+    def append(self, text: str, parse_special: bool = True) -> None:
         self.appended.append(text)
 
     async def agenerate(self, agent: str, **options: Any) -> Any:

@@ -63,7 +63,7 @@ class ScriptedTrajectory:
     finish_reason: str = "stop"
     pieces: list[fmt.Piece] = field(default_factory=list)
 
-    def append(self, text: str) -> None:
+    def append(self, text: str, parse_special: bool = True) -> None:
         self.pieces.append(fmt.Piece(text))
 
     async def agenerate(self, agent: str, *, max_new_tokens: int, stop: list[str], temperature: float) -> ScriptedTurn:
