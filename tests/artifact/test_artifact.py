@@ -97,11 +97,11 @@ def test_overwrite_replaces_and_a_failed_convert_leaves_the_old_one(tiny_llama: 
 
 def test_another_format_version_names_both(artifact: Path) -> None:
     _edit(artifact, format=99)
-    with pytest.raises(ArtifactError, match="format version 99, this lragent reads version 3"):
+    with pytest.raises(ArtifactError, match=f"format version 99, this lragent reads version {FORMAT}"):
         lragent.load(artifact)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 3}'])
+@pytest.mark.parametrize("text", ["{", "[]", f'{{"format": {FORMAT}}}'])
 def test_damaged_manifest(artifact: Path, text: str) -> None:
     (artifact / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"manifest.json"):
