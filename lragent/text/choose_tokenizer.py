@@ -10,7 +10,7 @@ from typing import Any
 
 from lragent.errors import AdapterError
 from lragent.text.same_encoding import difference
-from lragent.text.transformers_tokenizer import Templates, TransformersTokenizer
+from lragent.text.transformers_tokenizer import Templates, TransformersTokenizer, chat_templates
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,6 @@ def _end_of_text(found: FoundTokenizer | None) -> tuple[int, ...]:
     return () if end is None else (int(end),)
 
 
-def chat_templates(source: Any) -> dict[str, str]:
-    """Chat templates of a transformers tokenizer by name."""
-    found = source.chat_template
-    if found is None:
-        return {}
-    return {"default": found} if isinstance(found, str) else dict(found)
-
-
 def _require_same(adapters: Mapping[str, FoundTokenizer]) -> None:
     (first, found), *others = adapters.items()
     for name, other in others:
@@ -131,9 +123,10 @@ def _text_notes(source: Any, vocab_size: int) -> Iterator[str]:
     beyond = {index: token for token, index in source.get_vocab().items() if index >= vocab_size}
     if beyond:
         first = min(beyond)
+        others = f" or {len(beyond) - 1} other tokens" if len(beyond) > 1 else ""
         yield (
-            f"{len(beyond)} tokens of the tokenizer, such as {beyond[first]!r} (id {first}), are beyond the model's "
-            f"vocabulary of {vocab_size}: text with them is refused"
+            f"text with {beyond[first]!r} (id {first}){others} is refused: "
+            f"the model's vocabulary has {vocab_size} tokens"
         )
 
 

@@ -57,7 +57,7 @@ def load_tokenizer(folder: Path, gguf: str | None = None, config: Any = None) ->
     except Exception as error:  # of any kind: tokenizers are read by many classes
         raise _reason(folder, gguf, error) from error
     whole_texts(loaded)
-    if not set(loaded("a", add_special_tokens=False)["input_ids"]) - set(loaded.all_special_ids):
+    if not set(loaded.get_vocab().values()) - {*loaded.all_special_ids, *loaded.added_tokens_decoder}:
         raise UserError(f"the tokenizer in {folder} has no vocabulary", "Add its files, or remove all of them.")
     return loaded
 

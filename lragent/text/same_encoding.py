@@ -20,10 +20,11 @@ def difference(one: Any, other: Any, names: tuple[str, str]) -> str:
     Args:
         names: their names, for the text.
     """
-    changed = _changed_token(one, other, names)
+    padding = _padding_of_one(one, other)
+    changed = _changed_token(one, other, padding, names)
     if changed or _equal_files(one, other):
         return changed
-    for text in _texts(one, other):
+    for text in _texts(one, other, padding):
         left, right = (each(text, add_special_tokens=False, verbose=False)["input_ids"] for each in (one, other))
         if left != right:
             at = next(n for n in range(len(left) + 1) if left[: n + 1] != right[: n + 1])
@@ -32,16 +33,23 @@ def difference(one: Any, other: Any, names: tuple[str, str]) -> str:
     return ""
 
 
-def _changed_token(one: Any, other: Any, names: tuple[str, str]) -> str:
+def _padding_of_one(one: Any, other: Any) -> set[str]:
+    """Padding tokens that only one of two tokenizers has."""
+    return {
+        each.pad_token
+        for each, against in ((one, other), (other, one))
+        if each.pad_token is not None and each.pad_token not in against.get_vocab()
+    }
+
+
+def _changed_token(one: Any, other: Any, ignored: set[str], names: tuple[str, str]) -> str:
     left, right = one.get_vocab(), other.get_vocab()
-    for mine, theirs, tokenizer in ((left, right, one), (right, left, other)):
-        if tokenizer.pad_token not in theirs:
-            mine.pop(tokenizer.pad_token, None)
-    for token in sorted({*left, *right}, key=lambda token: (left.get(token, right.get(token)), token)):
-        if left.get(token) != right.get(token):
-            ids = [f"id {index}" if index is not None else "missing" for index in (left.get(token), right.get(token))]
-            return f"token {token!r} is {ids[0]} in {names[0]} and {ids[1]} in {names[1]}"
-    return ""
+    tokens = {token for token in {*left, *right} - ignored if left.get(token) != right.get(token)}
+    if not tokens:
+        return ""
+    token = min(tokens, key=lambda token: (left.get(token, right.get(token)), token))
+    ids = [f"id {index}" if index is not None else "missing" for index in (left.get(token), right.get(token))]
+    return f"token {token!r} is {ids[0]} in {names[0]} and {ids[1]} in {names[1]}"
 
 
 def _equal_files(one: Any, other: Any) -> bool:
@@ -55,12 +63,13 @@ def _equal_files(one: Any, other: Any) -> bool:
     return texts[0] == texts[1]
 
 
-def _texts(one: Any, other: Any) -> Iterator[str]:
+def _texts(one: Any, other: Any, ignored: set[str]) -> Iterator[str]:
     """Probes, added tokens of both, and every token of the vocabulary as text."""
     yield from PROBES
     for tokenizer in (one, other):
-        for between in ("x", " x "):
-            yield between.join(token.content for token in tokenizer.added_tokens_decoder.values())
-    pieces, ids = TransformersTokenizer(one), sorted(one.get_vocab().values())
+        contents = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content not in ignored]
+        yield from (between.join(contents) for between in ("x", " x "))
+    pieces = TransformersTokenizer(one)
+    ids = sorted(index for token, index in one.get_vocab().items() if token not in ignored)
     for start in range(0, len(ids), _TOKENS_PER_TEXT):
         yield " ".join(pieces.decode_piece([index], False) for index in ids[start : start + _TOKENS_PER_TEXT])

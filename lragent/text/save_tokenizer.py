@@ -19,6 +19,7 @@ from lragent.text.load_tokenizer import (
 )
 from lragent.text.probes import PROBES
 from lragent.text.same_encoding import difference
+from lragent.text.transformers_tokenizer import chat_templates
 
 
 def save_tokenizer(source: Any, target: Path, original: Path | None = None) -> None:
@@ -68,7 +69,7 @@ def _change(source: Any, target: Path) -> str:
         loaded = load_tokenizer(target)
     except UserError as error:
         return f"fails: {error.message}"
-    if loaded.chat_template != source.chat_template:
+    if chat_templates(loaded) != chat_templates(source):
         return "has other chat templates"
     if set(loaded.all_special_ids) != set(source.all_special_ids) or loaded.eos_token_id != source.eos_token_id:
         return "has other special tokens"

@@ -23,6 +23,8 @@ def trajectory_text(tokenizer: Tokenizer, tokens: Sequence[int], start: str, cou
         return start + tokenizer.decode_piece(tokens[count:], skip_special_tokens=False)
     plain = tokenizer.encode(start, add_special_tokens=False)
     held = list(tokens[:count])
-    lead = next((at for at in range(len(held)) if held[at:] == plain[: len(held) - at]), 0)
+    lead = next(at for at in range(count + 1) if held[at:] == plain[: count - at])
     kept = plain if whole else held[lead:]
+    if not kept:
+        return tokenizer.decode_piece(tokens[count:], skip_special_tokens=False)
     return tokenizer.decode([*kept, *tokens[count:]], skip_special_tokens=False)

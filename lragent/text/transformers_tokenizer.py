@@ -119,3 +119,11 @@ class TransformersTokenizer:
         if not contents:
             return None
         return re.compile("|".join(f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in sorted(contents)))
+
+
+def chat_templates(source: Any) -> dict[str, str]:
+    """Chat templates of a transformers tokenizer by name."""
+    found = source.chat_template
+    if found is None:
+        return {}
+    return {"default": found} if isinstance(found, str) else dict(found)

@@ -13,7 +13,7 @@ import torch._inductor.config
 
 import lragent
 from lragent.artifact.directory import new_directory, open_artifact
-from lragent.artifact.manifest import SEAL, read_manifest, seal_of
+from lragent.artifact.manifest import FORMAT, SEAL, read_manifest, seal_of
 from lragent.compile.compile import target_name
 from lragent.errors import ArtifactError, CompilerMissing, ModelError, RequestError
 from lragent.files.locks import directory_lock
@@ -97,11 +97,11 @@ def test_overwrite_replaces_and_a_failed_convert_leaves_the_old_one(tiny_llama: 
 
 def test_another_format_version_names_both(artifact: Path) -> None:
     _edit(artifact, format=99)
-    with pytest.raises(ArtifactError, match="format version 99, this lragent reads version 2"):
+    with pytest.raises(ArtifactError, match=f"format version 99, this lragent reads version {FORMAT}"):
         lragent.load(artifact)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}'])
+@pytest.mark.parametrize("text", ["{", "[]", f'{{"format": {FORMAT}}}'])
 def test_damaged_manifest(artifact: Path, text: str) -> None:
     (artifact / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"manifest.json"):
@@ -111,7 +111,7 @@ def test_damaged_manifest(artifact: Path, text: str) -> None:
 @pytest.mark.parametrize("wrong", [None, 5, "x"], ids=str)
 def test_an_entry_of_another_kind_is_found(artifact: Path, wrong: object) -> None:
     whole = (artifact / "manifest.json").read_text()
-    for name in ("agents", "layouts", "weights", "compiled", "agent_slot_ranks"):
+    for name in ("agents", "layouts", "weights", "tokenizer", "compiled", "agent_slot_ranks"):
         _edit(artifact, **{name: wrong})
         with pytest.raises(ArtifactError, match="is damaged"):
             read_manifest(artifact)

@@ -1,8 +1,12 @@
+from collections.abc import Sequence
+
 import pytest
 
 from lragent.errors import RequestError
 from lragent.runtime.sampling.stop_watch import StopWatch
+from lragent.text.transformers_tokenizer import TransformersTokenizer
 from tests.runtime.toy_tokenizer import EOS, ToyTokenizer, piece_id
+from tests.text.builders import EXACT
 
 
 def feed(stop: list[str], pieces: list[bytes], stop_ids: tuple[int, ...] = ()) -> tuple[int | None, str]:
@@ -57,3 +61,59 @@ def test_stop_strings_need_a_tokenizer() -> None:
     with pytest.raises(RequestError, match="tokenizer"):
         StopWatch(None, ["x"], ())
     assert StopWatch(None, [], (3,)).push(3)
+
+
+def test_the_reason_is_the_string_or_token_that_ended_the_turn() -> None:
+    for stop, ids, pieces, reason in (
+        (["zz", "STOP"], (), [b"a", b"ST", b"OPab"], "STOP"),
+        (["b", "STOP"], (), [b"STOP", b"b"], "STOP"),
+        ([], (EOS,), [b"a", b"<eos>"], EOS),
+        (["<eos>"], (EOS,), [b"a", b"<eos>"], "<eos>"),
+        (["zz"], (EOS,), [b"a", b"b"], None),
+    ):
+        watch = StopWatch(ToyTokenizer(), stop, ids)
+        for piece in pieces:
+            if watch.push(EOS if piece == b"<eos>" else piece_id(piece)):
+                break
+        assert watch.stop_reason == reason
+
+
+def test_a_stop_string_of_special_tokens_and_text() -> None:
+    pieces = [b"a", b"<eos>", b"a", b"<eos>", b"a", b"b"]
+    assert feed(["<eos>ab"], pieces) == (5, "aa")
+    assert feed(["a<eos>a"], pieces) == (2, "")
+    assert feed(["<eos><eos>"], pieces) == (None, "aaab")
+
+
+def test_half_a_character_before_a_special_token() -> None:
+    assert feed(["<eos>b"], [b"a", b"\xe2\x82", b"<eos>", b"b"]) == (3, "a\ufffd")
+    assert feed(["zz"], [b"a", b"<eos>", b"\xe2\x82"]) == (None, "a\ufffd")
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_a_stop_string_at_the_first_space_of_a_turn(kind: str) -> None:
+    tokenizer = TransformersTokenizer(EXACT[kind]())
+    for stop, text in ((" the", ""), (" the<|im_start|>user", ""), ("<|im_start|>user", " the")):
+        watch = StopWatch(tokenizer, [stop], ())
+        ids = tokenizer.encode_piece(" the<|im_start|>user said")
+        end = next(index for index, token in enumerate(ids) if watch.push(token))
+        written = tokenizer.decode_piece(ids[: end + 1], skip_special_tokens=False)
+        assert (watch.text(), watch.stop_reason) == (text, stop)
+        assert stop in written and stop not in tokenizer.decode_piece(ids[:end], skip_special_tokens=False)
+
+
+def test_the_cost_of_a_token_does_not_grow() -> None:
+    """Tokens decoded for each of 2,000 tokens stay few."""
+    decoded: list[int] = []
+
+    class Counting(ToyTokenizer):
+        def decode_piece(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+            decoded.append(len(ids))
+            return super().decode_piece(ids, skip_special_tokens)
+
+    watch = StopWatch(Counting(), ["STOP"], ())
+    for _ in range(500):
+        for piece in (b"a", b"\xe2\x82", b"\xac", b"<eos>"):
+            watch.push(EOS if piece == b"<eos>" else piece_id(piece))
+    assert max(decoded) <= 5
+    assert len(decoded) <= 3 * 2000
