@@ -13,7 +13,7 @@ import torch._inductor.config
 
 import lragent
 from lragent.artifact.directory import new_directory, open_artifact
-from lragent.artifact.manifest import SEAL, read_manifest, seal_of
+from lragent.artifact.manifest import FORMAT, SEAL, read_manifest, seal_of
 from lragent.compile.compile import target_name
 from lragent.errors import ArtifactError, CompilerMissing, ModelError, RequestError
 from lragent.files.locks import directory_lock
@@ -111,7 +111,7 @@ def test_damaged_manifest(artifact: Path, text: str) -> None:
 @pytest.mark.parametrize("wrong", [None, 5, "x"], ids=str)
 def test_an_entry_of_another_kind_is_found(artifact: Path, wrong: object) -> None:
     whole = (artifact / "manifest.json").read_text()
-    for name in ("agents", "layouts", "weights", "compiled", "agent_slot_ranks", "sources"):
+    for name in ("agents", "layouts", "weights", "tokenizer", "compiled", "agent_slot_ranks", "sources"):
         _edit(artifact, **{name: wrong})
         with pytest.raises(ArtifactError, match="is damaged"):
             read_manifest(artifact)
