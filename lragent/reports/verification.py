@@ -92,7 +92,7 @@ def verify(
     tolerance: float | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Checks the hashes of all weight files, then compares the artifact with PEFT in float32.
+    """Checks the hashes of weight and tokenizer files, then compares the artifact with PEFT in float32.
 
     Args:
         path: the artifact; `model_dir`, `adapters`: the files from which it was converted, or their hub ids. An id
@@ -106,7 +106,7 @@ def verify(
 
     Raises:
         AdapterError: `adapters` are not the artifact's agents.
-        ArtifactError: a weight file is damaged.
+        ArtifactError: a file is damaged.
         ModelError, AdapterError: the model or an adapter can't be found or read.
         RequestError: there is no prompt or no scheme, or a prompt is text and the artifact has no tokenizer.
     """
@@ -129,6 +129,8 @@ def verify(
     folders = {name: locate_adapter(name, folder, pins.get(name, "")).path for name, folder in adapters.items()}
     show("hashing weights")
     opened.weights(hashed=True)
+    for entry in opened.manifest.tokenizer:
+        opened.file(entry)
     show("loading the model with PEFT")
     reference = PeftReference(model, folders, "float32")
     rounded = None if manifest.dtype == "float32" else PeftReference(model, folders, manifest.dtype)

@@ -86,6 +86,7 @@ def test_the_report_says_what_was_refused() -> None:
             (),
             "layer 3: [why]",
             unit_refusal="it has [none]",
+            tokenizer=("[none] was found",),
             misses={"dense": (Miss("layer 0", "a", "[so]"), Miss("logits", "b", "not"), Miss("layer 1", "c", "[so]"))},
         ),
         shown,
@@ -96,6 +97,7 @@ def test_the_report_says_what_was_refused() -> None:
     assert lines[2] == "not matched, dense: [so]: layer 0 (node a), layer 1 (node c)"
     assert lines[3] == "not matched, dense: not: logits (node b)"
     assert lines[4].endswith("only non_shared and full_shared work: layer 3: [why]")
+    assert "tokenizer: [none] was found" in lines
     assert lines[5] == "compiled whole, not by layer: it has [none]"
 
 

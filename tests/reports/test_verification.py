@@ -55,12 +55,13 @@ def test_nothing_to_compare_is_refused(nothing: str, eager_artifact: Path, tiny_
         verify(eager_artifact, tiny_llama, **{nothing: ()})
 
 
-def test_changed_weights_are_found_before_anything_runs(
-    eager_artifact: Path, tiny_llama: WrittenModel, tmp_path: Path
+@pytest.mark.parametrize("name", ["weights/base.safetensors", "tokenizer/tokenizer.json"])
+def test_a_changed_file_is_found_before_anything_runs(
+    name: str, eager_artifact: Path, tiny_llama: WrittenModel, tmp_path: Path
 ) -> None:
     damaged = tmp_path / "m.lragent"
     shutil.copytree(eager_artifact, damaged)
-    file = damaged / "weights" / "base.safetensors"
+    file = damaged / name
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
