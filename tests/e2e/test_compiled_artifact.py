@@ -35,7 +35,8 @@ print(json.dumps({
     "tokens": turn.token_ids,
     "grown": rss() - before,
     "peft": "peft" in sys.modules,
-    "modeling": sorted(m for m in sys.modules if m.startswith("transformers.models.") and ".modeling_" in m),
+    "modeling": sorted(m for m in sys.modules if m.startswith("transformers.models.") and ".modeling_" in m
+                       and ".auto." not in m),  # AutoTokenizer reads tables of names there
     "backend": engine.program.facts["backend"],
     "calls": engine.program.run.__closure__[0].cell_contents.calls,
     "steps": engine.stats().steps,
