@@ -12,6 +12,7 @@ from typing import Any
 
 from lragent.errors import ArtifactError, Miss
 from lragent.files.checked_file import FileEntry
+from lragent.files.replace_file import replacing
 from lragent.program.agent import Agent
 from lragent.program.cache_schema import BaseStreams, CacheSchema, Layout, LowRankStream
 from lragent.program.layer_facts import LayerFacts
@@ -112,9 +113,8 @@ def _brief(value: Any) -> Any:
 
 def write_manifest(manifest: Manifest, directory: Path) -> None:
     """Replaces the manifest in one step. The caller holds the artifact's lock (`lragent.files.locks`)."""
-    temporary = directory / f".{MANIFEST}.new"
-    temporary.write_text(manifest.to_json(), encoding="utf-8")
-    temporary.replace(directory / MANIFEST)
+    with replacing(directory / MANIFEST) as file:
+        file.write(manifest.to_json().encode())
 
 
 def read_manifest(directory: Path) -> Manifest:

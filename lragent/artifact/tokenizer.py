@@ -11,6 +11,7 @@ from typing import Any
 from lragent.artifact.directory import Artifact
 from lragent.errors import AdapterError, ArtifactError, ModelError, RequestError, UserError
 from lragent.files.checked_file import FileEntry, describe_file
+from lragent.files.user_path import user_path
 from lragent.loading.checkpoint import find_checkpoint
 from lragent.loading.model import LoadedModel
 from lragent.program.agent import Agent
@@ -108,9 +109,10 @@ def tokenizer_from(source: Any) -> TransformersTokenizer | None:
     try:
         if not isinstance(source, (str, Path)):
             return TransformersTokenizer(live_tokenizer(source))
-        if not tokenizer_files(Path(source)):
-            raise RequestError(f"no tokenizer in {source}", "Give a folder saved with save_pretrained.")
-        return TransformersTokenizer(load_tokenizer(Path(source)))
+        folder = user_path(source)
+        if not tokenizer_files(folder):
+            raise RequestError(f"no tokenizer in {folder}", "Give a folder saved with save_pretrained.")
+        return TransformersTokenizer(load_tokenizer(folder))
     except UserError as error:
         raise RequestError(error.message, error.hint) from error
 

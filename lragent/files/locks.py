@@ -85,9 +85,7 @@ def _locked(path: Path) -> int | None:
         if not try_lock(descriptor):
             os.close(descriptor)
             return None
-        try:
+        with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
-        except FileNotFoundError:
-            pass
         os.close(descriptor)  # its last holder has removed it meanwhile

@@ -14,6 +14,7 @@ from pathlib import Path
 from lragent.errors import AdapterError, ModelError, UserError, shortened
 from lragent.files.user_path import user_path
 from lragent.loading.checkpoint import Checkpoint, read_usable_config
+from lragent.text.load_tokenizer import CHAT_TEMPLATES, TOKENIZER_FILES
 
 _ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 _LOG_IN = "For a private or gated repository, accept its terms and log in: hf auth login."
@@ -46,20 +47,7 @@ class Files:
     older: tuple[str, ...]
 
 
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
+_TOKENIZER = (*TOKENIZER_FILES, f"{CHAT_TEMPLATES}/*.jinja", "chat_template.json")
 MODEL_FILES = Files(
     known=("config.json", "generation_config.json", *_TOKENIZER),
     weights=("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),

@@ -12,13 +12,8 @@ import lragent
 from lragent.artifact import update as update_artifact
 from lragent.artifact.directory import open_artifact
 from lragent.errors import AdapterError, ArtifactError, RequestError
-from tests.artifact.update_cases import PROMPT, named, turns_made_anew, turns_of, write_adapters
+from tests.artifact.update_cases import PROMPT, named, turns_made_anew, turns_of
 from tests.models import WrittenModel, write_model
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> WrittenModel:
-    return write_adapters(tmp_path_factory.mktemp("update"))
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +22,6 @@ def converted(written: WrittenModel, tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("converted") / "m.lragent"
     lragent.convert(written.model_dir, named(written, "plan", "action"), out, spare=1, compiled=False)
     return out
-
-
-@pytest.fixture
-def artifact(converted: Path, tmp_path: Path) -> Path:
-    """A copy that a test may update."""
-    return Path(shutil.copytree(converted, tmp_path / "copy.lragent"))
 
 
 def test_spare_slots_hold_no_agent_and_no_cache(converted: Path, written: WrittenModel, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,10 @@ import torch._inductor.config
 import lragent
 from lragent.artifact.directory import open_artifact
 from lragent.compile.compile import target_name
-from tests.artifact.update_cases import named, turns_made_anew, turns_of, write_adapters
+from tests.artifact.update_cases import named, turns_made_anew, turns_of
 from tests.models import WrittenModel
 
 pytestmark = pytest.mark.integration  # the artifact compiles for longer than 20 s
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> WrittenModel:
-    return write_adapters(tmp_path_factory.mktemp("update"))
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +23,6 @@ def converted(written: WrittenModel, tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("converted") / "m.lragent"
     lragent.convert(written.model_dir, named(written, "plan", "action"), out, spare=1)
     return out
-
-
-@pytest.fixture
-def artifact(converted: Path, tmp_path: Path) -> Path:
-    """A copy that a test may update."""
-    return Path(shutil.copytree(converted, tmp_path / "copy.lragent"))
 
 
 SETS = {

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from lragent.errors import UserError
@@ -163,11 +164,10 @@ def test_a_missing_package_is_named(
 
 
 def test_a_sentencepiece_file_is_read(tmp_path: Path) -> None:
-    spm = pytest.importorskip("sentencepiece")
     AutoConfig.for_model("llama").save_pretrained(tmp_path)
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(CORPUS * 20)
-    spm.SentencePieceTrainer.train(
+    SentencePieceTrainer.train(
         input=str(corpus),
         model_prefix=str(tmp_path / "tokenizer"),
         vocab_size=340,
@@ -180,7 +180,7 @@ def test_a_sentencepiece_file_is_read(tmp_path: Path) -> None:
     )
     loaded = TransformersTokenizer(load_tokenizer(tmp_path))
     save_tokenizer(loaded.source, tmp_path / "again", tmp_path)
-    expected = spm.SentencePieceProcessor(str(tmp_path / "tokenizer.model")).encode("the town")
+    expected = SentencePieceProcessor(str(tmp_path / "tokenizer.model")).encode("the town")
     assert loaded.encode("the town", add_special_tokens=False) == expected
     assert loaded.decode_piece(loaded.encode_piece(" \u65e5 the"), False) == " \u65e5 the"
 
