@@ -177,6 +177,11 @@ class Scheme:
     adapter_free_forward: bool
     spans: Callable[[Scheme, View], list[Span]]
 
+    @property
+    def writes_all_lr(self) -> bool:
+        """True if a page holds the LR values of all agents, computed by its writer."""
+        return self.layout == "split" and not self.own_lr_only
+
 
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {
