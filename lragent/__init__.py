@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lragent.api import convert, inspect, load, optimize, rollout, update, verify
     from lragent.artifact.build import ConvertReport
+    from lragent.program.live_adapters import AdapterWeights
     from lragent.reports.inspection import Inspection
     from lragent.reports.verification import Verification
     from lragent.rollouts.run import RolloutSummary
@@ -23,6 +24,7 @@ if "torch" not in sys.modules:
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 __all__ = [
+    "AdapterWeights",
     "ConvertReport",
     "Engine",
     "Inspection",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AdapterWeights": "lragent.program.live_adapters",
     "ConvertReport": "lragent.artifact.build",
     "Engine": "lragent.runtime.engine",
     "Inspection": "lragent.reports.inspection",

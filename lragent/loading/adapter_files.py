@@ -99,9 +99,7 @@ def in_peft_names(
     found = AdapterFile({}, {})
     for key, tensor in weights.items():
         require_not_empty(where, key, tensor)
-        plain = _WRAPPERS.sub("", key).lstrip(".")
-        while plain.startswith(PEFT_PREFIX):
-            plain = plain.removeprefix(PEFT_PREFIX)
+        plain = _plain(key)
         owner, part = _split(plain)
         if owner not in modules and _split(converted(plain)[0])[0] in modules:
             plain = converted(plain)[0]
@@ -127,6 +125,22 @@ def in_peft_names(
         else:
             require_base_copy(where, key, tensor, owner, base)
     return found
+
+
+def lora_part(key: str) -> tuple[str, str]:
+    """FQN of the module that a key belongs to, and "A" or "B"; "" for a key that names neither matrix."""
+    plain = _plain(key)
+    owner, part = _split(plain)
+    matrix = part is not None and part[1].rpartition("_")[2] in ("A", "B") and not plain.endswith(".bias")
+    return owner, part[1][-1] if part is not None and matrix else ""
+
+
+def _plain(key: str) -> str:
+    """A key without prefixes and names of wrappers."""
+    plain = _WRAPPERS.sub("", key).lstrip(".")
+    while plain.startswith(PEFT_PREFIX):
+        plain = plain.removeprefix(PEFT_PREFIX)
+    return plain
 
 
 def _split(plain: str) -> tuple[str, re.Match[str] | None]:

@@ -27,14 +27,18 @@ class KeyRules:
         root: start of the chain: the scheme, and the agent's digest if each agent has its own pages.
         tags: by agent id, the tag of a writer; None if the content does not depend on writers.
         turn_starts: True if the content depends on the position where a writer's turn began.
-        columns: by agent id, digest of the A of whose `x A` a page holds columns, whoever wrote the page; empty if pages
-            hold only their writer's own.
+        columns: by agent id, digest of the A of whose `x A` a page holds columns, whoever wrote it; empty if pages hold
+            only their writer's own.
     """
 
     root: bytes
     tags: tuple[bytes, ...] | None
     turn_starts: bool
     columns: tuple[bytes, ...] = ()
+
+    def columns_of(self, agent: int) -> bytes:
+        """The entry of `columns` of an agent id; b"" if pages hold their writer's own columns only."""
+        return self.columns[agent] if self.columns else b""
 
     def start(self) -> bytes:
         """The link before the first page's."""

@@ -1,0 +1,152 @@
+"""Puts new versions of adapters into agent slots of an engine.
+
+A version lies in one slot. Its LR values lie in the slot's own block or, if its A is that of the version before and
+blocks belong to A's, in the block of that version. So a version with an unchanged A needs no memory in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from lragent.errors import AdapterError, RequestError
+from lragent.program.agent import BASE
+from lragent.program.live_adapters import AdapterSlots, GivenAdapter, ReadAdapter
+from lragent.program.program import Program
+from lragent.runtime.loop import EngineLoop
+from lragent.runtime.roster import Roster
+
+
+class VersionInUse(RequestError):
+    """Open trajectories use the present version of an adapter, and no slot is spare for the new one."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A new adapter, the slot that it takes, and the slot whose LR block it reads."""
+
+    adapter: ReadAdapter
+    slot: int
+    block: int
+
+
+def read_all(program: Program, roster: Roster, adapters: Mapping[str, GivenAdapter]) -> tuple[ReadAdapter, ...]:
+    """Reads new adapters; nothing is changed.
+
+    Raises:
+        RequestError: an unknown agent, or a program without `adapters`.
+        AdapterError: see `lragent.program.live_adapters.AdapterSlots.read`.
+    """
+    slots = _slots(program)
+    for name in adapters:
+        roster.require(name)
+        if name == BASE:
+            raise RequestError(f'"{BASE}" is the model without adapter', "Update the other agents.")
+    return tuple(slots.read(roster.slots[roster.current[name]], given) for name, given in adapters.items())
+
+
+def place(loop: EngineLoop, roster: Roster, adapters: Sequence[ReadAdapter]) -> dict[str, str]:
+    """Puts adapters into slots; returns agent name -> digest.
+
+    Raises:
+        AdapterError: an adapter fits no slot.
+        VersionInUse: it fits slots, but none is free.
+    """
+    slots = _slots(loop.program)
+    placements = _plan(loop, roster, slots, adapters)
+    slots.write({placed.slot: placed.adapter for placed in placements})
+    for placed in placements:
+        if loop.scheme.layout == "split":
+            loop.memory.read_block(placed.slot, placed.block)
+        if loop.scheme.own_lr_only:
+            loop.cache.pool.forget_lr(placed.slot)
+    tables = [item for state in loop.states for item in state.page_tables.items()]
+    roster.put({placed.slot: (placed.adapter.agent, placed.block) for placed in placements}, tables)
+    return {placed.adapter.agent.name: placed.adapter.agent.digest for placed in placements}
+
+
+def updated(program: Program, roster: Roster) -> Program:
+    """A program with its present agents, also in its identity."""
+    if not roster.updates:
+        return program
+    digests = {name: roster.slots[slot].digest for name, slot in sorted(roster.current.items()) if name != BASE}
+    identity = partial(_identity, program.identity, digests)
+    return replace(program, agents=roster.agents(), identity=identity)
+
+
+def _identity(made: Callable[[], Mapping[str, Any]], digests: Mapping[str, str]) -> dict[str, Any]:
+    return {**made(), "updated adapters": dict(digests)}
+
+
+def _slots(program: Program) -> AdapterSlots:
+    if program.adapters is None:
+        raise RequestError("the adapters of this program can't be changed in memory", "Convert the model again.")
+    return program.adapters
+
+
+def _plan(
+    loop: EngineLoop, roster: Roster, slots: AdapterSlots, adapters: Sequence[ReadAdapter]
+) -> tuple[Placement, ...]:
+    updated = {adapter.agent.name for adapter in adapters}
+    others = {slot for name, slot in roster.current.items() if name not in updated}
+    kept = others | roster.in_use(loop.states)
+    placements: list[Placement] = []
+    for adapter in adapters:
+        present = roster.current[adapter.agent.name]
+        refused = [slots.refusal(slot, adapter, others, {}) for slot in roster.usable(present)]
+        if refused[0] is not None and all(refused):
+            raise refused[0]
+        found = next(_placements(loop, roster, slots, adapter, kept, placements), None)
+        if found is None:
+            raise _in_use(loop, adapter.agent.name, present)
+        placements.append(found)
+    return tuple(placements)
+
+
+def _placements(
+    loop: EngineLoop,
+    roster: Roster,
+    slots: AdapterSlots,
+    adapter: ReadAdapter,
+    kept: Collection[int],
+    placements: Sequence[Placement],
+) -> Iterator[Placement]:
+    """The free slots that an adapter fits, the best first: its own, then those without LR blocks.
+
+    Args:
+        kept: slots whose adapters must stay.
+        placements: of the other adapters of the same update.
+    """
+    taken = {placed.slot: placed.adapter for placed in placements}
+    read = {roster.blocks[slot] for slot in kept} | {placed.block for placed in placements}
+    for slot in roster.usable(roster.current[adapter.agent.name]):
+        if slot in kept or slot in taken or slots.refusal(slot, adapter, kept, taken) is not None:
+            continue
+        if slot in read:  # others read its LR block
+            block = slot if roster.keeps_columns(slot, adapter.agent) else None
+        else:
+            block = _block(loop, roster, adapter, slot, taken)
+        if block is not None:
+            yield Placement(adapter, slot, block)
+
+
+def _block(loop: EngineLoop, roster: Roster, adapter: ReadAdapter, slot: int, taken: Collection[int]) -> int | None:
+    """The slot whose LR block an adapter would read in a free slot; None if there is none for it."""
+    scheme, present = loop.scheme, roster.current[adapter.agent.name]
+    before = roster.blocks[present]
+    by_a = scheme.layout == "split" and scheme.lr_blocks == "distinct" and before not in taken
+    same_ranks = all(s.ranks[slot - 1] == s.ranks[before - 1] for s in loop.program.schema.low_rank)
+    if by_a and same_ranks and adapter.agent.a_digest == roster.slots[present].a_digest:
+        return before
+    return slot if slot in roster.held else None
+
+
+def _in_use(loop: EngineLoop, name: str, slot: int) -> VersionInUse:
+    users = sum(slot in {version.slot for version in state.versions.values()} for state in loop.states)
+    return VersionInUse(
+        f"{users} open trajectories use the present adapter of {name}, and no slot is spare",
+        "Close them, or await aupdate_adapters, which waits for them. Slots: convert with --spare, and load with spare=N "
+        "if A changes under a scheme that caches low-rank values.",
+    )
