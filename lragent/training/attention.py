@@ -94,9 +94,7 @@ def rows_attention(
         if not rule.key_is_final:
             key_LHD = rule.transform(key_LHD)
         value_LHD = _streams(value, read, rows, None)
-        outputs.append(
-            _attend(query_NHqDk[read.queries_n], key_LHD, value_LHD, rows.positions_N[read.queries_n], rule)
-        )
+        outputs.append(_attend(query_NHqDk[read.queries_n], key_LHD, value_LHD, rows.positions_N[read.queries_n], rule))
     queries_N = torch.cat([read.queries_n for read in rows.reads])
     return torch.cat(outputs)[queries_N.argsort()]
 
