@@ -1,7 +1,7 @@
 """Attention over rows, differentiable: the definition of `kernels/flash_lora_attention/reference.py` without pages.
 
-Legend: N = rows, n = queries of a read, L = positions of a read, H = KV heads, Hq = query heads, Dk / Dv = head dims, r =
-rank, R = width of an LR stream.
+Legend: N = rows, n = queries of a read, L = positions of a read, H = KV heads, Hq = query heads, Dk / Dv = head dims, r
+= rank, R = width of an LR stream.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class SharedModel(nn.Module):
         graph: a rewritten graph in split layout, not lowered; it is changed.
         schema: its cache schema.
         trainable: the agents' A and B, and the graph's constants that follow from them; None: every weight is fixed.
-        fixed: modules of which an adapter has more than A and B (DoRA's magnitude, replaced rows), which stay as they are.
+        fixed: modules of which an adapter has more than A and B (DoRA's magnitude, replaced rows). These stay.
         checkpointing: True recomputes each layer in the backward pass instead of keeping its activations.
     """
 
@@ -102,7 +102,7 @@ class SharedModel(nn.Module):
         return hidden
 
     def logits(self, hidden_RD: Tensor, agent_ids_R: Tensor) -> Tensor:
-        """Logits of hidden states, float32 `[R, vocab]`. Call it for a part of the rows where `[R, vocab]` is too large.
+        """Logits of hidden states, float32 `[R, vocab]`. If `[R, vocab]` is too large, call it for some rows at a time.
 
         Args:
             agent_ids_R: agent of each row, for adapters on the LM head.
