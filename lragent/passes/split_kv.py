@@ -14,6 +14,7 @@ projection without adapter stays as it is. In dense layout nothing is split: the
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, fx
 
 from lragent.errors import Miss

@@ -2,8 +2,8 @@
 
 Legend: N = agents, H = KV heads, D = head dim, C = output channels of the projections behind one K or V.
 
-`lragent.passes.adapters.constants` computes the constants from this description. Training differentiates through it, and
-an update of a live engine's adapters writes the results in place.
+`lragent.passes.adapters.constants` computes the constants from this description. Training differentiates through it,
+and an update of a live engine's adapters writes the results in place.
 """
 
 from __future__ import annotations

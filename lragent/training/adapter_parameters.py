@@ -32,50 +32,49 @@ class AdapterParameters(nn.Module):
     ) -> None:
         super().__init__()
         self._lora = lora
-        self._names: dict[tuple[str, str], tuple[str, str]] = {}  # module and agent -> names of A and B
+        self._names: dict[str, dict[str, tuple[str, str]]] = {}  # module -> agent -> names of A and B
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         for number, (module, by_agent) in enumerate(lora.items()):
             for index, agent in enumerate(agents):
                 if agent not in by_agent:
                     continue
                 names = f"{number}_{groups[module][index]}", f"{number}_{index}"
-                self._names[module, agent] = names
+                self._names.setdefault(module, {})[agent] = names
                 weights = by_agent[agent]
                 if names[0] not in self.a:
                     self.a[names[0]] = _master(weights.a)
                 self.b[names[1]] = _master(weights.b)
 
-    def weights(self, module: str, agent: str) -> tuple[Tensor, Tensor]:
-        """A and B of an agent on a module.
-
-        Raises:
-            KeyError: it has no adapter there.
-        """
-        a, b = self._names[module, agent]
-        return self.a[a], self.b[b]
+    @property
+    def pairs(self) -> dict[str, dict[str, tuple[nn.Parameter, nn.Parameter]]]:
+        """Module FQN -> agent -> A and B."""
+        return {
+            module: {agent: (self.a[a], self.b[b]) for agent, (a, b) in by_agent.items()}
+            for module, by_agent in self._names.items()
+        }
 
     def of_agent(self, agent: str) -> dict[str, tuple[Tensor, Tensor]]:
         """Module FQN -> A and B of an agent, detached copies."""
         return {
-            module: (self.weights(module, agent)[0].detach().clone(), self.weights(module, agent)[1].detach().clone())
-            for module, name in self._names
-            if name == agent
+            module: (by_agent[agent][0].detach().clone(), by_agent[agent][1].detach().clone())
+            for module, by_agent in self.pairs.items()
+            if agent in by_agent
         }
 
     def adapters(self) -> dict[str, dict[str, Adapter]]:
         """Module FQN -> agent -> weights in the dtype of the model, as `passes.adapters.constants` takes them."""
         return {
-            module: {agent: self._adapter(module, agent, weights) for agent, weights in by_agent.items()}
-            for module, by_agent in self._lora.items()
+            module: {agent: _adapter(self._lora[module][agent], *pair) for agent, pair in by_agent.items()}
+            for module, by_agent in self.pairs.items()
         }
-
-    def _adapter(self, module: str, agent: str, weights: LoraWeights) -> Adapter:
-        a, b = self.weights(module, agent)
-        dtype = weights.a.dtype
-        found = adapter(dataclasses.replace(weights, a=a.to(dtype), b=b))
-        return dataclasses.replace(found, b=found.b.to(dtype))
 
 
 def _master(tensor: Tensor) -> nn.Parameter:
     wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
     return nn.Parameter(wide)
+
+
+def _adapter(weights: LoraWeights, a: Tensor, b: Tensor) -> Adapter:
+    dtype = weights.a.dtype
+    found = adapter(dataclasses.replace(weights, a=a.to(dtype), b=b))
+    return dataclasses.replace(found, b=found.b.to(dtype))

@@ -1,7 +1,7 @@
 """Attention over rows, differentiable: the definition of `kernels/flash_lora_attention/reference.py` without pages.
 
-Legend: N = rows, n = queries of a read, L = positions of a read, H = KV heads, Hq = query heads, Dk / Dv = head dims, r =
-rank, R = width of an LR stream.
+Legend: N = rows, n = queries of a read, L = positions of a read, H = KV heads, Hq = query heads, Dk / Dv = head dims, r
+= rank, R = width of an LR stream.
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ def rows_attention(
         if not rule.key_is_final:
             key_LHD = rule.transform(key_LHD)
         value_LHD = _streams(value, read, rows, None)
-        outputs.append(
-            _attend(query_NHqDk[read.queries_n], key_LHD, value_LHD, rows.positions_N[read.queries_n], rule)
-        )
+        outputs.append(_attend(query_NHqDk[read.queries_n], key_LHD, value_LHD, rows.positions_N[read.queries_n], rule))
     queries_N = torch.cat([read.queries_n for read in rows.reads])
     return torch.cat(outputs)[queries_N.argsort()]
 

@@ -30,7 +30,35 @@ from lragent.training.rows import Rows
 aten = torch.ops.aten
 
 ROW_INPUTS = ("token_ids", "positions", "agent_ids", "logits_rows")
-ROWS = "rows"  # the input that holds the `Rows`
+ROWS = "rows"  # the graph's input of type `RowsInput`
+
+
+@dataclass(frozen=True)
+class LayerStreams:
+    """Streams of one attention op, in the order of the rows.
+
+    Args:
+        layer: number of the attention op, in graph order.
+        key_NHDk, value_NHDv: base streams; K as it would be cached (`KeyRule.key_is_final`).
+        low_rank_k, low_rank_v: LR streams and B; None without adapter.
+    """
+
+    layer: int
+    key_NHDk: Tensor
+    value_NHDv: Tensor
+    low_rank_k: LowRank | None
+    low_rank_v: LowRank | None
+
+
+Observer = Callable[[LayerStreams], None]
+
+
+@dataclass(frozen=True)
+class RowsInput:
+    """The rows of a forward, and a function that is called with the streams of each attention op."""
+
+    rows: Rows
+    observe: Observer | None = None
 
 
 @dataclass(frozen=True)
@@ -89,11 +117,14 @@ def attend(
     low_rank_k: tuple[Tensor, Tensor, list[int], list[int]] | None,
     low_rank_v: tuple[Tensor, Tensor, list[int], list[int]] | None,
     rule: tuple[Any, ...],
-    rows: Rows,
+    layer: int,
+    given: RowsInput,
 ) -> Tensor:
     """`rows_attention` as graph nodes call it: the fields of `LowRank` and `KeyRule` in order."""
-    k, v = (None if fields is None else LowRank(*fields) for fields in (low_rank_k, low_rank_v))
-    return rows_attention(query, key, value, k, v, KeyRule(*rule), rows)
+    k, v = (None if low_rank is None else LowRank(*low_rank) for low_rank in (low_rank_k, low_rank_v))
+    if given.observe is not None:
+        given.observe(LayerStreams(layer, key, value, k, v))
+    return rows_attention(query, key, value, k, v, KeyRule(*rule), given.rows)
 
 
 def _attach_rows(graph: fx.GraphModule, schema: CacheSchema) -> None:
@@ -117,7 +148,7 @@ def _attach_rows(graph: fx.GraphModule, schema: CacheSchema) -> None:
         stream = streams[names[cache]]
         return written[cache], argument(call, f"b_{name}"), [*stream.ranks], [*stream.source_columns()]
 
-    for node in calls(graph, ops.flash_lora_attention):
+    for layer, node in enumerate(calls(graph, ops.flash_lora_attention)):
         arguments = (
             argument(node, "query_THqDk"),
             written[argument(node, "k_cache")],
@@ -125,6 +156,7 @@ def _attach_rows(graph: fx.GraphModule, schema: CacheSchema) -> None:
             side(node, "k"),
             side(node, "v"),
             tuple(argument(node, field.name) for field in fields(KeyRule)),
+            layer,
             rows,
         )
         with graph.graph.inserting_before(node):

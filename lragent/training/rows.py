@@ -1,8 +1,8 @@
 """Rows of a training forward: the tokens that run through the model, and for each the rows that it reads.
 
-A row is one token of one trajectory as one agent processes it. The same token may have several rows. A `Read` stands for
-a page table: it names, for each position, the row whose base K and V stand there, and the row whose low-rank numbers
-do. Several agents' queries over equal rows are several reads.
+A row is one token of one trajectory as one agent processes it. The same token may have several rows. A `Read` stands
+for a page table: it names, for each position, the row whose base K and V stand there, and the row whose low-rank
+numbers do. Several agents' queries over equal rows are several reads.
 
 Legend: N = rows, R = rows whose logits are wanted, L = positions of a read, n = queries of a read.
 """

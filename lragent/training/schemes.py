@@ -1,12 +1,12 @@
 """The rows of every sharing scheme: for each token, the agents that process it, and the rows that they read.
 
-| scheme | rows of a token | base K/V that a query reads | low-rank numbers that it reads |
+| scheme | rows of a token | base K/V that a query reads | LR numbers that it reads |
 |---|---|---|---|
-| `non_shared` | one per agent that reads it | of its own agent | of its own agent |
-| `full_shared`, `base_lr_shared` | one, of its writer | of the writer | of the writer |
-| `base_shared` | one per agent that catches up | of the writer | of its own agent |
-| `rebase_shared` | of its writer, and adapter-free | adapter-free; of the writer in the turn in progress | of its own agent's turns, else adapter-free |
-| `neutral_shared` | adapter-free, and acting where logits are wanted | adapter-free | adapter-free |
+| `non_shared` | one per agent that reads it | its own agent's | its own agent's |
+| `full_shared`, `base_lr_shared` | its writer's | the writer's | the writer's |
+| `base_shared` | one per agent that catches up | the writer's | its own agent's |
+| `rebase_shared` | the writer's and adapter-free | adapter-free; its turn's own | as base; of its turns its own |
+| `neutral_shared` | adapter-free; acting where logits are wanted | adapter-free | adapter-free |
 
 The writer of a token is the agent that processes it first (`turn_sequence.ActingTurn`).
 """

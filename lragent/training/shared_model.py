@@ -6,6 +6,7 @@ are the agents' A and B. Legend: N = rows, R = rows whose logits are wanted, D =
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lragent.passes.adapters.constants import constants_of
 from lragent.program.adapter_map import AdapterMap
 from lragent.program.cache_schema import CacheSchema
 from lragent.training.adapter_parameters import AdapterParameters
-from lragent.training.lower_to_rows import ROW_INPUTS, ROWS, RowGraph, Segment, lower_to_rows
+from lragent.training.lower_to_rows import ROW_INPUTS, ROWS, Observer, RowGraph, RowsInput, Segment, lower_to_rows
 from lragent.training.rows import Rows
 
 
@@ -34,7 +35,7 @@ class SharedModel(nn.Module):
         graph: a rewritten graph in split layout, not lowered; it is changed.
         schema: its cache schema.
         trainable: the agents' A and B, and the graph's constants that follow from them; None: every weight is fixed.
-        fixed: modules of which an adapter has more than A and B (DoRA's magnitude, replaced rows), which stay as they are.
+        fixed: modules of which an adapter has more than A and B (DoRA's magnitude, replaced rows). These stay.
         checkpointing: True recomputes each layer in the backward pass instead of keeping its activations.
     """
 
@@ -79,14 +80,18 @@ class SharedModel(nn.Module):
         """Logits that predict the generated tokens: float32 `[R, vocab]`, in the order of `rows.logits_rows_R`."""
         return self.logits(self.hidden(rows), rows.target_agents_R)
 
-    def hidden(self, rows: Rows) -> Tensor:
-        """Last hidden states of the wanted rows, before the LM head: `[R, D]`."""
+    def hidden(self, rows: Rows, observe: Observer | None = None) -> Tensor:
+        """Last hidden states of the wanted rows, before the LM head: `[R, D]`.
+
+        Args:
+            observe: called with the streams of each attention op, in order; again when a layer is recomputed.
+        """
         values: dict[str, Any] = {
             "token_ids": rows.token_ids_N,
             "positions": rows.positions_N,
             "agent_ids": rows.agent_ids_N,
             "logits_rows": rows.logits_rows_R,
-            ROWS: rows,
+            ROWS: RowsInput(rows, observe),
             **self._constants(),
         }
         for number, layer in enumerate(self._rows.layers):
@@ -97,7 +102,7 @@ class SharedModel(nn.Module):
         return hidden
 
     def logits(self, hidden_RD: Tensor, agent_ids_R: Tensor) -> Tensor:
-        """Logits of hidden states, float32 `[R, vocab]`. Call it for a part of the rows where `[R, vocab]` is too large.
+        """Logits of hidden states, float32 `[R, vocab]`. If `[R, vocab]` is too large, call it for some rows at a time.
 
         Args:
             agent_ids_R: agent of each row, for adapters on the LM head.
@@ -112,6 +117,11 @@ class SharedModel(nn.Module):
         (logits,) = head.call(*(values[name] for name in head.takes))
         assert isinstance(logits, Tensor)
         return logits
+
+    @property
+    def pairs(self) -> Mapping[str, Mapping[str, tuple[nn.Parameter, nn.Parameter]]]:
+        """Module FQN -> agent -> the parameters A `[r, in]` and B `[out, r]`; a shared A is one parameter."""
+        return {} if self.adapters is None else self.adapters.pairs
 
     def adapter_weights(self, agent: str) -> dict[str, tuple[Tensor, Tensor]]:
         """Module FQN -> A `[r, in]` and B `[out, r]` of an agent, without scaling; detached copies."""

@@ -31,10 +31,9 @@ def test_non_shared_has_the_gradients_of_peft(kind: str, shared_models: SharedMo
     logits = peft(input_ids=torch.tensor([ids]), use_cache=False).logits[0, 9:-1]
     torch.nn.functional.cross_entropy(logits, torch.tensor(ids[10:])).backward()
     theirs = {name: p.grad for name, p in peft.named_parameters() if p.grad is not None}
-    assert model.adapters is not None
     compared = 0
     for module in model.adapter_weights("action"):
-        a, b = model.adapters.weights(module, "action")
+        a, b = model.pairs[module]["action"]
         for ours, leaf in ((a, "lora_A"), (b, "lora_B")):
             (expected,) = (g for n, g in theirs.items() if f".{module}.{leaf}.action." in f".{n}")
             assert ours.grad is not None
@@ -79,8 +78,5 @@ def test_checkpointing_changes_no_gradient(shared_models: SharedModels) -> None:
 def test_parameters_are_a_and_b_only(shared_models: SharedModels) -> None:
     _, model = shared_models.get("llama")
     weights = {id(p) for p in model.parameters()}
-    assert model.adapters is not None
-    expected = {
-        id(p) for agent in model.agents for m in model.adapter_weights(agent) for p in model.adapters.weights(m, agent)
-    }
+    expected = {id(p) for by_agent in model.pairs.values() for pair in by_agent.values() for p in pair}
     assert weights == expected
