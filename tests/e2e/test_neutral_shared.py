@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import pytest
 import torch
@@ -47,5 +48,5 @@ def test_base_is_the_plain_model(kind: str, artifacts: Artifacts, open_engine: C
     written, artifact = artifacts.get(kind)
     found = scores(open_engine(artifact, "neutral_shared"), AGENTS[1:])["base"]
     plain = load_plain(written.model_dir, torch.float64)
-    _, expected = generate(plain, [*PROMPT, *sum(PARTS, [])], "base", len(SCORED), SCORED)
+    _, expected = generate(plain, [*PROMPT, *chain(*PARTS)], "base", len(SCORED), SCORED)
     assert found == pytest.approx(expected, abs=1e-4)

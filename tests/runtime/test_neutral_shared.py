@@ -1,7 +1,7 @@
 """`neutral_shared`: what an agent computes depends on the tokens alone, and an adapter-free page serves everybody."""
 
 import asyncio
-from itertools import permutations
+from itertools import chain, permutations
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_a_result_does_not_depend_on_batch_and_chunks(budget: int) -> None:
 
 def test_base_is_the_model_without_adapters() -> None:
     """Alone, `base` under non_shared is that model."""
-    with toy_engine("non_shared").trajectory([*PROMPT, *sum(PARTS, [])]) as t:
+    with toy_engine("non_shared").trajectory([*PROMPT, *chain(*PARTS)]) as t:
         assert scores(toy_engine("neutral_shared"), AGENTS)["base"] == pytest.approx(
             t.score("base", [21, 22, 23, 24, 25]), abs=TOLERANCE
         )
@@ -57,7 +57,7 @@ def test_pages_are_found_whoever_wrote_them() -> None:
     engine = toy_engine("neutral_shared")  # pages of four tokens
     scores(engine, AGENTS)
     written = engine.stats().tokens.prefill + engine.stats().tokens.decode
-    with engine.trajectory([*PROMPT, *sum(PARTS, [])]) as t:
+    with engine.trajectory([*PROMPT, *chain(*PARTS)]) as t:
         turn = t.generate("reflect", max_new_tokens=1)
         assert (turn.usage.reused, turn.usage.prefill, turn.usage.acting) == (16, 0, 1)
     stats = engine.stats().tokens

@@ -6,7 +6,8 @@ import pytest
 
 from lragent.errors import RequestError
 from lragent.runtime.cache.write_log import WriteRange
-from lragent.runtime.schemes import SCHEMES, View, scheme_named, spans_of_turn
+from lragent.runtime.scheduling.batch import take
+from lragent.runtime.schemes import SCHEMES, View, scheme_named, spans_of_decode, spans_of_turn
 
 Row = tuple[str, int, int, int, bool, set[int]]
 
@@ -126,8 +127,6 @@ def test_rows_that_write_over_the_same_tokens_take_another_step() -> None:
     assert [piece.span.kind for piece in take(spans[1:], 100, 100)] == ["adapter_free", "prefill"]
 
 
-s/^from lragent.runtime.schemes import SCHEMES, View, scheme_named, spans_of_turn$/from lragent.runtime.scheduling.batch import take
-from lragent.runtime.schemes import SCHEMES, View, scheme_named, spans_of_decode, spans_of_turn/
 def test_settling_alone_runs_nothing_else() -> None:
     of = view(None, 15, [WriteRange(1, 0, 10)], settled=4, settled_before=4)
     assert rows("rebase_shared", of) == [("adapter_free", 0, 4, 10, True, {2})]
