@@ -32,7 +32,8 @@ class EngineConfig:
         threads: torch's number of CPU threads, which is one setting per process; None keeps it.
 
     Raises:
-        RequestError: unknown scheme, a size below 1, a negative number of spare slots, or a number of threads that torch can't be set to.
+        RequestError: unknown scheme, a size below 1, a negative number of spare slots, or a number of threads that
+            torch can't be set to.
     """
 
     sharing: str = SHARING

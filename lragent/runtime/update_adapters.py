@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from lragent.errors import AdapterError, RequestError
+from lragent.errors import RequestError
 from lragent.program.agent import BASE
 from lragent.program.live_adapters import AdapterSlots, GivenAdapter, ReadAdapter
 from lragent.program.program import Program
@@ -147,6 +147,6 @@ def _in_use(loop: EngineLoop, name: str, slot: int) -> VersionInUse:
     users = sum(slot in {version.slot for version in state.versions.values()} for state in loop.states)
     return VersionInUse(
         f"{users} open trajectories use the present adapter of {name}, and no slot is spare",
-        "Close them, or await aupdate_adapters, which waits for them. Slots: convert with --spare, and load with spare=N "
-        "if A changes under a scheme that caches low-rank values.",
+        "Close them, or await aupdate_adapters, which waits. Or convert with --spare N, and load with spare=N if A "
+        "changes and the sharing scheme caches low-rank values.",
     )

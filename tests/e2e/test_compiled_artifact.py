@@ -62,7 +62,7 @@ def test_a_process_that_runs_an_artifact_loads_no_model_code(
         assert found["tokens"] == t.generate("plan", max_new_tokens=5, ignore_eos=True).token_ids
 
 
-@pytest.mark.parametrize("scheme", ["base_lr_shared", "base_shared", "rebase_shared"])
+@pytest.mark.parametrize("scheme", ["base_lr_shared", "base_shared", "rebase_shared", "neutral_shared"])
 def test_compiled_code_equals_the_definition(scheme: str, tiny_llama: WrittenModel, tiny_artifact: Path) -> None:
     engine = lragent.load(tiny_artifact, sharing=scheme, kv_memory="4MiB")
     assert_equals_oracle(tiny_llama, scheme, SCRIPT, run_on_engine(engine, SCRIPT))

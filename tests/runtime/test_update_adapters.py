@@ -8,7 +8,7 @@ import random
 import pytest
 
 from lragent.errors import RequestError
-from lragent.runtime import Engine
+from lragent.runtime import Engine, Trajectory
 from lragent.runtime.update_adapters import VersionInUse
 from tests.runtime.random_operations import MODEL, SCHEMES, assert_same, toy_engine
 from tests.runtime.toy_oracle import OracleTrajectory
@@ -132,33 +132,31 @@ def test_updates_between_random_turns(scheme: str, seed: int) -> None:
     """Adapters go back and forth under open trajectories that haven't used them, some in the middle of a turn."""
     chance = random.Random(seed)
     engine = updatable_engine(scheme, MODEL)
-    model, current = MODEL, {3: MODEL}
+    models = [MODEL]
     steady = engine.on_step
-    for _ in range(6):
 
-        def step() -> None:
-            assert steady is not None
-            steady()
-            if chance.random() < 0.3:
-                new = chance.choice([MODEL, OTHER])
-                fields = chance.choice([("a_k", "b_k"), ("b_k",), ("delta_q",)])
-                current[3] = with_adapters(current[3], new, [3], fields)
-                engine.update_adapters({"reflect": current[3]})
+    def step() -> None:
+        assert steady is not None
+        steady()
+        if chance.random() < 0.3:
+            new = chance.choice([MODEL, OTHER])
+            fields = chance.choice([("a_k", "b_k"), ("b_k",), ("delta_q",)])
+            models.append(with_adapters(models[-1], new, [3], fields))
+            engine.update_adapters({"reflect": models[-1]})
 
-        engine.on_step = step
+    async def turns(opened: list[Trajectory]) -> None:
+        await asyncio.gather(*(t.agenerate(chance.choice(["plan", "act"]), max_new_tokens=6) for t in opened))
+
+    for _ in range(4):
         opened = [engine.trajectory(PROMPT[: chance.randint(9, 14)]) for _ in range(3)]
-
-        async def turns() -> None:
-            await asyncio.gather(*(t.agenerate(chance.choice(["plan", "act"]), max_new_tokens=6) for t in opened))
-
-        asyncio.run(turns())
+        engine.on_step = step
+        asyncio.run(turns(opened))
         engine.on_step = steady
-        model = current[3]
         for t in opened:
             with t:
                 found = t.generate("reflect", max_new_tokens=3)
                 record = t.record()
-                oracle = OracleTrajectory(model, scheme, record.token_ids[: record.generated[0].start])
+                oracle = OracleTrajectory(models[-1], scheme, record.token_ids[: record.generated[0].start])
                 first = record.generated[0]
                 oracle.turn(first.agent, first.end - first.start, record.token_ids[first.start : first.end])
                 assert_same((found.token_ids, found.logprobs), oracle.turn("reflect", 3))

@@ -24,7 +24,8 @@ def key_rules(scheme: Scheme, digests: Sequence[str], columns: Sequence[str]) ->
         # A writer's LR values go into its own block, so two agents with equal weights need different tags.
         tags = tuple(tag + b"#%d" % index for index, tag in enumerate(tags))
     held = tuple(column.encode() for column in columns) if scheme.writes_all_lr else ()
-    return (KeyRules(_root(scheme, b""), tags, scheme.adapter_free_forward, held),)
+    written = None if scheme.written_as_base else tags
+    return (KeyRules(_root(scheme, b""), written, scheme.adapter_free_forward, held),)
 
 
 def _root(scheme: Scheme, owner: bytes) -> bytes:
