@@ -99,9 +99,11 @@ def test_smaller_adapters_also_in_a_spare_slot(variants: WrittenModel) -> None:
     """Ranks are padded, and modules that the adapter leaves out have B zero. Patterns and rsLoRA scale B."""
     dirs = variants.adapters
     made, agents = programs(variants.model_dir, {"plan": dirs["plan"], "action": dirs["other"]}, spare=1)
-    loaded = load_directories(variants.model_dir, {"plan": dirs["plan"], "action": dirs["action"], "~1": dirs["small"]})
+    loaded = load_directories(
+        variants.model_dir, {"plan": dirs["plan"], "action": dirs["action"], "new": dirs["small"]}
+    )
     held = AgentSlots(
-        made["split"].schema.agents,
+        ("plan", "action", "new"),
         {routed.stream.module: routed.stream.ranks for routed in made["dense"].adapter_map.routed},
         {routed.stream.module: routed.stream.shares_a_with for routed in made["dense"].adapter_map.routed},
     )
