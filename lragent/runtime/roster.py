@@ -28,8 +28,7 @@ class Roster:
         acting: names of agents that may act, `base` first.
         held: slots with an LR block of their own in the cache, or all slots where the layout has no LR blocks.
         current: agent name -> slot of its newest version.
-        blocks: by agent id, the slot whose LR block the agent reads.
-        columns: by agent id, digest of the A whose columns the slot's own LR block holds; "" if it has none.
+        blocks: by agent id, the slot whose LR block the agent reads: its own if it is held.
         rules: key rules by owner of page tables: by agent id in `non_shared`, else one under key 0.
         updates: number of updates.
     """
@@ -43,7 +42,6 @@ class Roster:
 
     def __post_init__(self) -> None:
         self.blocks = list(range(len(self.slots)))
-        self.columns = [agent.a_digest if slot in self.held else "" for slot, agent in enumerate(self.slots)]
         self._usable = [
             slot for slot, agent in enumerate(self.slots) if slot and (agent.spare or agent.name in self.acting)
         ]
@@ -101,10 +99,6 @@ class Roster:
         """Slots that a new version may take: the agent's present slot first, then those without an LR block."""
         return sorted(self._usable, key=lambda slot: (slot != present, slot in self.held, slot))
 
-    def keeps_columns(self, slot: int, agent: Agent) -> bool:
-        """True if the slot's own LR block goes on to hold columns of the same A, with this agent in the slot."""
-        return self.blocks[slot] == slot and self.slots[slot].a_digest == agent.a_digest
-
     def put(self, placed: Mapping[int, tuple[Agent, int]], tables: Iterable[tuple[int, PageTable]]) -> None:
         """Notes new versions of agents.
 
@@ -117,10 +111,8 @@ class Roster:
         self.updates += 1
         changed: set[int] = set()
         for slot, (agent, block) in placed.items():
-            if block == slot and not self.keeps_columns(slot, agent):
+            if slot in self.held and self.slots[slot].a_digest != agent.a_digest:
                 changed.add(slot)
-                # A block that was not written for a while must not have the digest of its earlier pages.
-                self.columns[slot] = agent.a_digest + ("" if self.blocks[slot] == slot else f" since {self.updates}")
             self.slots[slot] = agent
             self.blocks[slot] = block
             self.current[agent.name] = slot
@@ -135,10 +127,11 @@ class Roster:
     def agents(self) -> tuple[Agent, ...]:
         """The newest versions, by slot; other slots are spare."""
         return tuple(
-            agent if agent.spare or self.current.get(agent.name, slot) == slot else Agent(f"~{slot}")
+            agent if agent.spare or self.current.get(agent.name, slot) == slot else Agent(f"~old{slot}")
             for slot, agent in enumerate(self.slots)
             if slot > 0
         )
 
     def _key_rules(self) -> tuple[KeyRules, ...]:
-        return key_rules(self.scheme, [agent.digest for agent in self.slots], self.columns)
+        columns = [agent.a_digest if slot in self.held else "" for slot, agent in enumerate(self.slots)]
+        return key_rules(self.scheme, [agent.digest for agent in self.slots], columns)

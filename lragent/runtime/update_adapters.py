@@ -1,7 +1,7 @@
 """Puts new versions of adapters into agent slots of an engine.
 
-A version lies in one slot. Its LR values lie in the slot's own block or, if its A is that of the version before and
-blocks belong to A's, in the block of that version. So a version with an unchanged A needs no memory in the cache.
+A version lies in one slot. Its LR values lie in the slot's own block. A slot that has none may read the block of the
+version before, if the scheme has a block per distinct A and the version's A is unchanged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from lragent.errors import RequestError
+from lragent.errors import AdapterError, RequestError
 from lragent.program.agent import BASE
 from lragent.program.live_adapters import AdapterSlots, GivenAdapter, ReadAdapter
 from lragent.program.program import Program
@@ -58,7 +58,7 @@ def place(loop: EngineLoop, roster: Roster, adapters: Sequence[ReadAdapter]) -> 
     placements = _plan(loop, roster, slots, adapters)
     slots.write({placed.slot: placed.adapter for placed in placements})
     for placed in placements:
-        if loop.scheme.layout == "split":
+        if placed.block != placed.slot:
             loop.memory.read_block(placed.slot, placed.block)
         if loop.scheme.own_lr_only:
             loop.cache.pool.forget_lr(placed.slot)
@@ -88,21 +88,34 @@ def _slots(program: Program) -> AdapterSlots:
 
 def _plan(
     loop: EngineLoop, roster: Roster, slots: AdapterSlots, adapters: Sequence[ReadAdapter]
-) -> tuple[Placement, ...]:
+) -> Sequence[Placement]:
     updated = {adapter.agent.name for adapter in adapters}
     others = {slot for name, slot in roster.current.items() if name not in updated}
-    kept = others | roster.in_use(loop.states)
+    others |= {roster.blocks[slot] for slot in others}
+    placements, left = _assign(loop, roster, slots, adapters, others)
+    if left is not None:  # no slot, even if all trajectories were closed
+        raise _misfit(roster, slots, left, others, placements)
+    placements, left = _assign(loop, roster, slots, adapters, others | roster.in_use(loop.states))
+    if left is not None:
+        raise _in_use(loop, left.agent.name, roster.current[left.agent.name])
+    return placements
+
+
+def _assign(
+    loop: EngineLoop, roster: Roster, slots: AdapterSlots, adapters: Sequence[ReadAdapter], kept: Collection[int]
+) -> tuple[list[Placement], ReadAdapter | None]:
+    """Placements of adapters, and the first adapter for which there is none.
+
+    Args:
+        kept: slots whose adapters must stay.
+    """
     placements: list[Placement] = []
     for adapter in adapters:
-        present = roster.current[adapter.agent.name]
-        refused = [slots.refusal(slot, adapter, others, {}) for slot in roster.usable(present)]
-        if refused[0] is not None and all(refused):
-            raise refused[0]
         found = next(_placements(loop, roster, slots, adapter, kept, placements), None)
         if found is None:
-            raise _in_use(loop, adapter.agent.name, present)
+            return placements, adapter
         placements.append(found)
-    return tuple(placements)
+    return placements, None
 
 
 def _placements(
@@ -122,25 +135,36 @@ def _placements(
     taken = {placed.slot: placed.adapter for placed in placements}
     read = {roster.blocks[slot] for slot in kept} | {placed.block for placed in placements}
     for slot in roster.usable(roster.current[adapter.agent.name]):
-        if slot in kept or slot in taken or slots.refusal(slot, adapter, kept, taken) is not None:
+        if slot in kept or slot in taken or slots.refusal(slot, adapter, {*kept, *read}, taken) is not None:
             continue
-        if slot in read:  # others read its LR block
-            block = slot if roster.keeps_columns(slot, adapter.agent) else None
-        else:
-            block = _block(loop, roster, adapter, slot, taken)
-        if block is not None:
+        if slot in roster.held:
+            if slot not in read or roster.slots[slot].a_digest == adapter.agent.a_digest:
+                yield Placement(adapter, slot, slot)
+            continue
+        block = _block_before(loop, roster, adapter, slot)
+        if block is not None and block not in taken:
             yield Placement(adapter, slot, block)
 
 
-def _block(loop: EngineLoop, roster: Roster, adapter: ReadAdapter, slot: int, taken: Collection[int]) -> int | None:
-    """The slot whose LR block an adapter would read in a free slot; None if there is none for it."""
-    scheme, present = loop.scheme, roster.current[adapter.agent.name]
-    before = roster.blocks[present]
-    by_a = scheme.layout == "split" and scheme.lr_blocks == "distinct" and before not in taken
-    same_ranks = all(s.ranks[slot - 1] == s.ranks[before - 1] for s in loop.program.schema.low_rank)
-    if by_a and same_ranks and adapter.agent.a_digest == roster.slots[present].a_digest:
-        return before
-    return slot if slot in roster.held else None
+def _block_before(loop: EngineLoop, roster: Roster, adapter: ReadAdapter, slot: int) -> int | None:
+    """The slot whose LR block the present version of an agent reads; None if the new one can't read it in `slot`."""
+    present = roster.current[adapter.agent.name]
+    block = roster.blocks[present]
+    same_a = loop.scheme.lr_blocks == "distinct" and adapter.agent.a_digest == roster.slots[present].a_digest
+    same_ranks = all(s.ranks[slot - 1] == s.ranks[block - 1] for s in loop.program.schema.low_rank)
+    return block if same_a and same_ranks else None
+
+
+def _misfit(
+    roster: Roster, slots: AdapterSlots, adapter: ReadAdapter, kept: Collection[int], placements: Sequence[Placement]
+) -> AdapterError:
+    """The reason for which an adapter fits no slot: that of the first slot that is free."""
+    taken = {placed.slot: placed.adapter for placed in placements}
+    usable = [s for s in roster.usable(roster.current[adapter.agent.name]) if s not in kept and s not in taken]
+    errors = (slots.refusal(slot, adapter, kept, taken) for slot in usable)
+    found = next((error for error in errors if error is not None), None)
+    name = adapter.agent.name
+    return found or AdapterError(f"no slot takes the new adapter of {name}", "Convert again, with --spare.")
 
 
 def _in_use(loop: EngineLoop, name: str, slot: int) -> VersionInUse:

@@ -180,6 +180,28 @@ def test_a_version_with_the_same_a_takes_no_cache(
     assert_same(turns_of(engine), fresh.turns(sharing, plan="plan_new", action="action")[0])
 
 
+def test_a_shared_a_stays_shared_or_is_refused(
+    written: WrittenModel, fresh: Fresh, open_engine: Callable[..., Engine]
+) -> None:
+    """Also where both agents' newest versions lie in spare slots and read the blocks of the slots that share an A."""
+    engine = open_engine(fresh.artifact(plan="plan", action="plan_b", spare=2), "base_lr_shared")
+    parted = r"has another A on .* than .*\nConvert again with separate A"
+    dirs = written.adapters
+    for given in ({"action": dirs["action"]}, {"plan": dirs["plan_new"], "action": dirs["action"]}):
+        with pytest.raises(AdapterError, match=parted):
+            engine.update_adapters(given)
+    with engine.trajectory(PROMPT) as t:
+        t.generate("plan", max_new_tokens=1)
+        t.generate("action", max_new_tokens=1)
+        engine.update_adapters({"plan": dirs["plan_b"], "action": dirs["plan"]})
+        assert_same(turns_of(engine), fresh.turns("base_lr_shared", plan="plan_b", action="plan")[0])
+    with pytest.raises(AdapterError, match=parted):
+        engine.update_adapters({"plan": dirs["plan_new"]})
+    assert_same(turns_of(engine), fresh.turns("base_lr_shared", plan="plan_b", action="plan")[0])
+    engine.update_adapters({"plan": dirs["plan_new"], "action": dirs["plan_new"]})
+    assert_same(turns_of(engine), fresh.turns("base_lr_shared", plan="plan_new", action="plan_new")[0])
+
+
 def test_on_any_error_nothing_has_changed(
     written: WrittenModel, fresh: Fresh, open_engine: Callable[..., Engine], tmp_path: Path
 ) -> None:

@@ -81,14 +81,10 @@ class CacheMemory:
     page_size: int
 
     def read_block(self, slot: int, block: int) -> None:
-        """Makes an agent id read the LR block of another one (or its own), which it does not write.
-
-        Both have equal ranks in every stream.
-        """
+        """Makes an agent id without an LR block read that of another one; both have equal ranks in every stream."""
         for stream, directory in zip(self.schema.low_rank, self.tensors.lr_directories, strict=True):
             row = stream.lr_directory(self.lr_blocks, self.pages, self.page_size)[block]
-            if slot != block:
-                row[LR_WRITES] = 0
+            row[LR_WRITES] = 0
             directory[slot].copy_(row)
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
