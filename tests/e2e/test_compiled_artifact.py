@@ -68,6 +68,15 @@ def test_compiled_code_equals_the_definition(scheme: str, tiny_llama: WrittenMod
     assert_equals_oracle(tiny_llama, scheme, SCRIPT, run_on_engine(engine, SCRIPT))
 
 
+def test_both_rows_of_a_token_read_pages_of_a_long_text(tiny_llama: WrittenModel, tiny_artifact: Path) -> None:
+    """The kernel splits a long text between threads and reads its pages once for both rows."""
+    text = [(7 * j + 3) % 120 for j in range(150)]
+    script = (("append", text), ("turn", "plan", 12, None), ("turn", "base", 2, None), ("turn", "action", 3, None))
+    engine = lragent.load(tiny_artifact, sharing="neutral_shared", kv_memory="4MiB")
+    assert engine.program.facts["attention"] == "cpp"
+    assert_equals_oracle(tiny_llama, "neutral_shared", script, run_on_engine(engine, script))
+
+
 @pytest.mark.integration  # compiles a model of 200 MB
 def test_memory_is_weights_once_and_the_cache(tmp_path: Path) -> None:
     """RSS grows by at most 1.15 times weights plus kv_memory, on a model whose weights outweigh everything else."""
