@@ -245,6 +245,9 @@ def _key_rules(program: Program, scheme: Scheme) -> tuple[KeyRules, ...]:
     digests = (BASE.encode(), *(b"adapter:" + agent.digest.encode() for agent in program.agents))
     if scheme.page_table_per_agent:
         return tuple(KeyRules(_root(scheme, digest), None, turn_starts=False) for digest in digests)
+    if scheme.written_as_base:
+        # A page holds `x A` of all agents, x adapter-free: its content depends on tokens and on the A's.
+        return (KeyRules(_root(scheme, b"/".join(digests)), None, turn_starts=False),)
     if scheme.adapter_free_forward:
         # A writer's LR values go into its own block, so two agents with equal weights need different tags.
         digests = tuple(digest + b"#%d" % index for index, digest in enumerate(digests))

@@ -23,7 +23,8 @@ class KeyRules:
     """Inputs of a page's key besides token ids.
 
     Args:
-        root: start of the chain: the scheme, and the agent's digest if each agent has its own pages.
+        root: start of the chain: the scheme; the agent's digest if each agent has its own pages; all agents' digests
+            if the content depends on tokens and weights only (`neutral_shared`).
         tags: by agent id, the tag of a writer; None if the content does not depend on writers.
         turn_starts: True if the content depends on the position where a writer's turn began.
     """
