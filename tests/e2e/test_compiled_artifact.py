@@ -69,7 +69,7 @@ def test_compiled_code_equals_the_definition(scheme: str, tiny_llama: WrittenMod
 
 
 def test_both_rows_of_a_token_read_pages_of_a_long_text(tiny_llama: WrittenModel, tiny_artifact: Path) -> None:
-    """From 128 common keys on, the kernel reads the pages of two decodes once."""
+    """The kernel splits a long text between threads and reads its pages once for both rows."""
     text = [(7 * j + 3) % 120 for j in range(150)]
     script = (("append", text), ("turn", "plan", 12, None), ("turn", "base", 2, None), ("turn", "action", 3, None))
     engine = lragent.load(tiny_artifact, sharing="neutral_shared", kv_memory="4MiB")

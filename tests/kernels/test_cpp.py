@@ -122,6 +122,15 @@ def test_common_pages_are_read_for_all(case: Case, threads: int) -> None:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("length", [1, 16, 17, 45])
+@pytest.mark.parametrize("case", CASES[:16], ids=lambda case: case.name)
+def test_decodes_with_the_same_keys_share_them(case: Case, length: int) -> None:
+    """Rows of one token under several agents, and another text of the same length."""
+    rows = replace(case, sequences=tuple((length, 1, agent) for agent in (2, 0, 1, 3)))
+    pages = -(-length // case.page_size)
+    assert_as_exact_as_reference(OP, _with_common_pages(rows.build(), (pages, pages, 0)))
+
+
 class _Attention(torch.nn.Module):
     def __init__(self, call: AttentionCall) -> None:
         super().__init__()
