@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from lragent.runtime.task_loop import RolloutResult
     from lragent.runtime.trajectory import Trajectory
     from lragent.runtime.turn import Turn
+    from lragent.training.rows import Rows
+    from lragent.training.schemes import rows_of
+    from lragent.training.shared_model import SharedModel
+    from lragent.training.turn_sequence import TurnSequence
 
 # Spin iterations of an idle OpenMP thread before it sleeps: about 0.3 ms. A step has about a hundred parallel regions
 # in quick succession; threads that sleep between them (OMP_WAIT_POLICY=PASSIVE) double the time of a small step. GNU
@@ -30,14 +34,18 @@ __all__ = [
     "Inspection",
     "RolloutResult",
     "RolloutSummary",
+    "Rows",
+    "SharedModel",
     "Trajectory",
     "Turn",
+    "TurnSequence",
     "Verification",
     "convert",
     "inspect",
     "load",
     "optimize",
     "rollout",
+    "rows_of",
     "update",
     "verify",
 ]
@@ -50,8 +58,12 @@ _HOMES = {
     "RolloutSummary": "lragent.rollouts.run",
     "RolloutResult": "lragent.runtime.task_loop",
     "Trajectory": "lragent.runtime.trajectory",
+    "Rows": "lragent.training.rows",
+    "SharedModel": "lragent.training.shared_model",
     "Turn": "lragent.runtime.turn",
+    "TurnSequence": "lragent.training.turn_sequence",
     "Verification": "lragent.reports.verification",
+    "rows_of": "lragent.training.schemes",
 }
 
 
