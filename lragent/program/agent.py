@@ -19,6 +19,7 @@ class Agent:
         scalings: distinct scalings of the modules, in increasing order.
         targets: FQNs of the adapted modules.
         stop_token_ids: ids that end its turns besides the model's own stop tokens.
+        tuned_for: sharing scheme that its adapter was tuned for (`lragent tune`); "" if none is known.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Agent:
     scalings: tuple[float, ...] = ()
     targets: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    tuned_for: str = ""
 
     @property
     def spare(self) -> bool:
