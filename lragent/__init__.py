@@ -6,8 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lragent.api import convert, inspect, load, optimize, rollout, update, verify
+    from lragent.api import convert, drift, inspect, load, optimize, rollout, update, verify
     from lragent.artifact.build import ConvertReport
+    from lragent.reports.drift_report import DriftReport
     from lragent.reports.inspection import Inspection
     from lragent.reports.verification import Verification
     from lragent.rollouts.run import RolloutSummary
@@ -24,6 +25,7 @@ if "torch" not in sys.modules:
 
 __all__ = [
     "ConvertReport",
+    "DriftReport",
     "Engine",
     "Inspection",
     "RolloutResult",
@@ -32,6 +34,7 @@ __all__ = [
     "Turn",
     "Verification",
     "convert",
+    "drift",
     "inspect",
     "load",
     "optimize",
@@ -42,6 +45,7 @@ __all__ = [
 
 _HOMES = {
     "ConvertReport": "lragent.artifact.build",
+    "DriftReport": "lragent.reports.drift_report",
     "Engine": "lragent.runtime.engine",
     "Inspection": "lragent.reports.inspection",
     "RolloutSummary": "lragent.rollouts.run",

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+
+import torch
 
 from lragent.artifact.directory import Artifact
 from lragent.artifact.kept_drift import read_kept_drift
 from lragent.artifact.manifest import Manifest
 from lragent.errors import RequestError
-from lragent.program.agent import Agent
+from lragent.program.agent import Agent, tuned_scheme
+from lragent.program.cache_schema import CacheSchema, Layout
 from lragent.program.defaults import AUTO
 from lragent.program.drift import SchemeDrift
+from lragent.program.dtypes import dtype_name, dtype_named
 from lragent.runtime.cache_cost import bytes_per_token
 from lragent.runtime.cheapest_scheme import cheapest_within
-from lragent.runtime.schemes import scheme_named
+from lragent.runtime.evidence import Reason
+from lragent.runtime.schemes import SCHEMES, scheme_named
 
 EXACT = "non_shared"
 SUGGESTED = "base_lr_shared"  # named where nothing is shared and something could be
 _TUNE = "`lragent tune` makes adapters that stand it"
-
-Evidence = Literal["exact", "tuned", "measured", "none"]
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,13 @@ class SharingChoice:
     """A sharing scheme and the reason to trust it.
 
     Args:
-        evidence: "exact": the scheme is `non_shared`; "tuned": the adapters were tuned for it; "measured": its drift
+        reason: "exact": the scheme is `non_shared`; "tuned": the adapters were tuned for it; "measured": its drift
             was measured and is small; "none".
         notes: one line each, for the user.
     """
 
     scheme: str
-    evidence: Evidence
+    reason: Reason
     notes: tuple[str, ...] = ()
 
 
@@ -78,7 +80,20 @@ def acting_agents(agents: Sequence[Agent], names: Sequence[str] | None) -> tuple
 def sizes_of(manifest: Manifest, acting: Sequence[Agent]) -> dict[str, tuple[int, ...]]:
     """`bytes_per_token` of an artifact; it has the schemes that can run."""
     schemas = {layout: entry.schema for layout, entry in manifest.layouts.items()}
-    return bytes_per_token(schemas, tuple(agent.name for agent in acting), manifest.dtype)
+    return sizes_of_schemas(schemas, acting, dtype_named(manifest.dtype))
+
+
+def sizes_of_schemas(
+    schemas: Mapping[str, CacheSchema], acting: Sequence[Agent], dtype: torch.dtype
+) -> dict[str, tuple[int, ...]]:
+    """`bytes_per_token` of cache schemas by layout."""
+    return bytes_per_token(schemas, tuple(agent.name for agent in acting), dtype_name(dtype))
+
+
+def layout_of_auto(agents: Sequence[Agent]) -> Layout:
+    """The layout of the scheme that "auto" gives before any drift was measured."""
+    tuned = tuned_scheme([agent for agent in agents if not agent.spare])
+    return SCHEMES[tuned if tuned in SCHEMES else EXACT].layout
 
 
 def choose(
@@ -121,12 +136,6 @@ def choose(
         notes = (*notes, f"the measured drift of {asked} is {kl:.2g} nats a token ({agent}), above {max_kl:g}")
         measured = False
     return SharingChoice(asked, "tuned" if tuned == asked else "measured" if measured else "none", notes)
-
-
-def tuned_scheme(acting: Sequence[Agent]) -> str:
-    """The scheme that all agents were tuned for; "" if there is none or they differ."""
-    schemes = {agent.tuned_for for agent in acting}
-    return schemes.pop() if len(schemes) == 1 else ""
 
 
 def _tuned_elsewhere(scheme: str, acting: Sequence[Agent]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # Name of the model without adapter, agent id 0.
@@ -34,3 +35,9 @@ class Agent:
     def spare(self) -> bool:
         """True for an agent slot without adapter; no agent can act in it."""
         return not self.digest
+
+
+def tuned_scheme(agents: Iterable[Agent]) -> str:
+    """The sharing scheme that all agents were tuned for; "" if there is none or they differ."""
+    schemes = {agent.tuned_for for agent in agents}
+    return schemes.pop() if len(schemes) == 1 else ""

@@ -1,6 +1,6 @@
 """Measured drift: the distance of a sharing scheme's next-token distributions from those of `non_shared`.
 
-`lragent.reports.drift` measures it, artifacts keep it, and the choice of a scheme reads it.
+`lragent.training.drift` measures it, artifacts keep it, and the choice of a scheme reads it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SchemeDrift:
 
     Args:
         by_agent: by name of the agent that generated the token.
-        by_distance: by number of tokens since another agent's last turn ended (`lragent.reports.drift`).
+        by_distance: by number of tokens since another agent's last turn ended (`lragent.training.drift`).
         by_context: by number of tokens before the token.
     """
 

@@ -17,6 +17,7 @@ from lragent.runtime.cache.prefix_index import KeyRules
 from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.cache.write_log import log_end
 from lragent.runtime.config import EngineConfig
+from lragent.runtime.evidence import Evidence
 from lragent.runtime.loop import EngineLoop
 from lragent.runtime.make_request import RequestMaker
 from lragent.runtime.schemes import Scheme
@@ -37,6 +38,7 @@ class Engine:
         program: the lowered model; its schema must have the layout of the sharing scheme.
         tokenizer: needed for text and stop strings.
         saver: writes the model as an artifact to a path, for `save`.
+        evidence: the reason to trust the sharing scheme; None: there is none, unless the scheme is `non_shared`.
 
     Raises:
         RequestError: a program of another layout, or an unknown agent.
@@ -49,10 +51,12 @@ class Engine:
         config: EngineConfig,
         tokenizer: Tokenizer | None = None,
         saver: Callable[[Path], None] | None = None,
+        evidence: Evidence | None = None,
     ) -> None:
         scheme = config.scheme
         _check_program(program, scheme)
         self._saver = saver
+        self._evidence = evidence or Evidence("exact" if scheme.page_table_per_agent else "none")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         acting = _acting(program, config.agents)
@@ -97,6 +101,11 @@ class Engine:
     @property
     def sharing(self) -> str:
         return self._loop.scheme.name
+
+    @property
+    def evidence(self) -> Evidence:
+        """The reason to trust the sharing scheme."""
+        return self._evidence
 
     @property
     def kv_dtype(self) -> torch.dtype:

@@ -53,7 +53,7 @@ def workplace(tmp_path: Path, eager_artifact: Path) -> Workplace:
 
 
 def test_every_task_becomes_a_line_with_who_wrote_what(workplace: Workplace) -> None:
-    outcome = workplace.rollout("--concurrency", 3, "--json")
+    outcome = workplace.rollout("--sharing", "base_lr_shared", "--concurrency", 3, "--json")
     assert outcome.code == 0, outcome.err
     results = workplace.results()
     assert set(results) == {"t0", "t1", "t2", "t3"}
@@ -81,7 +81,7 @@ def test_every_task_becomes_a_line_with_who_wrote_what(workplace: Workplace) -> 
 def test_every_scheme_rolls_out(workplace: Workplace, sharing: str) -> None:
     outcome = workplace.rollout("--sharing", sharing)
     assert outcome.code == 0, outcome.err
-    assert "4 tasks done, 0 failed" in outcome.out
+    assert "4 tasks done under " + sharing in outcome.out
     assert len(workplace.results()) == 4
 
 
@@ -93,7 +93,7 @@ def test_what_fails_in_one_task_is_its_error_line(workplace: Workplace) -> None:
     ]
     workplace.write_tasks(tasks)
     outcome = workplace.rollout()
-    assert outcome.code == 3 and "3 tasks done, 2 failed" in outcome.out
+    assert outcome.code == 3 and "3 tasks done under non_shared, 2 failed" in outcome.out
     assert "2 tasks have errors, --retry-failed runs them again" in outcome.out
     results = workplace.results()
     assert results["good"]["error"] is None
