@@ -82,7 +82,9 @@ class RolloutProgress:
     def _show(self) -> None:
         self._shown = time.monotonic()
         stats = self._engine.stats()
-        remark = f"{self.tokens / max(self.seconds, 1e-9):.1f} tokens/s, cache {show_bytes(stats.held_bytes)}{self._drift}"
+        remark = (
+            f"{self.tokens / max(self.seconds, 1e-9):.1f} tokens/s, cache {show_bytes(stats.held_bytes)}{self._drift}"
+        )
         if self.failed:
             remark = f"{self.failed} failed, {remark}"
         self._bar.update(self._task, completed=self.done, remark=remark)

@@ -1,4 +1,4 @@
-"""The Python API in the order of the project's flow: convert, update, load, optimize, rollout, verify, drift, inspect."""
+"""The Python API in the order of the flow: convert, update, load, optimize, rollout, verify, drift, inspect."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def convert(
         out: directory of the artifact.
         dtype: "float32", "bfloat16", "float16", or "auto": that of the checkpoint. GGUF becomes float32, and float16
             becomes bfloat16 on a CPU without float16 arithmetic; the report says so.
-        layouts: cache layouts to compile for this machine now. Others are compiled when they are first loaded. None: the
-            layout that `load` uses by default: that of the scheme that the adapters were tuned for, else "dense".
+        layouts: cache layouts to compile for this machine now. Others are compiled when they are first loaded. None:
+            the layout that `load` uses by default: that of the scheme that the adapters were tuned for, else "dense".
         attention: attention implementation of the compiled layouts, or "auto".
         overwrite: True to replace an existing artifact at `out`.
         compiled: False to write the programs without compiling them; no C++ compiler is needed then.
@@ -256,7 +256,7 @@ def optimize(
     loaded = load_live(peft_model, None if reader is None else reader.source)
     text = artifact_tokenizer(loaded)
     rewritten = rewrite(loaded, () if sharing == AUTO else (scheme_named(sharing).layout,), Stages())
-    schemas = {name: program.schema for name, program in rewritten.programs.items()}
+    schemas = {str(name): program.schema for name, program in rewritten.programs.items()}
     choice = choose(sharing, loaded.agents, sizes_of_schemas(schemas, loaded.agents, loaded.dtype), {}, max_kl, "")
     for note in choice.notes:
         log.warning("%s", note)
@@ -302,7 +302,7 @@ def rollout(
         on_result: called with every result after its line is written.
         seed: the run's seed; turns that give no seed derive theirs from it, the task and the place of the turn.
         rescore: if nothing is known of the adapters under the engine's sharing scheme (`Engine.evidence`), rescore a
-            sample of the trajectories under `non_shared` on a thread beside the run, and report the drift. False: don't.
+            sample of the trajectories under `non_shared` on a thread beside the run, and report the drift.
 
     Raises:
         TaskFileError: a file or the workflow can't be read or written; `out` exists and `existing` is "refuse"; or the

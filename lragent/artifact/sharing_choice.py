@@ -51,9 +51,7 @@ def require_sharing(asked: str) -> None:
         scheme_named(asked)
 
 
-def choice_of_artifact(
-    artifact: Artifact, asked: str, agents: Sequence[str] | None, max_kl: float
-) -> SharingChoice:
+def choice_of_artifact(artifact: Artifact, asked: str, agents: Sequence[str] | None, max_kl: float) -> SharingChoice:
     """The scheme with which an artifact is to be opened.
 
     Args:
@@ -161,6 +159,3 @@ def _savings(sizes: Mapping[str, tuple[int, ...]], kept: Mapping[str, SchemeDrif
         agent, kl = drift.worst()
         return (f"sharing is {EXACT}: {saves}, but drift was measured as {kl:.2g} nats a token ({agent}). {_TUNE}",)
     return (f"sharing is {EXACT}, as nothing is known of these adapters under a shared cache: {saves}. {how}; {_TUNE}",)
-
-
-

@@ -70,16 +70,13 @@ def _row(drift: SchemeDrift, sizes: Mapping[str, int]) -> list[str]:
 def _by_agent(schemes: Sequence[SchemeDrift]) -> list[Series]:
     agents = list(dict.fromkeys(agent for drift in schemes for agent in drift.by_agent))
     return [
-        Series(agent, {d.scheme: d.by_agent[agent].mean_kl for d in schemes if agent in d.by_agent})
-        for agent in agents
+        Series(agent, {d.scheme: d.by_agent[agent].mean_kl for d in schemes if agent in d.by_agent}) for agent in agents
     ]
 
 
 def _binned(heading: str, axis: str, tallies: Mapping[str, Mapping[str, Tally]], limit: float) -> Section:
     columns = list(next(iter(tallies.values())))
-    series = [
-        Series(scheme, {name: tally.mean_kl for name, tally in bins.items()}) for scheme, bins in tallies.items()
-    ]
+    series = [Series(scheme, {name: tally.mean_kl for name, tally in bins.items()}) for scheme, bins in tallies.items()]
     chart = line_chart(f"KL {heading[0].lower()}{heading[1:]}", columns, series, axis, limit)
     return Section(heading, [chart, _groups_table("KL a token (top-1, tokens)", tallies)])
 

@@ -12,9 +12,9 @@ from lragent.artifact.sharing_choice import sizes_of
 from lragent.errors import RequestError
 from lragent.loading.stages import Progress
 from lragent.program.drift import SchemeDrift
-from lragent.training.drift import SHARED, TEACHER, Drift, measure_drift
 from lragent.runtime.cheapest_scheme import by_cost, cheapest_within
 from lragent.runtime.schemes import scheme_named
+from lragent.training.drift import SHARED, TEACHER, Drift, measure_drift
 from lragent.training.open_model import shared_model_of_artifact
 from lragent.training.turn_sequence import TurnSequence
 

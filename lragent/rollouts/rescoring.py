@@ -165,9 +165,7 @@ class Rescorer:
 
 
 @contextmanager
-def rescoring(
-    engine: Engine, wanted: bool, on_change: Callable[[Rescored], None] | None
-) -> Iterator[Rescorer | None]:
+def rescoring(engine: Engine, wanted: bool, on_change: Callable[[Rescored], None] | None) -> Iterator[Rescorer | None]:
     """A rescorer for a run; None if the scheme needs no check, or its model can't be opened again.
 
     It is abandoned if the block raises; otherwise the caller finishes it.

@@ -33,9 +33,7 @@ def dot_chart(title: str, rows: Sequence[str], series: Sequence[Series], axis: s
         parts.append(
             element("text", tick_label(tick), x=x(tick), y=height - BOTTOM + 16, text_anchor="middle", class_="soft")
         )
-    parts.append(
-        element("text", axis, x=(LEFT + WIDTH - RIGHT) / 2, y=height - 6, text_anchor="middle", class_="soft")
-    )
+    parts.append(element("text", axis, x=(LEFT + WIDTH - RIGHT) / 2, y=height - 6, text_anchor="middle", class_="soft"))
     if limit is not None:
         parts.append(element("line", x1=x(limit), x2=x(limit), y1=TOP - 4, y2=height - BOTTOM, class_="limit"))
         label = f"limit {limit:g}"

@@ -38,9 +38,7 @@ def line_chart(title: str, columns: Sequence[str], series: Sequence[Series], axi
     places = {column: LEFT + width * (number + 0.5) for number, column in enumerate(columns)}
     for column, x in places.items():
         parts.append(element("text", column, x=x, y=HEIGHT - BOTTOM + 18, text_anchor="middle"))
-    parts.append(
-        element("text", axis, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 8, text_anchor="middle", class_="soft")
-    )
+    parts.append(element("text", axis, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 8, text_anchor="middle", class_="soft"))
     for number, one in enumerate(series):
         path = _path([(places[c], y(one.values[c])) if c in one.values else None for c in columns])
         parts.append(element("path", d=path, fill="none", stroke=colour(number), stroke_width=2))

@@ -19,7 +19,7 @@ class Markup:
 Content = Markup | str
 
 
-def element(name: str, *content: Content, **attributes: str | float | None) -> Markup:
+def element(name: str, /, *content: Content, **attributes: str | float | None) -> Markup:
     """An element with its content and attributes.
 
     Args:
