@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-import click
 import typer
 
 import lragent
 from lragent.files.user_path import user_path
-from lragent.program.defaults import ATTENTION, AUTO, BACKEND, DEVICE, KV_MEMORY, MAX_BATCH_TOKENS, MAX_KL
+from lragent.program.defaults import ATTENTION, BACKEND, DEVICE, KV_MEMORY, MAX_BATCH_TOKENS, MAX_KL
 
 if TYPE_CHECKING:
     from lragent.runtime import Engine
@@ -24,9 +23,8 @@ ArtifactArgument = Annotated[
     Path, typer.Argument(metavar="NAME.lragent", parser=user_path, help="Artifact that `lragent convert` wrote.")
 ]
 Sharing = Annotated[
-    str,
+    Literal["auto", Scheme],
     typer.Option(
-        click_type=click.Choice([AUTO, *SCHEMES]),
         help="Sharing scheme; only non_shared equals PEFT. auto: the scheme that the adapters were tuned for, else the "
         "cheapest one whose measured drift is small, else non_shared.",
     ),

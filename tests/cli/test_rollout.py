@@ -85,6 +85,27 @@ def test_every_scheme_rolls_out(workplace: Workplace, sharing: str) -> None:
     assert len(workplace.results()) == 4
 
 
+def test_a_shared_scheme_of_which_nothing_is_known_is_rescored(workplace: Workplace) -> None:
+    outcome = workplace.rollout("--sharing", "full_shared")
+    assert outcome.code == 0, outcome.err
+    assert "drift from non_shared on 4 rescored trajectories" in outcome.out and "top-1" in outcome.out
+    assert "above the limit of 0.05, so answers are probably lost; rescoring took" in outcome.out
+    start = json.loads(Path(f"{workplace.out}.run.json").read_text())["runs"][-1]["starts"][-1]
+    assert start["drift"]["trajectories"] == 4 and set(start["drift"]["by_agent"]) == {"plan", "action"}
+    quiet = workplace.rollout("--sharing", "full_shared", "--no-rescore", "--overwrite")
+    assert quiet.code == 0 and "drift" not in quiet.out
+    assert len(workplace.results()) == 4
+
+
+def test_auto_shares_nothing_of_which_nothing_is_known(workplace: Workplace, caplog: pytest.LogCaptureFixture) -> None:
+    assert workplace.rollout("--json").json()["sharing"] == "non_shared"
+    (line,) = [record.getMessage() for record in caplog.records if "sharing is" in record.getMessage()]
+    assert "under base_lr_shared a token would take" in line
+    assert workplace.rollout("--resume", "--sharing", "non_shared").code == 0
+    refused = workplace.rollout("--resume", "--sharing", "full_shared")
+    assert refused.code == 1 and "sharing was non_shared and is full_shared" in refused.err
+
+
 def test_what_fails_in_one_task_is_its_error_line(workplace: Workplace) -> None:
     tasks = [
         {"id": "good", "text": "a"},
