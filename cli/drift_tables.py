@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from .quantities import show_bytes
 if TYPE_CHECKING:
     from lragent.program.drift import Tally
     from lragent.reports.drift_report import DriftReport
+    from lragent.training.stream_distances import StreamDistance
 
 
 def print_drift(report: DriftReport, console: Console) -> None:
@@ -24,9 +25,29 @@ def print_drift(report: DriftReport, console: Console) -> None:
         ("by tokens of context", {one.scheme: one.by_context for one in schemes}),
     ):
         console.print(group_table(title, tallies))
+    if (streams := streams_line(report.streams)) != "":
+        console.print(streams, markup=False, soft_wrap=True)
     for note in report.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     console.print(f"recommended: {report.recommendation.reason}", markup=False, soft_wrap=True)
+
+
+def streams_line(streams: Sequence[StreamDistance]) -> str:
+    """Ranges of the measures that explain drift; the page and --json have them by pair. "" without pairs."""
+    parts = []
+    for name, values in (
+        ("low-rank part that a reader finds is off by", [pair.low_rank for pair in streams]),
+        ("whole K or V by", [pair.whole for pair in streams]),
+    ):
+        known = [value for value in values if value is not None]
+        if known:
+            parts.append(f"{name} {min(known):.0%} to {max(known):.0%}")
+    nearer = [pair.neutral_is_nearer for pair in streams if pair.neutral_is_nearer is not None]
+    if nearer:
+        parts.append(
+            f"a base stream without adapter is nearer than the writer's in {sum(nearer)} of {len(nearer)} cases"
+        )
+    return f"streams of {len(streams)} pairs of agents and sides: {'; '.join(parts)}" if parts else ""
 
 
 def scheme_table(report: DriftReport) -> Table:

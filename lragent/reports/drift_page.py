@@ -13,6 +13,7 @@ from lragent.reports.html.page import Section, bullets, page, paragraph, verdict
 from lragent.reports.html.series import Series
 from lragent.reports.html.table import table
 from lragent.reports.tally_text import show_tally
+from lragent.training.stream_distances import StreamDistance
 
 KL_AXIS = "KL(non_shared || scheme), nats per token"
 
@@ -55,6 +56,7 @@ def drift_page(report: DriftReport) -> str:
             {drift.scheme: drift.by_context for drift in schemes},
             report.max_kl,
         ),
+        *_streams(report.streams),
         Section("Adapters", [bullets(_adapters(report))]),
         Section("How to read this", _help(report)),
     ]
@@ -85,6 +87,30 @@ def _groups_table(caption: str, tallies: Mapping[str, Mapping[str, Tally]]) -> M
     columns = list(next(iter(tallies.values())))
     rows = [[scheme, *(show_tally(groups[column]) for column in columns)] for scheme, groups in tallies.items()]
     return table(["sharing", *columns], rows, caption)
+
+
+def _streams(streams: Sequence[StreamDistance]) -> list[Section]:
+    """The measures that explain drift; nothing with one agent."""
+    if not streams:
+        return []
+    rows = [
+        [
+            f"{pair.writer} to {pair.reader}",
+            pair.side,
+            *("-" if value is None else f"{value:.2f}" for value in (pair.rho, pair.cos)),
+            {None: "-", True: "without adapter", False: "the writer's"}[pair.neutral_is_nearer],
+            *("-" if value is None else f"{value:.0%}" for value in (pair.low_rank, pair.whole)),
+        ]
+        for pair in streams
+    ]
+    columns = ["writer to reader", "side", "rho", "cos", "nearer base", "error, low-rank", "error, whole"]
+    text = (
+        "Each agent runs the same tokens. rho and cos compare how far writer and reader move the base stream away "
+        "from the one without adapter, and in which direction; the latter is nearer to the reader's own stream if rho "
+        "is at least 2 cos. The errors are relative to the reader's own adapter part: what it finds in low-rank "
+        "streams of the writer (base_lr_shared), and in the writer's whole K and V (full_shared)."
+    )
+    return [Section("Why: streams of the agents", [paragraph(text), table(columns, rows)])]
 
 
 def _adapters(report: DriftReport) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from lragent.runtime.cheapest_scheme import by_cost, cheapest_within
 from lragent.runtime.schemes import scheme_named
 from lragent.training.drift import SHARED, TEACHER, Drift, measure_drift
 from lragent.training.open_model import shared_model_of_artifact
+from lragent.training.stream_distances import StreamDistance, stream_distances
 from lragent.training.turn_sequence import TurnSequence
 
 
@@ -37,6 +39,7 @@ class DriftReport:
         tuned_for: agent -> scheme that its adapter was tuned for; agents without one are left out.
         bytes_per_token: scheme -> bytes of cache of a token that all agents have seen.
         max_kl: nats per token that count as no loss.
+        streams: measures that explain the drift; empty with fewer than two agents.
         notes: sentences about the trajectories, such as what was skipped.
     """
 
@@ -47,6 +50,7 @@ class DriftReport:
     bytes_per_token: Mapping[str, int]
     max_kl: float
     recommendation: Recommendation
+    streams: tuple[StreamDistance, ...] = ()
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,6 +64,9 @@ class DriftReport:
             "bytes_per_token": dict(self.bytes_per_token),
             "notes": list(self.notes),
             **self.drift.to_dict(),
+            "streams": [
+                {**dataclasses.asdict(pair), "neutral_is_nearer": pair.neutral_is_nearer} for pair in self.streams
+            ],
         }
 
 
@@ -84,8 +91,11 @@ def drift_report(
         raise RequestError(f"max_kl is {max_kl}, must be above 0")
     if progress is not None:
         progress("opening the model")
-    found = measure_drift(shared_model_of_artifact(artifact), sequences, schemes, progress)
+    model = shared_model_of_artifact(artifact)
+    found = measure_drift(model, sequences, schemes, progress)
     keep_drift(artifact, found.schemes)
+    if progress is not None:
+        progress("comparing streams")
     acting = tuple(agent for agent in artifact.manifest.agents if not agent.spare)
     sizes = sizes_of(artifact.manifest, acting)
     return DriftReport(
@@ -96,6 +106,7 @@ def drift_report(
         bytes_per_token={name: held[-1] for name, held in sizes.items()},
         max_kl=max_kl,
         recommendation=recommend(found.schemes, sizes, max_kl, tuple(agent.name for agent in acting)),
+        streams=stream_distances(model, sequences),
         notes=notes,
     )
 
