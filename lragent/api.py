@@ -371,7 +371,7 @@ def drift(
 ) -> DriftReport:
     """Measures what sharing changes: the KL of each scheme against `non_shared` on the tokens of given trajectories.
 
-    The drift is kept in the artifact, where `load(sharing="auto")` finds it. `update` removes it. docs/quality.md says
+    The drift is kept in the artifact if that can be written, where `load(sharing="auto")` finds it. `update` removes it. docs/quality.md says
     how to read it.
 
     Args:
@@ -384,7 +384,7 @@ def drift(
     Raises:
         TaskFileError: the trajectories can't be read, or are of other agents or another tokenizer.
         SplitRefused: the model can't be split.
-        ArtifactError: the artifact is missing or damaged, or the drift can't be kept.
+        ArtifactError: the artifact is missing or damaged.
         RequestError: an argument is not valid.
     """
     from lragent.artifact.directory import open_artifact

@@ -10,7 +10,7 @@ from typing import Any
 from lragent.artifact.directory import Artifact
 from lragent.artifact.kept_drift import digests, keep_drift
 from lragent.artifact.sharing_choice import sizes_of
-from lragent.errors import RequestError
+from lragent.errors import ArtifactError, RequestError
 from lragent.loading.stages import Progress
 from lragent.program.drift import SchemeDrift
 from lragent.runtime.cheapest_scheme import by_cost, cheapest_within
@@ -83,7 +83,7 @@ def drift_report(
     Raises:
         RequestError: an unknown scheme, or nothing to measure.
         SplitRefused: the model can't be split, so no scheme but `non_shared` and `full_shared` can run.
-        ArtifactError: the artifact is damaged, or the drift can't be kept.
+        ArtifactError: the artifact is damaged. A drift that can't be kept is a note in the report.
     """
     for name in schemes:
         scheme_named(name)
@@ -93,7 +93,10 @@ def drift_report(
         progress("opening the model")
     model = shared_model_of_artifact(artifact)
     found = measure_drift(model, sequences, schemes, progress)
-    keep_drift(artifact, found.schemes)
+    try:
+        keep_drift(artifact, found.schemes)
+    except ArtifactError as error:  # the report is worth more than its copy
+        notes = (*notes, f"the drift is not kept in the artifact: {error.message}")
     if progress is not None:
         progress("comparing streams")
     acting = tuple(agent for agent in artifact.manifest.agents if not agent.spare)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 FIRST = 4  # finished trajectories that are always rescored
 ONE_OF = 100  # of the others, one of so many
 MOST_WAITING = 4  # of these, so many wait at most; the others are left out
+NICE = 10  # of the thread; the run has 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class Rescorer:
         self._waiting.put(None)
 
     def _work(self) -> None:
+        _yield_to_the_run()
         model = None
         while (sequence := self._waiting.get()) is not None and not self._stopped:
             started = time.monotonic()
@@ -180,6 +184,13 @@ def rescoring(engine: Engine, wanted: bool, on_change: Callable[[Rescored], None
     except BaseException:
         rescorer.abandon()
         raise
+
+
+def _yield_to_the_run() -> None:
+    """Lowers the priority of this thread, and of those that torch starts for it, where threads have one (Linux)."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 def _drawn(outcome: RolloutResult) -> bool:

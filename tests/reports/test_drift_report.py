@@ -40,7 +40,7 @@ def artifact(eager_artifact: Path, tmp_path: Path) -> Path:
 def test_drift_is_measured_shown_and_kept(artifact: Path, trajectories: Path) -> None:
     stages: list[str] = []
     report = lragent.drift(artifact, trajectories, progress=stages.append)
-    assert stages == ["opening the model", "trajectory 1 of 2", "trajectory 2 of 2"]
+    assert stages == ["opening the model", "trajectory 1 of 2", "trajectory 2 of 2", "comparing streams"]
     assert [one.scheme for one in report.drift.schemes] == list(SHARED)
     assert (report.drift.sequences, report.drift.tokens) == (2, 2 * (15 + 6 + 20 + 8))
     assert report.recommendation.scheme == "non_shared"  # strong random adapters
@@ -53,6 +53,7 @@ def test_drift_is_measured_shown_and_kept(artifact: Path, trajectories: Path) ->
         "action": 12,
         "reflect": 40,
     }
+    assert len(found["streams"]) == 6 * 2 and all(pair["low_rank"] > 0 for pair in found["streams"])
     large = lragent.drift(artifact, trajectories, ["base_lr_shared"], max_kl=100.0)
     assert large.recommendation.scheme == "base_lr_shared"
     engine = lragent.load(artifact, max_kl=100.0, backend="eager", kv_memory="1MiB")
@@ -107,3 +108,11 @@ def test_scheme_drift_adds_up() -> None:
     assert (both.total.mean_kl, both.total.agreement) == (0.5, 0.75)
     assert both.worst() == ("a", 1.0) and both.covers(["a", "b"]) and not both.covers(["c"])
     assert both.by_context["0-127"] == both.total
+
+
+def test_a_report_that_can_not_be_kept_is_still_a_report(artifact: Path, trajectories: Path) -> None:
+    (artifact / "drift.json").write_text("{")
+    report = lragent.drift(artifact, trajectories, ["full_shared"])
+    (note,) = report.notes
+    assert note.startswith("the drift is not kept in the artifact: ") and "is damaged" in note
+    assert (artifact / "drift.json").read_text() == "{"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -140,3 +143,16 @@ def test_a_run_that_ends_early_does_not_wait(eager_artifact: Path, tasks: Path) 
 def test_words_for_a_small_drift(run: Callable[..., Any]) -> None:
     found = replace(run()[0].rescored, max_kl=1e6)
     assert "above the limit" not in found.in_words() and "top-1" in found.in_words()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own elsewhere")
+def test_the_run_goes_first(run: Callable[..., Any]) -> None:
+    found: list[int] = []
+
+    def open_model() -> Any:
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        raise ModelError("seen")
+
+    run(evidence=Evidence("none", open_model=open_model))
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert found == [max(before, rescoring.NICE)]
