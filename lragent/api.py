@@ -371,8 +371,8 @@ def drift(
 ) -> DriftReport:
     """Measures what sharing changes: the KL of each scheme against `non_shared` on the tokens of given trajectories.
 
-    The drift is kept in the artifact if that can be written, where `load(sharing="auto")` finds it. `update` removes it. docs/quality.md says
-    how to read it.
+    The drift is kept in the artifact, where `load(sharing="auto")` finds it, if the artifact can be written. `update`
+    removes it. docs/quality.md says how to read it.
 
     Args:
         path: the artifact.

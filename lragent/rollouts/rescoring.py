@@ -190,7 +190,8 @@ def _yield_to_the_run() -> None:
     """Lowers the priority of this thread, and of those that torch starts for it, where threads have one (Linux)."""
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, max(NICE, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 def _drawn(outcome: RolloutResult) -> bool:
