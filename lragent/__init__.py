@@ -6,9 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lragent.api import convert, inspect, load, optimize, rollout, update, verify
+    from lragent.api import convert, drift, inspect, load, optimize, rollout, update, verify
     from lragent.artifact.build import ConvertReport
     from lragent.program.live_adapters import AdapterWeights
+    from lragent.reports.drift_report import DriftReport
     from lragent.reports.inspection import Inspection
     from lragent.reports.verification import Verification
     from lragent.rollouts.run import RolloutSummary
@@ -30,6 +31,7 @@ if "torch" not in sys.modules:
 __all__ = [
     "AdapterWeights",
     "ConvertReport",
+    "DriftReport",
     "Engine",
     "Inspection",
     "RolloutResult",
@@ -41,6 +43,7 @@ __all__ = [
     "TurnSequence",
     "Verification",
     "convert",
+    "drift",
     "inspect",
     "load",
     "optimize",
@@ -53,6 +56,7 @@ __all__ = [
 _HOMES = {
     "AdapterWeights": "lragent.program.live_adapters",
     "ConvertReport": "lragent.artifact.build",
+    "DriftReport": "lragent.reports.drift_report",
     "Engine": "lragent.runtime.engine",
     "Inspection": "lragent.reports.inspection",
     "RolloutSummary": "lragent.rollouts.run",
