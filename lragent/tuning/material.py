@@ -1,0 +1,54 @@
+"""All that losses and reports are computed from: model, examples, and the teacher's hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lragent.training.rows import Rows
+from lragent.training.shared_model import SharedModel
+from lragent.tuning.batch_rows import rows_of_examples
+from lragent.tuning.batches import pack
+from lragent.tuning.examples import Example
+from lragent.tuning.loss import Scored
+
+
+@dataclass(frozen=True)
+class Material:
+    """Contents of a round.
+
+    Args:
+        teacher: by index of an example, the teacher's last hidden states `[R, D]` of its tokens in the loss, in memory
+            of the CPU. Examples that nothing is compared on are missing.
+    """
+
+    model: SharedModel
+    vocab_size: int
+    examples: tuple[Example, ...]
+    teacher: Mapping[int, Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def rows(self, scheme: str, examples: Sequence[Example]) -> Rows:
+        """Rows of examples on the model's device."""
+        return rows_of_examples(scheme, examples, self.model.agents).to(self.device)
+
+    def scored(self, rows: Rows, student_RD: Tensor, indices: Sequence[int]) -> Scored:
+        """Hidden states of rows beside the teacher's, if it has those of all examples.
+
+        Args:
+            indices: of the examples of the rows.
+        """
+        teacher = None
+        if all(index in self.teacher for index in indices):
+            teacher = torch.cat([self.teacher[index] for index in indices]).to(student_RD)
+        return Scored(student_RD, teacher, rows.target_agents_R, rows.targets_R)
+
+    def packed(self, indices: Sequence[int], budget: int) -> list[tuple[int, ...]]:
+        """Indices in batches for forwards without gradients."""
+        return list(pack([example.tokens for example in self.examples], iter(indices), budget))
