@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from lragent.loading.adapter_sizes import (
 WEIGHTS = "adapter_model.safetensors"
 OLD_WEIGHTS = "adapter_model.bin"
 PEFT_PREFIX = "base_model.model."
+MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 # Prefixes of modules that torch.compile and FSDP insert into keys.
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)(?=\.)")
@@ -99,13 +100,8 @@ def in_peft_names(
     found = AdapterFile({}, {})
     for key, tensor in weights.items():
         require_not_empty(where, key, tensor)
-        plain = _WRAPPERS.sub("", key).lstrip(".")
-        while plain.startswith(PEFT_PREFIX):
-            plain = plain.removeprefix(PEFT_PREFIX)
+        plain = _plain(key, modules, converted)
         owner, part = _split(plain)
-        if owner not in modules and _split(converted(plain)[0])[0] in modules:
-            plain = converted(plain)[0]
-            owner, part = _split(plain)
         if part is not None:
             if owner not in modules:
                 _refuse_module(where, owner, converted, base)
@@ -127,6 +123,34 @@ def in_peft_names(
         else:
             require_base_copy(where, key, tensor, owner, base)
     return found
+
+
+def lora_places(keys: Iterable[str], base: Any) -> dict[str, tuple[str, str]]:
+    """Module FQN and part ("lora_A", "lora_embedding_B", ...) of the keys that hold an A or a B.
+
+    Args:
+        keys: as an adapter's file has them.
+        base: the base model, with or without hooks.
+    """
+    modules = dict(base.named_modules())
+    converted = key_conversion(base)
+    places = {}
+    for key in keys:
+        plain = _plain(key, modules, converted)
+        owner, part = _split(plain)
+        if part is not None and part[1] in MATRICES and not plain.endswith(".bias"):
+            places[key] = (owner, part[1])
+    return places
+
+
+def _plain(key: str, modules: Mapping[str, object], converted: Callable[[str], tuple[str, bool]]) -> str:
+    """A key without prefixes and wrappers, with the module names of this version of transformers."""
+    plain = _WRAPPERS.sub("", key).lstrip(".")
+    while plain.startswith(PEFT_PREFIX):
+        plain = plain.removeprefix(PEFT_PREFIX)
+    if _split(plain)[0] not in modules and _split(converted(plain)[0])[0] in modules:
+        return converted(plain)[0]
+    return plain
 
 
 def _split(plain: str) -> tuple[str, re.Match[str] | None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lragent.errors import TaskFileError
-from lragent.rollouts.turn_sequences import ReadSequence
+from lragent.tuning.read_sequences import ReadSequence
 from lragent.training.turn_sequence import TurnSequence
 from lragent.tuning.options import TuneOptions
 

@@ -1,6 +1,6 @@
-"""Turns the trajectories of result files into sequences for a forward over rows.
+"""Trajectories of result files as sequences whose turns are scored or only read.
 
-Turns that can't be judged are only read, not scored, and are counted: cut ones, and those of other adapters.
+Turns that say nothing of the adapters given are only read, and counted: cut ones, and those of other adapters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from typing import Any
 
 from lragent.errors import TaskFileError
 from lragent.program.agent import BASE
-from lragent.rollouts.read_trajectories import FailedLine, RecordedTrajectory, RecordedTurn, read_recorded
+from lragent.rollouts.read_trajectories import (
+    FailedLine,
+    RecordedTrajectory,
+    RecordedTurn,
+    read_recorded,
+    require_fits,
+)
 from lragent.training.turn_sequence import Turn, TurnSequence
 
 Seen = set[tuple[str, tuple[int, ...]]]  # agents and tokens of turns
@@ -115,7 +121,7 @@ def read_turn_sequences(files: Iterable[Path], accepted: Accepted) -> tuple[tupl
             continue
         if recorded.line is not line:
             line, seen = recorded.line, set()
-        _require_fits(recorded, accepted)
+        require_fits(recorded, accepted.digests, accepted.vocab_size, accepted.positions)
         scored = [_is_scored(turn, recorded, accepted, skipped, seen) for turn in recorded.turns]
         if any(scored):
             sequences.append(_sequence(recorded, scored))
@@ -170,27 +176,6 @@ def _logprobs(recorded: RecordedTrajectory, turns: Sequence[Turn], scored: Seque
     found = [value for turn in used for value in recorded.logprobs[turn.start : turn.end]]
     known = tuple(value for value in found if value is not None)
     return known if len(known) == len(found) else ()
-
-
-def _require_fits(recorded: RecordedTrajectory, accepted: Accepted) -> None:
-    """Raises TaskFileError for an unknown agent, a token outside the vocabulary, or too many positions."""
-    for turn in recorded.turns:
-        if turn.agent not in accepted.digests and turn.agent != BASE:
-            raise TaskFileError(
-                f"{recorded.place}: a turn is of agent {turn.agent!r}, the adapters are {', '.join(accepted.digests)}",
-                "Name all agents of the trajectories as they are named there.",
-            )
-    largest = max(recorded.token_ids, default=0)
-    if largest >= accepted.vocab_size:
-        raise TaskFileError(
-            f"{recorded.place}: token id {largest} is outside the model's vocabulary of {accepted.vocab_size} tokens",
-            "The trajectories are of another tokenizer: give the model that rolled them out.",
-        )
-    if len(recorded.token_ids) > accepted.positions:
-        raise TaskFileError(
-            f"{recorded.place}: {len(recorded.token_ids)} tokens, the model has {accepted.positions} positions",
-            "Give the model that rolled them out.",
-        )
 
 
 def _nothing_left(files: Sequence[Path], skipped: Skipped, accepted: Accepted) -> TaskFileError:
