@@ -29,7 +29,9 @@ FLOORS = (
     {"passes"},
     {"compile"},
     {"artifact"},
-    {"reports", "rollouts"},
+    {"training"},
+    {"rollouts"},
+    {"reports"},
     {"api"},
     {"cli"},
 )

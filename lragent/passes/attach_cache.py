@@ -13,6 +13,7 @@ A fused projection of K and V has one LR stream. ALiBi slopes become two additio
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,6 +23,7 @@ from lragent.graph.attention_marker import KEY, QUERY, VALUE, has_slopes, marker
 from lragent.graph.fx_tools import add_constant, add_shared_constant, argument, emit, in_order, placeholder
 from lragent.graph.passes import Pass, PassReport
 from lragent.kernels import ops
+from lragent.passes.adapters.constants import attention_b
 from lragent.passes.contract import RewriteContext, RoutedLinear, SplitStream
 from lragent.program.cache_schema import BaseStreams, CacheSchema, LowRankStream
 from lragent.program.step import STEP_INPUTS, cache_input_names
@@ -50,7 +52,7 @@ def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
     inputs = _add_inputs(graph, schema)
     written: set[int] = set()
     for index, (marker, pair) in enumerate(zip(markers, sides, strict=True)):
-        _rewrite(graph, inputs, index, marker, pair, streams, written)
+        _rewrite(graph, context, inputs, index, marker, pair, streams, written)
     return PassReport(len(markers))
 
 
@@ -89,6 +91,7 @@ def _add_inputs(graph: fx.GraphModule, schema: CacheSchema) -> dict[str, fx.Node
 
 def _rewrite(
     graph: fx.GraphModule,
+    context: RewriteContext,
     inputs: dict[str, fx.Node],
     index: int,
     marker: fx.Node,
@@ -119,7 +122,7 @@ def _rewrite(
         )
         low_rank: dict[str, object] = {}
         for name, side in (("k", key), ("v", value)):
-            if side.routed is None or side.routed.low_rank is None or side.lora_b_NHrD is None:
+            if side.routed is None or side.routed.low_rank is None or side.lora_b is None:
                 low_rank |= {f"lr_{name}": None, f"lr_{name}_table": None, f"b_{name}": None}
                 continue
             number = streams[side.routed.low_rank]
@@ -127,10 +130,11 @@ def _rewrite(
             if number not in written:
                 _write_low_rank(graph, side.routed, cache, table, inputs["lr_slots"])
                 written.add(number)
-            lora_b_NHrD = side.lora_b_NHrD
+            constant = side.lora_b
             if name == "k" and slopes is not None:
-                lora_b_NHrD = torch.nn.functional.pad(lora_b_NHrD, (0, ops.SLOPE_CHANNELS))
-            lora_b = add_constant(graph, f"lora_b_{name}_{index}", lora_b_NHrD)
+                constant = replace(constant, padding=ops.SLOPE_CHANNELS)
+            context.state.lora_b.append(constant)
+            lora_b = add_constant(graph, constant.name, attention_b(constant, context.agents, context.adapters))
             low_rank |= {f"lr_{name}": cache, f"lr_{name}_table": table, f"b_{name}": lora_b}
         arguments = in_order(
             ops.flash_lora_attention,

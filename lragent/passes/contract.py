@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from lragent.graph.attention_marker import KEY, VALUE
 from lragent.loading.adapter_weights import ReplacedRows
+from lragent.program.adapter_map import AttentionConstant, RoutedConstants
 from lragent.program.cache_schema import BaseStreams, Layout, LowRankStream
 
 
@@ -64,13 +65,13 @@ class SplitStream:
     Args:
         base: node of the base stream, `[1, H, T, D]`.
         routed: the projection whose LR stream belongs to this side; None if it has no adapter.
-        lora_b_NHrD: B per agent and head, `[N + 1, H, r, D]`, row 0 zero; None without adapter.
+        lora_b: B per agent and head, described by its name and its path from the projections; None without adapter.
         transform: the key transform applied to the LR part (and to the base, if not `final`); None for V.
     """
 
     base: fx.Node
     routed: RoutedLinear | None = None
-    lora_b_NHrD: Tensor | None = None
+    lora_b: AttentionConstant | None = None
     transform: KeyTransform | None = None
 
 
@@ -101,6 +102,8 @@ class PassState:
     split: dict[str, tuple[SplitStream, SplitStream]] = field(default_factory=dict)  # by marker node name
     base_streams: tuple[BaseStreams, ...] = ()
     low_rank_streams: tuple[LowRankStream, ...] = ()
+    routed: list[RoutedConstants] = field(default_factory=list)
+    lora_b: list[AttentionConstant] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from lragent.loading.stages import Stages
 from lragent.passes import LOWER, REWRITE
 from lragent.passes.contract import Adapter, KeyTransform, LowerContext, PassState, RewriteContext
 from lragent.passes.lower_attention import LOWER_ATTENTION, fallback_layers
+from lragent.program.adapter_map import AdapterMap
 from lragent.program.cache_schema import CacheSchema, Layout
 from lragent.program.dtypes import LAYOUTS
 from lragent.program.layer_facts import LayerFacts
@@ -36,6 +37,7 @@ class Transformed:
 
     Args:
         reports: pass name -> report of each rewriting pass.
+        adapter_map: the constants of the graph that follow from the adapters' A and B.
         fallbacks: name of a graph (`dispatch.graphs`) -> the layers that run `implementations.FALLBACK` once lowered
             for it; graphs without such layers are missing.
     """
@@ -44,6 +46,7 @@ class Transformed:
     schema: CacheSchema
     layers: tuple[LayerFacts, ...]
     reports: Mapping[str, PassReport]
+    adapter_map: AdapterMap
     fallbacks: Mapping[str, tuple[Miss, ...]]
 
     @property
@@ -115,6 +118,7 @@ def transform(captured: Captured, layout: Layout) -> Transformed:
         schema=CacheSchema(layout, context.agents, state.base_streams, state.low_rank_streams),
         layers=_layer_facts(state),
         reports=reports,
+        adapter_map=_adapter_map(graph, context),
         fallbacks={name: found for name in GRAPHS if (found := fallback_layers(graph, name))},
     )
 
@@ -193,6 +197,17 @@ def _drop_unused(graph: fx.GraphModule) -> None:
         for name in [n for n, _ in (*parameters, *buffers) if (f"{prefix}.{n}" if prefix else n) not in used]:
             delattr(module, name)
     graph.recompile()
+
+
+def _adapter_map(graph: fx.GraphModule, context: RewriteContext) -> AdapterMap:
+    """The map of the constants that are left in the graph; call after `_drop_unused`."""
+    left = {name for name, _ in graph.named_buffers()}
+    gains = (module for module, by_agent in context.adapters.items() for a in by_agent.values() if a.gain is not None)
+    return AdapterMap(
+        routed=tuple(entry for entry in context.state.routed if left & {entry.a, entry.b}),
+        attention=tuple(entry for entry in context.state.lora_b if entry.name in left),
+        fixed=tuple(dict.fromkeys((*gains, *context.rows))),
+    )
 
 
 def _require_routed(graph: fx.GraphModule) -> None:

@@ -27,6 +27,7 @@ from lragent.passes.adapters.agent_rows import replace_rows
 from lragent.passes.adapters.stack import gains, low_rank_stream, stack
 from lragent.passes.contract import ROUTED, RewriteContext, RoutedLinear
 from lragent.passes.select_logits import ROWS
+from lragent.program.adapter_map import RoutedConstants
 from lragent.program.cache_schema import LowRankStream
 
 aten = torch.ops.aten
@@ -119,6 +120,7 @@ def _low_rank(
     mask = emit(graph, aten.index_select.default, route_node, 0, ids)
     own = emit(graph, aten.mul.Tensor, own, mask)
     b_node = add_constant(graph, f"lora_b_{index}", b_cat)
+    context.state.routed.append(RoutedConstants(index, stream, embeds))
     return low_rank, emit(graph, aten.matmul.default, own, b_node)
 
 

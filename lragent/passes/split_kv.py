@@ -24,8 +24,9 @@ from lragent.graph.passes import Pass, PassReport
 from lragent.passes.contract import KeyTransform, RewriteContext, Side, SplitStream
 from lragent.passes.key_value.dora_gains import per_head, scale_side
 from lragent.passes.key_value.join_streams import join_streams
-from lragent.passes.key_value.key_transform import Probe, Underivable, derive_key, derive_value
+from lragent.passes.key_value.key_transform import Probe, Underivable, derive_key, derive_value, head_map
 from lragent.passes.key_value.projection_path import ProjectionPath, adapted_path
+from lragent.program.adapter_map import AttentionConstant, HeadMap
 
 aten = torch.ops.aten
 
@@ -38,7 +39,7 @@ def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
     for index, marker in enumerate(marker_nodes(graph)):
         sides: list[SplitStream] = []
         for side in Side:
-            found = _split(graph, context, marker, side, f"layer {index} {side.name.lower()}")
+            found = _split(graph, context, marker, side, index, f"layer {index} {side.name.lower()}")
             if isinstance(found, Miss):
                 misses.append(found)
                 continue
@@ -51,7 +52,7 @@ def _run(graph: fx.GraphModule, context: RewriteContext) -> PassReport:
 
 
 def _split(
-    graph: fx.GraphModule, context: RewriteContext, marker: fx.Node, side: Side, where: str
+    graph: fx.GraphModule, context: RewriteContext, marker: fx.Node, side: Side, index: int, where: str
 ) -> SplitStream | Miss:
     end = argument(marker, side.value)
     assert isinstance(end, fx.Node)
@@ -75,44 +76,18 @@ def _split(
         return Miss(where, end.name, str(reason))
     if side is Side.KEY and transform is not None and transform.kind != "linear" and has_slopes(marker):
         return Miss(where, end.name, f"its transform is {transform.kind} and scores have a slope by position")
-    lora_b_NHrD = _lora_b(probe, path, context, channel_HD)
+    lora_b = AttentionConstant(
+        name=f"lora_b_{side.name[0].lower()}_{index}",
+        modules=path.modules,
+        starts=path.starts,
+        channels=probe.channels,
+        heads=HeadMap(channel_HD) if channel_HD is not None else head_map(probe),
+    )
     base = _base_stream(graph, path, transform, channel_HD)
     set_argument(marker, side.value, base)
     if gain_NHD is not None:
         scale_side(graph, marker, side, gain_NHD)
-    return SplitStream(base, join_streams(graph, path), lora_b_NHrD, transform)
-
-
-def _lora_b(probe: Probe, path: ProjectionPath, context: RewriteContext, channel_HD: Tensor | None) -> Tensor:
-    """Computes B per agent and head, `[N + 1, H, r, D]`, row 0 (base) zero.
-
-    A linear f is applied to the columns of B as if they were tokens. Where f rotates, channels are picked by
-    `channel_HD`, since attention rotates the sum. With several projections, r counts the ranks of all of them.
-    """
-    blocks: list[Tensor | None] = [None]
-    for name in context.agents:
-        parts: list[Tensor] = []
-        start = 0
-        for routed, width in zip(path.routed, path.widths, strict=True):
-            adapter = context.adapters[routed.module].get(name) if routed is not None else None
-            if adapter is not None:
-                rows_rC = adapter.b.new_zeros(adapter.b.shape[1], sum(path.widths))
-                rows_rC[:, start : start + width] = adapter.b.T
-                parts.append(rows_rC)
-            start += width
-        if not parts:
-            blocks.append(None)
-            continue
-        rows_rC = torch.cat(parts)
-        heads_rHD = rows_rC[:, channel_HD] if channel_HD is not None else probe(rows_rC, 0).to(rows_rC.dtype)
-        blocks.append(heads_rHD.transpose(0, 1))
-    some = next(b for b in blocks if b is not None)
-    heads, _, dim = some.shape
-    stacked = some.new_zeros(len(blocks), heads, max(b.shape[1] for b in blocks if b is not None), dim)
-    for row, block in enumerate(blocks):
-        if block is not None:
-            stacked[row, :, : block.shape[1]] = block
-    return stacked
+    return SplitStream(base, join_streams(graph, path), lora_b, transform)
 
 
 def _base_stream(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from lragent.passes.contract import KeyTransform
+from lragent.program.adapter_map import HeadMap
 
 Transform = Callable[[Tensor, Tensor], Tensor]
 
@@ -113,6 +114,22 @@ def derive_key(probe: Probe) -> tuple[KeyTransform, Tensor | None]:
         )
     _verify(probe, found, channel_HD)
     return found, channel_HD
+
+
+def head_map(probe: Probe) -> HeadMap:
+    """Describes a linear f that does not depend on positions, so that it can be applied to rows of B.
+
+    Each head channel is usually one channel of the projections, sometimes with a factor. Any other f becomes a matrix.
+    """
+    ones_HD = probe(torch.ones(1, probe.channels), 0)[0]
+    try:
+        channel_HD = _channels_at_zero(probe)
+    except Underivable:
+        return HeadMap(None, dense_CHD=probe(torch.eye(probe.channels), 0))
+    found = HeadMap(channel_HD, None if bool((ones_HD == 1).all()) else ones_HD)
+    x, _ = probe.random(CHECKED_TOKENS, seed=9)
+    rebuilt = x.to(probe.dtype).double()[:, channel_HD] * (1.0 if found.factor_HD is None else found.factor_HD)
+    return found if probe.same(probe(x, 0), rebuilt) else HeadMap(None, dense_CHD=probe(torch.eye(probe.channels), 0))
 
 
 def apply(transform: KeyTransform, raw_nHD: Tensor, positions_n: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, fx
@@ -52,6 +53,12 @@ class ProjectionPath:
     def modules(self) -> tuple[str, ...]:
         """Names of the adapted projections."""
         return tuple(routed.module for routed in self.routed if routed is not None)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First channel of each adapted projection among the concatenated outputs."""
+        firsts = (0, *accumulate(self.widths))
+        return tuple(first for first, routed in zip(firsts, self.routed, strict=False) if routed is not None)
 
     @property
     def gains(self) -> Tensor | None:

@@ -1,0 +1,178 @@
+"""The rows of every sharing scheme: for each token, the agents that process it, and the rows that they read.
+
+| scheme | rows of a token | base K/V that a query reads | LR numbers that it reads |
+|---|---|---|---|
+| `non_shared` | one per agent that reads it | its own agent's | its own agent's |
+| `full_shared`, `base_lr_shared` | its writer's | the writer's | the writer's |
+| `base_shared` | one per agent that catches up | the writer's | its own agent's |
+| `rebase_shared` | its writer's, and an adapter-free one | adapter-free; in its turn its own | of its turns its own, else as base |
+| `neutral_shared` | adapter-free; acting where logits are wanted | adapter-free | adapter-free |
+
+The writer of a token is the agent that processes it first (`turn_sequence.ActingTurn`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lragent.errors import RequestError
+from lragent.training.rows import Read, Rows
+from lragent.training.turn_sequence import ActingTurn, TurnSequence, acting_turns
+
+
+@dataclass
+class _Builder:
+    """Rows as they are collected; `base` and `low_rank` of a read are lists by position that may still grow."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    agents: list[int] = field(default_factory=list)
+    reads: list[tuple[int, list[int], list[int], list[int]]] = field(default_factory=list)
+    logits: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    target_agents: list[int] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    turn: int = 0
+
+    def add(self, sequence: TurnSequence, positions: Iterable[int], agent: int) -> list[int]:
+        """Adds rows of one agent and returns them."""
+        first = len(self.tokens)
+        for position in positions:
+            self.tokens.append(sequence.token_ids[position])
+            self.positions.append(position)
+            self.agents.append(agent)
+        return list(range(first, len(self.tokens)))
+
+    def read(self, agent: int, queries: list[int], base: list[int], low_rank: list[int]) -> None:
+        """Adds a read; positions behind the last query's are cut off."""
+        if queries:
+            end = self.positions[queries[-1]] + 1
+            self.reads.append((agent, queries, base[:end], low_rank[:end]))
+
+    def want(self, sequence: TurnSequence, acting: ActingTurn, rows: Sequence[int]) -> None:
+        """Marks the rows whose logits predict the tokens of a turn, in order."""
+        self.logits += rows
+        generated = sequence.token_ids[acting.turn.start : acting.turn.end]
+        self.targets += generated
+        self.target_agents += [acting.agent] * len(generated)
+        self.turns += [self.turn] * len(generated)
+        self.turn += 1
+
+    def rows(self, whole: bool) -> Rows:
+        def tensor(values: Sequence[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64)
+
+        return Rows(
+            token_ids_N=tensor(self.tokens),
+            positions_N=tensor(self.positions),
+            agent_ids_N=tensor(self.agents),
+            reads=tuple(Read(agent, *map(tensor, rows)) for agent, *rows in self.reads),
+            whole=whole,
+            logits_rows_R=tensor(self.logits),
+            targets_R=tensor(self.targets),
+            target_agents_R=tensor(self.target_agents),
+            turns_R=tensor(self.turns),
+        )
+
+
+def rows_of(scheme: str, sequences: Sequence[TurnSequence], agents: Sequence[str]) -> Rows:
+    """The rows of sequences under a scheme.
+
+    Args:
+        scheme: one of `SCHEME_ROWS`.
+        agents: names in order; agent id = index + 1.
+
+    Raises:
+        RequestError: the scheme is unknown, no sequence has a turn, or a turn is not valid.
+    """
+    if scheme not in SCHEME_ROWS:
+        raise RequestError(f"unknown sharing scheme {scheme!r}", f"Choose one of: {', '.join(SCHEME_ROWS)}.")
+    builder = _Builder()
+    for sequence in sequences:
+        turns = list(acting_turns(sequence, tuple(agents)))
+        if turns:
+            SCHEME_ROWS[scheme](builder, sequence, turns)
+    if not builder.logits:
+        raise RequestError("no sequence has a turn", "Give trajectories in which agents generated tokens.")
+    return builder.rows(whole=scheme in _WHOLE)
+
+
+def _non_shared(builder: _Builder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
+    last = {acting.agent: acting for acting in turns}
+    rows = {agent: builder.add(sequence, range(acting.end), agent) for agent, acting in last.items()}
+    for agent, own in rows.items():
+        builder.read(agent, own, own, own)
+    for acting in turns:
+        builder.want(sequence, acting, [rows[acting.agent][position] for position in acting.wanted])
+
+
+def _written_once(builder: _Builder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
+    written: list[int] = []
+    queries: dict[int, list[int]] = {}
+    for acting in turns:
+        new = builder.add(sequence, range(acting.processed, acting.end), acting.agent)
+        written += new
+        queries.setdefault(acting.agent, []).extend(new)
+        builder.want(sequence, acting, written[acting.wanted.start : acting.wanted.stop])
+    for agent, own in queries.items():
+        builder.read(agent, own, written, written)
+
+
+def _base_shared(builder: _Builder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
+    written: list[int] = []
+    own: dict[int, list[int]] = {}  # by agent, the row of each position that it has processed
+    for acting in turns:
+        rows = own.setdefault(acting.agent, [])
+        if acting.agent == 0:  # it reads no low-rank numbers, so it has nothing to catch up
+            rows.extend(written[len(rows) :])
+        rows += builder.add(sequence, range(len(rows), acting.end), acting.agent)
+        written += rows[acting.processed :]
+        builder.want(sequence, acting, [rows[position] for position in acting.wanted])
+    for agent, rows in own.items():
+        builder.read(agent, [row for row in rows if builder.agents[row] == agent], written, rows)
+
+
+def _rebase(builder: _Builder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
+    free: list[int] = []  # adapter-free rows by position
+    kept: dict[int, list[int]] = {}  # by agent, the rows whose low-rank numbers of this agent are kept
+    for number, acting in enumerate(turns):
+        span = range(acting.processed, acting.end)
+        new = builder.add(sequence, span, acting.agent)
+        mine = kept.setdefault(acting.agent, [])
+        mine += free[len(mine) :]
+        mine += new
+        base = free[: acting.processed] + new
+        builder.read(acting.agent, new, base, mine)
+        builder.want(sequence, acting, [base[position] for position in acting.wanted])
+        if acting.agent == 0:  # its rows are adapter-free already
+            free += new
+        elif number < len(turns) - 1:
+            settled = builder.add(sequence, span, 0)
+            free += settled
+            builder.read(0, settled, free, free)
+
+
+def _neutral(builder: _Builder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
+    free = builder.add(sequence, range(turns[-1].end), 0)
+    builder.read(0, free, free, free)
+    for acting in turns:
+        if acting.agent == 0:
+            builder.want(sequence, acting, free[acting.wanted.start : acting.wanted.stop])
+            continue
+        rows = builder.add(sequence, acting.wanted, acting.agent)
+        builder.read(acting.agent, rows, free, free)
+        builder.want(sequence, acting, rows)
+
+
+_WHOLE = frozenset(("non_shared", "full_shared"))
+SCHEME_ROWS: Mapping[str, Callable[[_Builder, TurnSequence, list[ActingTurn]], None]] = {
+    "non_shared": _non_shared,
+    "full_shared": _written_once,
+    "base_shared": _base_shared,
+    "base_lr_shared": _written_once,
+    "rebase_shared": _rebase,
+    "neutral_shared": _neutral,
+}
