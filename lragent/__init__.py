@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lragent.api import convert, inspect, load, optimize, rollout, update, verify
+    from lragent.api import convert, inspect, load, optimize, rollout, tune, update, verify
     from lragent.artifact.build import ConvertReport
     from lragent.reports.inspection import Inspection
     from lragent.reports.verification import Verification
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lragent.runtime.task_loop import RolloutResult
     from lragent.runtime.trajectory import Trajectory
     from lragent.runtime.turn import Turn
+    from lragent.tuning.options import TuneOptions
+    from lragent.tuning.report import TuneReport
 
 # Spin iterations of an idle OpenMP thread before it sleeps: about 0.3 ms. A step has about a hundred parallel regions
 # in quick succession; threads that sleep between them (OMP_WAIT_POLICY=PASSIVE) double the time of a small step. GNU
@@ -29,6 +31,8 @@ __all__ = [
     "RolloutResult",
     "RolloutSummary",
     "Trajectory",
+    "TuneOptions",
+    "TuneReport",
     "Turn",
     "Verification",
     "convert",
@@ -36,6 +40,7 @@ __all__ = [
     "load",
     "optimize",
     "rollout",
+    "tune",
     "update",
     "verify",
 ]
@@ -47,6 +52,8 @@ _HOMES = {
     "RolloutSummary": "lragent.rollouts.run",
     "RolloutResult": "lragent.runtime.task_loop",
     "Trajectory": "lragent.runtime.trajectory",
+    "TuneOptions": "lragent.tuning.options",
+    "TuneReport": "lragent.tuning.report",
     "Turn": "lragent.runtime.turn",
     "Verification": "lragent.reports.verification",
 }

@@ -116,9 +116,7 @@ def load_directories(
     described = _describe(model, adapted, tuple(paths), str(place.path))
     agents = tuple(replace(agent, tuned_for=tuned_for(agent.name, paths[agent.name])) for agent in described.agents)
     pinned = {name: source.pin for name, source in {BASE: place, **located}.items() if source.pin}
-    return replace(
-        described, agents=agents, adapter_folders=paths, notes=tuple(filter(None, notes)), sources=pinned
-    )
+    return replace(described, agents=agents, adapter_folders=paths, notes=tuple(filter(None, notes)), sources=pinned)
 
 
 def load_live(peft_model: Any, tokenizer_source: Any = None) -> LoadedModel:

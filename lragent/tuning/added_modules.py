@@ -34,9 +34,7 @@ def modules_to_add(loaded: LoadedModel, names: Sequence[str]) -> tuple[str, ...]
         AdapterError: a name fits no linear module.
     """
     head = loaded.model.get_output_embeddings()
-    linear = {
-        fqn: module for fqn, module in _plain_modules(loaded.model) if not isinstance(module, nn.Embedding)
-    }
+    linear = {fqn: module for fqn, module in _plain_modules(loaded.model) if not isinstance(module, nn.Embedding)}
     inner = [fqn for fqn, module in linear.items() if module is not getattr(head, "base_layer", head)]
     found: dict[str, None] = {}
     for name in names:

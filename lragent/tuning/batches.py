@@ -68,9 +68,10 @@ def pack(lengths: Sequence[int], order: Iterator[int], budget: int) -> Iterator[
 def batches_of_steps(examples: Sequence[Example], train: Sequence[int], options: TuneOptions) -> Iterator[Batch]:
     """Yields the batch of each step, without end; every epoch has an order of its own."""
     lengths = [example.tokens for example in examples]
-    return (Batch(picked, tuple(examples[i] for i in picked), "") for picked in pack(
-        lengths, _epochs(train, options.seed), options.batch_tokens
-    ))
+    return (
+        Batch(picked, tuple(examples[i] for i in picked), "")
+        for picked in pack(lengths, _epochs(train, options.seed), options.batch_tokens)
+    )
 
 
 def for_step(batch: Batch, step: int, scheme: str, agents: Sequence[str], options: TuneOptions) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ def digests_by_agent(loaded: LoadedModel) -> dict[str, frozenset[str]]:
 
 
 def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
-    fields = {field.name: getattr(weights, field.name) for field in dataclasses.fields(weights)}
-    floats = {n: v.to(dtype) for n, v in fields.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    floats: dict[str, Any] = {
+        name: value.to(dtype)
+        for name, value in vars(weights).items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
     return dataclasses.replace(weights, **floats)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lragent.errors import TaskFileError
-from lragent.tuning.read_sequences import ReadSequence
 from lragent.training.turn_sequence import TurnSequence
 from lragent.tuning.options import TuneOptions
+from lragent.tuning.read_sequences import ReadSequence
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ def examples_of(sequences: Sequence[ReadSequence], options: TuneOptions) -> tupl
             cross_entropy *= _line_weight(read, options.weight_field)
         if kl or cross_entropy:
             examples.append(
-                Example(
-                    read.sequence, read.scored, read.scored_tokens, kl, cross_entropy, read.logprobs, read.place
-                )
+                Example(read.sequence, read.scored, read.scored_tokens, kl, cross_entropy, read.logprobs, read.place)
             )
     if not examples:
         raise TaskFileError(

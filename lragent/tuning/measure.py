@@ -63,10 +63,12 @@ def overall(by_agent: dict[str, Agreement]) -> Agreement:
         return float(sum(getattr(row, name) * getattr(row, weights) for row in rows)) / total
 
     return Agreement(
-        tokens,
-        turns,
-        *(mean(name, "tokens", tokens) for name in ("kl", "top1", "cross_entropy")),
-        mean("turn_accuracy", "turns", turns),
+        tokens=tokens,
+        turns=turns,
+        kl=mean("kl", "tokens", tokens),
+        top1=mean("top1", "tokens", tokens),
+        cross_entropy=mean("cross_entropy", "tokens", tokens),
+        turn_accuracy=mean("turn_accuracy", "turns", turns),
     )
 
 

@@ -13,6 +13,8 @@ Trained = Literal["both", "a", "b"]
 LEARNING_RATE = 4e-4
 LEARNING_RATE_OF_ACTING_ROWS = 1e-3  # of neutral_shared: gradients pass through few rows
 WHOLE_SCHEME = "non_shared"
+# Options that may change when a run is resumed.
+RESUMED_WITH_OTHERS = ("learning_rate", "minutes", "checkpoint_seconds", "report_schemes")
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class TuneOptions:
         held_out: share of the trajectories that no step sees; at least one unless it is 0.
         patience: evaluations on held-out trajectories without improvement after which a round ends; 0: it goes on.
         evaluations: number of evaluations on held-out trajectories in a round.
-        kl: weight of KL(teacher || student), teacher: the adapters as given, under `non_shared`; None: 1 for what agents
-            rolled out, 0 for gold.
+        kl: weight of KL(teacher || student), teacher: the adapters as given, under `non_shared`; None: 1 for what
+            agents rolled out, 0 for gold.
         cross_entropy: weight of the cross-entropy of the generated tokens; None: 1 for gold, else 0.
         weight_field: entry of a line, such as "result.score", by which the cross-entropy of its tokens is multiplied;
             None: the line's reward if it has one, else 1.
@@ -41,7 +43,6 @@ class TuneOptions:
         seed: of the order of trajectories, held-out ones, writers and new adapters.
         dtype: of the base weights: "auto" (that of the run that wrote the trajectories, else the checkpoint's),
             "float32", "bfloat16" or "float16". Adapters are trained in float32.
-        device: "cpu", "cuda" or "cuda:N".
         report_schemes: schemes that the report compares besides the target and `non_shared`.
         checkpoint_seconds: time between two checkpoints.
     """
@@ -64,7 +65,6 @@ class TuneOptions:
     add_rank: int | None = None
     seed: int = 0
     dtype: str = "auto"
-    device: str = "cpu"
     report_schemes: tuple[str, ...] = ()
     checkpoint_seconds: float = 60.0
 

@@ -50,27 +50,36 @@ def read_parent(agent: str, folder: Path, base: Any) -> Parent:
 def round_as_saved(model: SharedModel, parents: Mapping[str, Parent]) -> None:
     """Rounds the model's parameters to the dtypes of the files, so that a report is one of what is saved."""
     for agent, parent in parents.items():
-        for key, (module, side) in parent.places.items():
-            pair = model.pairs.get(module, {}).get(agent)
-            if pair is not None:
-                parameter = pair[side].data
-                parameter.copy_(parameter.to(parent.tensors[key].dtype))
+        matrices = trained_matrices(model, agent)
+        for key, place in parent.places.items():
+            if place in matrices:
+                matrices[place].copy_(matrices[place].to(parent.tensors[key].dtype))
 
 
-def save_adapter(parent: Parent, weights: Mapping[str, tuple[Tensor, Tensor]], out: Path, tuned: Tuned) -> None:
+def trained_matrices(model: SharedModel, agent: str) -> dict[tuple[str, int], Tensor]:
+    """The matrices of an agent that are trained: (module FQN, 0 for A or 1 for B) -> tensor."""
+    return {
+        (module, side): parameter.detach()
+        for module, by_agent in model.pairs.items()
+        for side, parameter in enumerate(by_agent.get(agent, ()))
+        if parameter.requires_grad
+    }
+
+
+def save_adapter(parent: Parent, matrices: Mapping[tuple[str, int], Tensor], out: Path, tuned: Tuned) -> None:
     """Writes the parent's directory with other A and B, in the parent's dtypes.
 
     Args:
-        weights: module FQN -> A and B; modules that are left out keep theirs.
+        matrices: see `trained_matrices`; the others stay as the parent's file has them.
 
     Raises:
         TuneError: it can't be written.
     """
     tensors = dict(parent.tensors)
-    for key, (module, side) in parent.places.items():
-        if module not in weights:
+    for key, place in parent.places.items():
+        if place not in matrices:
             continue
-        old, new = tensors[key], weights[module][side]
+        old, new = tensors[key], matrices[place]
         if old.shape != new.shape:
             raise InternalError(f"{key} of adapter {parent.agent} has shape {old.shape}, the tuned one {new.shape}")
         tensors[key] = new.to("cpu", old.dtype)

@@ -54,7 +54,9 @@ def require_own_tokens(material: Material) -> None:
             material.rows(WHOLE_SCHEME, [example]), material.teacher[index].to(material.device), [index]
         )
         with torch.no_grad():
-            parts = [kl_and_cross_entropy(material.model.logits, part)[1] for part in scored.chunks(material.vocab_size)]
+            parts = [
+                kl_and_cross_entropy(material.model.logits, part)[1] for part in scored.chunks(material.vocab_size)
+            ]
         recorded_R = torch.tensor(example.logprobs, dtype=torch.float64)
         apart += (torch.cat(parts).cpu().double() + recorded_R).abs().tolist()
     mean = sum(apart) / len(apart) if apart else 0.0
