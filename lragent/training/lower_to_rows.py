@@ -149,7 +149,7 @@ def _attach_rows(graph: fx.GraphModule, schema: CacheSchema) -> None:
         return written[cache], argument(call, f"b_{name}"), [*stream.ranks], [*stream.source_columns()]
 
     for layer, node in enumerate(calls(graph, ops.flash_lora_attention)):
-        arguments = (
+        arguments: tuple[Any, ...] = (
             argument(node, "query_THqDk"),
             written[argument(node, "k_cache")],
             written[argument(node, "v_cache")],
@@ -193,7 +193,8 @@ def _selected(graph: fx.GraphModule) -> fx.Node:
     ]
     if len(found) != 1:
         raise InternalError(f"the graph selects the wanted rows in {len(found)} places")
-    return found[0]
+    selected: fx.Node = found[0]
+    return selected
 
 
 def _parts(graph: fx.GraphModule, selected: fx.Node) -> list[list[fx.Node]]:

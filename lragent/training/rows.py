@@ -10,6 +10,7 @@ Legend: N = rows, R = rows whose logits are wanted, L = positions of a read, n =
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
         reads = tuple(
             Read(read.agent, read.queries_n.to(device), read.base_L.to(device), read.low_rank_L.to(device))
             for read in self.reads

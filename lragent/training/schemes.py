@@ -5,7 +5,7 @@
 | `non_shared` | one per agent that reads it | its own agent's | its own agent's |
 | `full_shared`, `base_lr_shared` | its writer's | the writer's | the writer's |
 | `base_shared` | one per agent that catches up | the writer's | its own agent's |
-| `rebase_shared` | its writer's, and an adapter-free one | adapter-free; in its turn its own | of its turns its own, else as base |
+| `rebase_shared` | the writer's and adapter-free | adapter-free; its turn's own | as base; of its turns its own |
 | `neutral_shared` | adapter-free; acting where logits are wanted | adapter-free | adapter-free |
 
 The writer of a token is the agent that processes it first (`turn_sequence.ActingTurn`).

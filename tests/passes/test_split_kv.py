@@ -24,7 +24,8 @@ def test_match_counts_each_split_stream() -> None:
     assert (report.changed, report.misses) == (4, ())  # K and V of two layers
     key, value = next(iter(state.split.values()))
     assert key.transform.kind == "rotary" and key.transform.final
-    assert key.lora_b_NHrD.shape == (3, 2, 4, DIM)
+    assert key.lora_b.heads.channel_HD.shape == (2, DIM)
+    assert (len(key.lora_b.modules), key.lora_b.starts, key.lora_b.channels) == (1, (0,), 2 * DIM)
     assert value.transform is None
 
 

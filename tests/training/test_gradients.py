@@ -19,7 +19,7 @@ def loss_of(model: SharedModel, rows: Rows) -> Tensor:
     return torch.nn.functional.cross_entropy(model(rows), rows.targets_R)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
 def test_non_shared_has_the_gradients_of_peft(kind: str, shared_models: SharedModels) -> None:
     written, model = shared_models.get(kind)
     ids = list(range(3, 60, 3))
@@ -63,7 +63,7 @@ def test_finite_differences(scheme: str, shared_models: SharedModels) -> None:
 
 
 def test_checkpointing_changes_no_gradient(shared_models: SharedModels) -> None:
-    _, model = shared_models.get("gemma3")
+    _, model = shared_models.get("gemma3_text")
     rows = rows_of("base_lr_shared", [sequence_of(SCRIPT)], model.agents)
     found = []
     for model.checkpointing in (True, False):

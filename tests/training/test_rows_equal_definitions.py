@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from lragent.training.schemes import SCHEME_ROWS, rows_of
-from tests.models import KINDS
 from tests.oracle.sharing_oracle import SCHEMES, run_script
 from tests.training.conftest import SharedModels
 from tests.training.scripts import SCRIPT, differences, logprobs, sequence_of
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# A norm of keys, sliding windows, fused projections, sinks; the other kinds have the same attention.
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "gpt2", "gpt_oss"])
 def test_every_scheme(kind: str, shared_models: SharedModels) -> None:
     written, model = shared_models.get(kind)
     sequence = sequence_of(SCRIPT)
@@ -31,7 +31,7 @@ def test_shared_a(targets: str, shared_models: SharedModels) -> None:
     written, model = shared_models.get("llama", targets, shared_a=True)
     assert model.adapters is not None
     assert len(model.adapters.a) == len(model.adapters.b) // 3  # one A for three agents
-    for scheme in SCHEMES:
+    for scheme in ("base_shared", "base_lr_shared"):
         found = logprobs(model, rows_of(scheme, [sequence_of(SCRIPT)], model.agents))
         exact = [turn.logprobs for turn in run_script(written.model_dir, written.adapters, scheme, SCRIPT)]
         assert max(differences(found, exact)) <= 1e-4, scheme
