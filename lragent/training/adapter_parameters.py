@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +61,12 @@ class AdapterParameters(nn.Module):
             if agent in by_agent
         }
 
-    def adapters(self) -> dict[str, dict[str, Adapter]]:
+    def adapters(self, modules: Collection[str]) -> dict[str, dict[str, Adapter]]:
         """Module FQN -> agent -> weights in the dtype of the model, as `passes.adapters.constants` takes them."""
         return {
             module: {agent: _adapter(self._lora[module][agent], *pair) for agent, pair in by_agent.items()}
             for module, by_agent in self.pairs.items()
+            if module in modules
         }
 
 

@@ -23,7 +23,7 @@ from lragent.errors import InternalError
 from lragent.graph.fx_tools import argument, calls, placeholder
 from lragent.kernels import ops
 from lragent.program.cache_schema import CacheSchema
-from lragent.program.step import STEP_INPUTS, cache_input_names
+from lragent.program.step import STEP_INPUTS, cache_input_names, input_sizes
 from lragent.training.attention import KeyRule, LowRank, rows_attention
 from lragent.training.rows import Rows
 
@@ -165,11 +165,23 @@ def _attach_rows(graph: fx.GraphModule, schema: CacheSchema) -> None:
         graph.graph.erase_node(node)
     for node in calls(graph, ops.write_kv, ops.write_lr):
         graph.graph.erase_node(node)
+    _count_kept_tokens(graph, schema, names)
     for node, name in names.items():
         if name in ROW_INPUTS:
             node.target = name
         else:
             graph.graph.erase_node(node)
+
+
+def _count_kept_tokens(graph: fx.GraphModule, schema: CacheSchema, names: dict[fx.Node, str]) -> None:
+    """Takes the number of tokens from `token_ids`, which stays; an exported graph may take it from another input."""
+    sizes = input_sizes(schema)
+    token_ids = next(node for node, name in names.items() if name == "token_ids")
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and node.target is aten.sym_size.int and node.args[0] in names:
+            source, dim = node.args
+            if source is not token_ids and sizes[names[source]][dim] == "tokens":
+                node.args = (token_ids, 0)
 
 
 def _make_input(graph: fx.GraphModule, name: str) -> None:

@@ -56,6 +56,8 @@ class SharedModel(nn.Module):
         inputs = tuple(name for name in self._constants() if name in held)
         self._rows: RowGraph = lower_to_rows(graph, schema, inputs)
         self._last_use = _last_use(self._rows.layers)
+        of_head = (entry for entry in self._map.routed if {entry.a, entry.b} & {*self._rows.head.takes})
+        self._head_map = AdapterMap(tuple(of_head), ())
         unknown = set(self._rows.head.takes) - {self._rows.hidden, *ROW_INPUTS, *inputs}
         if unknown:
             raise InternalError(f"the LM head reads {', '.join(sorted(unknown))}")
@@ -111,7 +113,7 @@ class SharedModel(nn.Module):
             self._rows.hidden: hidden_RD[None],
             "agent_ids": agent_ids_R,
             "logits_rows": torch.arange(len(agent_ids_R), device=agent_ids_R.device),
-            **self._constants(),
+            **self._constants_of(self._head_map),
         }
         head = self._rows.head
         (logits,) = head.call(*(values[name] for name in head.takes))
@@ -139,9 +141,13 @@ class SharedModel(nn.Module):
 
     def _constants(self) -> dict[str, Tensor]:
         """The graph's constants that follow from the parameters, in the dtype of the model."""
+        return self._constants_of(self._map)
+
+    def _constants_of(self, some: AdapterMap) -> dict[str, Tensor]:
         if self.adapters is None:
             return {}
-        return constants_of(self._map, self.agents, self.adapters.adapters())
+        modules = {entry.stream.module for entry in some.routed}.union(*(entry.modules for entry in some.attention))
+        return constants_of(some, self.agents, self.adapters.adapters(modules))
 
 
 def _last_use(layers: tuple[Segment, ...]) -> list[list[str]]:
