@@ -11,7 +11,7 @@ from rich.table import Table
 import lragent
 from lragent.files.user_path import user_path
 from lragent.program.defaults import TUNED_SHARING
-from lragent.tuning.options import TuneOptions
+from lragent.tuning.options import Arithmetic, TuneOptions
 
 from .adapter_arguments import parse_adapters
 from .engine_options import Adapters, AsJson, ModelArgument, Scheme, Threads, parse_schemes
@@ -100,6 +100,9 @@ def tune(
     dtype: Annotated[
         str, typer.Option(help="Of the model: auto (that of the run that wrote the trajectories), float32, bfloat16.")
     ] = DEFAULTS.dtype,
+    arithmetic: Annotated[
+        Arithmetic, typer.Option(help="Of a float32 model; auto: bfloat16 where the processor has it.")
+    ] = "auto",
     threads: Threads = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run: the steps that are left.")
@@ -134,6 +137,7 @@ def tune(
         add_rank=add_rank,
         seed=seed,
         dtype=dtype,
+        arithmetic=arithmetic,
         report_schemes=parse_schemes(report_schemes) if report_schemes else (),
     )
     try:

@@ -15,6 +15,9 @@ from lragent.tuning.batches import pack
 from lragent.tuning.examples import Example
 from lragent.tuning.loss import Scored
 
+# Names, in `torch.cpu.get_capabilities`, of instructions that multiply bfloat16 numbers.
+BFLOAT16_ARITHMETIC = ("amx_bf16", "avx512_bf16", "bf16")
+
 
 @dataclass(frozen=True)
 class Material:
@@ -23,12 +26,14 @@ class Material:
     Args:
         teacher: by index of an example, the teacher's last hidden states `[R, D]` of its tokens in the loss, in memory
             of the CPU. Examples that nothing is compared on are missing.
+        bfloat16: True multiplies in bfloat16 though weights are float32 (autocast). Logits are float32 in any case.
     """
 
     model: SharedModel
     vocab_size: int
     examples: tuple[Example, ...]
     teacher: Mapping[int, Tensor]
+    bfloat16: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -37,6 +42,12 @@ class Material:
     def rows(self, scheme: str, examples: Sequence[Example]) -> Rows:
         """Rows of examples on the model's device."""
         return rows_of_examples(scheme, examples, self.model.agents).to(self.device)
+
+    def hidden(self, rows: Rows) -> Tensor:
+        """Last hidden states of the tokens in the loss: `[R, D]`."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            hidden_RD = self.model.hidden(rows)
+        return hidden_RD.float() if self.bfloat16 else hidden_RD
 
     def scored(self, rows: Rows, student_RD: Tensor, indices: Sequence[int]) -> Scored:
         """Hidden states of rows beside the teacher's, if it has those of all examples.
@@ -52,3 +63,20 @@ class Material:
     def packed(self, indices: Sequence[int], budget: int) -> list[tuple[int, ...]]:
         """Indices in batches for forwards without gradients."""
         return list(pack([example.tokens for example in self.examples], iter(indices), budget))
+
+
+def use_bfloat16(arithmetic: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """True if a forward multiplies in bfloat16 though the weights are float32.
+
+    Args:
+        arithmetic: "float32", "bfloat16", or "auto": bfloat16 where the processor has it, several times as fast.
+        dtype: of the weights.
+    """
+    if arithmetic == "float32" or dtype != torch.float32:
+        return False
+    if arithmetic == "bfloat16":
+        return True
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in BFLOAT16_ARITHMETIC)

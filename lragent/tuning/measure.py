@@ -41,7 +41,7 @@ def measure(material: Material, scheme: str, indices: Sequence[int], batch_token
     for picked in material.packed(indices, batch_tokens):
         rows = material.rows(scheme, [material.examples[index] for index in picked])
         with torch.no_grad():
-            scored = material.scored(rows, material.model.hidden(rows), picked)
+            scored = material.scored(rows, material.hidden(rows), picked)
             found_R5 = torch.cat([_figures(material, part) for part in scored.chunks(material.vocab_size)]).cpu()
         tokens.append(found_R5)
         number_R = rows.turns_R.cpu().unique_consecutive(return_inverse=True)[1]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from lragent.errors import RequestError
 
 Trained = Literal["both", "a", "b"]
+Arithmetic = Literal["auto", "float32", "bfloat16"]
 
 LEARNING_RATE = 4e-4
 LEARNING_RATE_OF_ACTING_ROWS = 1e-3  # of neutral_shared: gradients pass through few rows
@@ -43,6 +44,7 @@ class TuneOptions:
         seed: of the order of trajectories, held-out ones, writers and new adapters.
         dtype: of the base weights: "auto" (that of the run that wrote the trajectories, else the checkpoint's),
             "float32", "bfloat16" or "float16". Adapters are trained in float32.
+        arithmetic: of a float32 model: "float32", "bfloat16", or "auto": bfloat16 where the processor has it.
         report_schemes: schemes that the report compares besides the target and `non_shared`.
         checkpoint_seconds: time between two checkpoints.
     """
@@ -65,6 +67,7 @@ class TuneOptions:
     add_rank: int | None = None
     seed: int = 0
     dtype: str = "auto"
+    arithmetic: Arithmetic = "auto"
     report_schemes: tuple[str, ...] = ()
     checkpoint_seconds: float = 60.0
 
@@ -83,7 +86,11 @@ class TuneOptions:
             (len(weights) < 2 or sum(weights) > 0, "kl and cross_entropy are 0: there is no loss"),
             (_is_share(self.non_shared_share), f"non_shared_share is {self.non_shared_share}, must be from 0 to 1"),
             (_is_share(self.permuted_writers), f"permuted_writers is {self.permuted_writers}, must be from 0 to 1"),
-            (self.train in ("both", "a", "b"), f"train is {self.train!r}, must be both, a or b"),
+            (self.train in get_args(Trained), f"train is {self.train!r}, must be both, a or b"),
+            (
+                self.arithmetic in get_args(Arithmetic),
+                f"arithmetic is {self.arithmetic!r}, must be auto, float32 or bfloat16",
+            ),
             (self.add_rank is None or self.add_rank >= 1, f"add_rank is {self.add_rank}, must be at least 1"),
         )
         for holds, message in checks:

@@ -33,7 +33,7 @@ def with_teacher(
     for picked in material.packed(indices, batch_tokens):
         some = [material.examples[index] for index in picked]
         with torch.no_grad():
-            hidden_RD = material.model.hidden(material.rows(WHOLE_SCHEME, some)).cpu()
+            hidden_RD = material.hidden(material.rows(WHOLE_SCHEME, some)).cpu()
         states.update(zip(picked, hidden_RD.split([example.scored_tokens for example in some]), strict=True))
         if progress is not None:
             progress(len(states))

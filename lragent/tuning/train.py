@@ -68,7 +68,7 @@ class Round:
 def loss_of(material: Material, batch: Batch) -> Tensor:
     """Mean loss of a batch's tokens, with its graph."""
     rows = material.rows(batch.scheme, batch.examples)
-    scored = material.scored(rows, material.model.hidden(rows), batch.indices)
+    scored = material.scored(rows, material.hidden(rows), batch.indices)
     weights = [per_token(batch.examples, [getattr(e, name) for e in batch.examples]) for name in _WEIGHTS]
     kl_R, cross_entropy_R = (weight.to(material.device) / len(weight) for weight in weights)
     return weighted_loss(material.model.logits, scored, kl_R, cross_entropy_R, material.vocab_size)

@@ -22,7 +22,7 @@ from lragent.program.dtypes import dtype_name
 from lragent.training.schemes import SCHEME_ROWS
 from lragent.tuning.examples import examples_of
 from lragent.tuning.folder import Existing, TuneFolder, open_folder
-from lragent.tuning.material import Material
+from lragent.tuning.material import Material, use_bfloat16
 from lragent.tuning.memory import sizes_of
 from lragent.tuning.options import RESUMED_WITH_OTHERS, WHOLE_SCHEME, TuneOptions
 from lragent.tuning.prepare import Prepared, prepare
@@ -152,9 +152,11 @@ def _round_input(
     start = _copies(prepared.parameters) if parents else {}
     for name, value in parents.items():
         prepared.parameters[name].data.copy_(value)
+    device = next(iter(prepared.parameters.values())).device
+    bfloat16 = use_bfloat16(request.options.arithmetic, loaded.dtype, device)
     trained = sum(parameter.numel() for parameter in prepared.parameters.values())
     given = RoundInput(
-        material=Material(prepared.model, loaded.vocab_size, examples_of(read, request.options), {}),
+        material=Material(prepared.model, loaded.vocab_size, examples_of(read, request.options), {}, bfloat16),
         parameters=prepared.parameters,
         start=start,
         scheme=request.sharing,

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import lragent
 from lragent.errors import RequestError, SplitRefused, TaskFileError, TuneError
+from lragent.training.schemes import rows_of
+from lragent.training.turn_sequence import Turn, TurnSequence
 from lragent.tuning import memory
 from lragent.tuning.options import TuneOptions
 from tests.models.variants import write_variants
@@ -79,18 +81,39 @@ def test_adapters_that_cannot_be_split_are_refused_as_by_convert(rolled_out: Rol
     assert tuning.value.message == converting.value.message
 
 
-@pytest.mark.parametrize(("budget", "remedy"), [(1000, "--batch-tokens"), (60, "Leave out trajectories above")])
+@pytest.mark.parametrize(
+    ("free", "batch_tokens", "remedy"),
+    [(100, 1000, "Use --batch-tokens"), (40, 20, "Leave out trajectories above 40 tokens, such as")],
+)
 def test_too_little_memory_says_what_would_fit(
-    rolled_out_qv: RolledOut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int, remedy: str
+    rolled_out_qv: RolledOut,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    batch_tokens: int,
+    remedy: str,
 ) -> None:
-    monkeypatch.setattr(memory, "CHUNK_NUMBERS", 0)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 160 * 1024 if budget == 60 else 400 * 1024)
-    options = replace(FEW, batch_tokens=budget)
-    with pytest.raises(TuneError, match=r"about \d+ tokens would fit") as error:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free << 20)
+    monkeypatch.setattr(memory.Sizes, "step_bytes", lambda self, rows: len(rows.token_ids_N) << 20)
+    with pytest.raises(
+        TuneError, match=r"needs about 0\.\d GiB, 0\.\d GiB are free; about \d+ tokens would fit"
+    ) as error:
         lragent.tune(
-            rolled_out_qv.model_dir, rolled_out_qv.adapters, rolled_out_qv.results, tmp_path / "out", options=options
+            rolled_out_qv.model_dir,
+            rolled_out_qv.adapters,
+            rolled_out_qv.results,
+            tmp_path / "out",
+            options=replace(FEW, batch_tokens=batch_tokens, steps=20),
         )
     assert remedy in error.value.hint
+
+
+def test_more_rows_need_more_memory() -> None:
+    sequence = TurnSequence(tuple(range(40)), (Turn("plan", 10, 20), Turn("action", 30, 40)))
+    sizes = memory.Sizes(layers=2, hidden=64, outputs=512, trained=100, itemsize=4)
+    one, two = (sizes.step_bytes(rows_of("base_lr_shared", [sequence] * n, ("plan", "action"))) for n in (1, 2))
+    assert one < two < 2 * one
+    assert two < sizes.step_bytes(rows_of("non_shared", [sequence] * 2, ("plan", "action")))
 
 
 def test_free_memory_is_that_of_the_system() -> None:

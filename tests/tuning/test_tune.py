@@ -24,8 +24,8 @@ from tests.oracle.peft_oracle import load_peft, logits
 from tests.tuning.conftest import RolledOut
 
 WEIGHTS = "adapter_model.safetensors"
-OPTIONS = TuneOptions(steps=24, batch_tokens=200, held_out=0.3)
-FEW = TuneOptions(steps=4, batch_tokens=120, held_out=0.2, evaluations=2, checkpoint_seconds=0)
+OPTIONS = TuneOptions(arithmetic="float32", steps=24, batch_tokens=200, held_out=0.3)
+FEW = TuneOptions(arithmetic="float32", steps=4, batch_tokens=120, held_out=0.2, evaluations=2, checkpoint_seconds=0)
 
 
 def tune(given: RolledOut, out: Path, options: TuneOptions, **more: object) -> TuneReport:
