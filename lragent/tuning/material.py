@@ -77,6 +77,6 @@ def use_bfloat16(arithmetic: str, dtype: torch.dtype, device: torch.device) -> b
     if arithmetic == "bfloat16":
         return True
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in BFLOAT16_ARITHMETIC)

@@ -52,6 +52,13 @@ def test_agents_come_nearer_to_their_own_distribution(tuned: TuneReport) -> None
     assert values[tuned.rounds[0].best_step] == min(values.values())
 
 
+@pytest.mark.parametrize("scheme", ["neutral_shared", "rebase_shared"])
+def test_other_schemes_can_be_tuned_for(rolled_out_qv: RolledOut, tmp_path: Path, scheme: str) -> None:
+    options = replace(OPTIONS, steps=12, batch_tokens=150, non_shared_share=0.2, permuted_writers=0.5)
+    report = tune(rolled_out_qv, tmp_path / "out", options, sharing=scheme)
+    assert report.after[scheme]["reflect"].kl < report.before[scheme]["reflect"].kl
+
+
 def test_the_folder_holds_adapters_and_the_report(tuned: TuneReport) -> None:
     assert sorted(entry.name for entry in tuned.out.iterdir()) == ["action", "plan", "reflect", "tune_report.json"]
     assert json.loads((tuned.out / "tune_report.json").read_text()) == json.loads(json.dumps(tuned.to_dict()))
