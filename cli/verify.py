@@ -65,7 +65,8 @@ def verify(
     allow_compiled: AllowCompiled = True,
     as_json: AsJson = False,
 ) -> None:
-    """Compare an artifact with PEFT in float32: first turns of every agent, which are exact under every sharing scheme.
+    """Compare an artifact with PEFT in float32: first turns of every agent, which are exact under every sharing scheme;
+    under neutral_shared those of base only.
 
     Files are hashed first. The exit code is 1 if a difference is above the tolerance.
     """

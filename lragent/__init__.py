@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lragent.api import convert, inspect, load, optimize, rollout, tune, update, verify
     from lragent.artifact.build import ConvertReport
+    from lragent.program.live_adapters import AdapterWeights
     from lragent.reports.inspection import Inspection
     from lragent.reports.verification import Verification
     from lragent.rollouts.run import RolloutSummary
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from lragent.runtime.task_loop import RolloutResult
     from lragent.runtime.trajectory import Trajectory
     from lragent.runtime.turn import Turn
+    from lragent.training.rows import Rows
+    from lragent.training.schemes import rows_of
+    from lragent.training.shared_model import SharedModel
+    from lragent.training.turn_sequence import TurnSequence
     from lragent.tuning.options import TuneOptions
     from lragent.tuning.report import TuneReport
 
@@ -25,37 +30,47 @@ if "torch" not in sys.modules:
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 __all__ = [
+    "AdapterWeights",
     "ConvertReport",
     "Engine",
     "Inspection",
     "RolloutResult",
     "RolloutSummary",
+    "Rows",
+    "SharedModel",
     "Trajectory",
     "TuneOptions",
     "TuneReport",
     "Turn",
+    "TurnSequence",
     "Verification",
     "convert",
     "inspect",
     "load",
     "optimize",
     "rollout",
+    "rows_of",
     "tune",
     "update",
     "verify",
 ]
 
 _HOMES = {
+    "AdapterWeights": "lragent.program.live_adapters",
     "ConvertReport": "lragent.artifact.build",
     "Engine": "lragent.runtime.engine",
     "Inspection": "lragent.reports.inspection",
     "RolloutSummary": "lragent.rollouts.run",
     "RolloutResult": "lragent.runtime.task_loop",
     "Trajectory": "lragent.runtime.trajectory",
+    "Rows": "lragent.training.rows",
+    "SharedModel": "lragent.training.shared_model",
     "TuneOptions": "lragent.tuning.options",
     "TuneReport": "lragent.tuning.report",
     "Turn": "lragent.runtime.turn",
+    "TurnSequence": "lragent.training.turn_sequence",
     "Verification": "lragent.reports.verification",
+    "rows_of": "lragent.training.schemes",
 }
 
 

@@ -133,6 +133,7 @@ def load(
     kv_dtype: str = "auto",
     allow_compiled: bool = True,
     agents: Sequence[str] | None = None,
+    spare: int = 0,
 ) -> Engine:
     """Opens an artifact as an engine.
 
@@ -150,6 +151,8 @@ def load(
         kv_dtype: dtype of the cache; "auto": that of the weights.
         allow_compiled: False to compile again instead of running machine code from the artifact.
         agents: agents that will act besides `base`; the cache stores LR values only for these. None: all agents.
+        spare: spare agent slots (`convert(spare=...)`) that get LR blocks in the cache, for new versions of adapters
+            (`Engine.update_adapters`).
 
     Raises:
         ArtifactError: the artifact is missing, damaged or of another version.
@@ -167,7 +170,9 @@ def load(
     from lragent.runtime.engine import Engine
 
     place = device_named(device)
-    config = EngineConfig(sharing, kv_memory, max_batch_tokens, device=place, agents=agents, threads=threads)
+    config = EngineConfig(
+        sharing, kv_memory, max_batch_tokens, device=place, agents=agents, threads=threads, spare=spare
+    )
     layout = config.scheme.layout
     backend = resolve_backend(backend, place)
     artifact = open_artifact(user_path(path))
@@ -199,6 +204,7 @@ def optimize(
     attention: str = ATTENTION,
     threads: int | None = None,
     unit: str = "model",
+    spare: int = 0,
 ) -> Engine:
     """Makes an engine from a live PEFT model, on the CPU. The model is not changed; the engine shares its weights.
 
@@ -208,6 +214,7 @@ def optimize(
         tokenizer: a transformers tokenizer, or a directory with tokenizer files; None: token ids only.
         backend: "compiled", "eager", or "auto", which means "compiled" (see `load`).
         unit: "model" or "layer", see `convert`.
+        spare: number of spare agent slots, for new versions of adapters (`Engine.update_adapters`).
 
     Raises:
         ModelError, AdapterError: the model or an adapter can't be used.
@@ -222,12 +229,13 @@ def optimize(
     from lragent.compile.export import CPU
     from lragent.compile.live_program import program_of_model
     from lragent.kernels.dispatch import resolve
+    from lragent.loading.agent_slots import agent_slots_of, fit
     from lragent.loading.model import load_live
     from lragent.passes.pipeline import rewrite
     from lragent.runtime.config import EngineConfig
     from lragent.runtime.engine import Engine
 
-    config = EngineConfig(sharing, kv_memory, max_batch_tokens, device=CPU, threads=threads)
+    config = EngineConfig(sharing, kv_memory, max_batch_tokens, device=CPU, threads=threads, spare=spare)
     layout = config.scheme.layout
     backend = resolve_backend(backend, CPU)
     require_unit(unit)
@@ -235,6 +243,8 @@ def optimize(
     reader = tokenizer_from(tokenizer)
     loaded = load_live(peft_model, None if reader is None else reader.source)
     text = artifact_tokenizer(loaded)
+    if spare > 0:
+        loaded = fit(loaded, agent_slots_of(loaded, spare))
     rewritten = rewrite(loaded, (layout,), Stages())
 
     def save(out: Path) -> None:

@@ -25,7 +25,6 @@ from lragent.loading.adapter_sizes import (
 WEIGHTS = "adapter_model.safetensors"
 OLD_WEIGHTS = "adapter_model.bin"
 PEFT_PREFIX = "base_model.model."
-MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 # Prefixes of modules that torch.compile and FSDP insert into keys.
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)(?=\.)")
@@ -100,7 +99,7 @@ def in_peft_names(
     found = AdapterFile({}, {})
     for key, tensor in weights.items():
         require_not_empty(where, key, tensor)
-        plain = _plain(key, modules, converted)
+        plain = _renamed(_plain(key), modules, converted)
         owner, part = _split(plain)
         if part is not None:
             if owner not in modules:
@@ -126,30 +125,36 @@ def in_peft_names(
 
 
 def lora_places(keys: Iterable[str], base: Any) -> dict[str, tuple[str, str]]:
-    """Module FQN and part ("lora_A", "lora_embedding_B", ...) of the keys that hold an A or a B.
+    """For the keys of a file that hold an A or a B: FQN of the module in `base`, and "A" or "B".
 
     Args:
-        keys: as an adapter's file has them.
         base: the base model, with or without hooks.
     """
     modules = dict(base.named_modules())
     converted = key_conversion(base)
-    places = {}
-    for key in keys:
-        plain = _plain(key, modules, converted)
-        owner, part = _split(plain)
-        if part is not None and part[1] in MATRICES and not plain.endswith(".bias"):
-            places[key] = (owner, part[1])
-    return places
+    places = {key: lora_part(_renamed(_plain(key), modules, converted)) for key in keys}
+    return {key: (module, side) for key, (module, side) in places.items() if side}
 
 
-def _plain(key: str, modules: Mapping[str, object], converted: Callable[[str], tuple[str, bool]]) -> str:
-    """A key without prefixes and wrappers, with the module names of this version of transformers."""
+def lora_part(key: str) -> tuple[str, str]:
+    """FQN of the module that a key belongs to, and "A" or "B"; "" for a key that names neither matrix."""
+    plain = _plain(key)
+    owner, part = _split(plain)
+    matrix = part is not None and part[1].rpartition("_")[2] in ("A", "B") and not plain.endswith(".bias")
+    return owner, part[1][-1] if part is not None and matrix else ""
+
+
+def _renamed(plain: str, modules: Mapping[str, object], converted: Callable[[str], tuple[str, bool]]) -> str:
+    """A key in the module names of this version of transformers."""
+    new = converted(plain)[0]
+    return new if _split(plain)[0] not in modules and _split(new)[0] in modules else plain
+
+
+def _plain(key: str) -> str:
+    """A key without prefixes and names of wrappers."""
     plain = _WRAPPERS.sub("", key).lstrip(".")
     while plain.startswith(PEFT_PREFIX):
         plain = plain.removeprefix(PEFT_PREFIX)
-    if _split(plain)[0] not in modules and _split(converted(plain)[0])[0] in modules:
-        return converted(plain)[0]
     return plain
 
 

@@ -15,7 +15,7 @@ from lragent.loading.tuned_metadata import Tuned, metadata_of
 from lragent.training.shared_model import SharedModel
 from lragent.tuning.adapter_directory import write_adapter
 
-_SIDE = {"lora_A": 0, "lora_embedding_A": 0, "lora_B": 1, "lora_embedding_B": 1}
+_SIDE = {"A": 0, "B": 1}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def read_parent(agent: str, folder: Path, base: Any) -> Parent:
         AdapterError: the weights are missing or damaged.
     """
     tensors = read_weights(agent, folder)
-    places = {key: (module, _SIDE[part]) for key, (module, part) in lora_places(tensors, base).items()}
+    places = {key: (module, _SIDE[side]) for key, (module, side) in lora_places(tensors, base).items()}
     return Parent(agent, folder, tensors, places)
 
 
