@@ -1,4 +1,4 @@
-"""The Python API in the order of the flow: convert, update, load, optimize, rollout, verify, drift, inspect."""
+"""The Python API in the order of the flow: convert, update, load, optimize, rollout, tune, verify, drift, inspect."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 from lragent.errors import RequestError, SplitRefused
 from lragent.files.user_path import user_path
 from lragent.loading.stages import Progress, Stages
-from lragent.program.defaults import ATTENTION, AUTO, BACKEND, DEVICE, KV_MEMORY, MAX_BATCH_TOKENS, MAX_KL, SHARING
+from lragent.program.defaults import (
+    ATTENTION,
+    AUTO,
+    BACKEND,
+    DEVICE,
+    KV_MEMORY,
+    MAX_BATCH_TOKENS,
+    MAX_KL,
+    SHARING,
+    TUNED_SHARING,
+)
 from lragent.program.dtypes import LAYOUTS, dtype_named
 
 if TYPE_CHECKING:
@@ -27,6 +37,10 @@ if TYPE_CHECKING:
     from lragent.runtime import RolloutResult, Workflow
     from lragent.runtime.engine import Engine
     from lragent.training.shared_model import SharedModel
+    from lragent.tuning.folder import Existing as TuneExisting
+    from lragent.tuning.options import TuneOptions
+    from lragent.tuning.report import TuneReport
+    from lragent.tuning.train import TuneStep
 
 log = logging.getLogger(__name__)
 
@@ -325,6 +339,78 @@ def rollout(
     return run_rollout(
         engine, workflow, user_path(tasks), user_path(out), existing, concurrency, on_result, seed, rescore
     )
+
+
+def tune(
+    model_dir: str | Path,
+    adapters: Mapping[str, str | Path],
+    trajectories: str | Path | Sequence[str | Path],
+    out: str | Path,
+    sharing: str = TUNED_SHARING,
+    options: TuneOptions | None = None,
+    existing: TuneExisting = "refuse",
+    rounds: int = 1,
+    workflow: str | None = None,
+    tasks: str | Path | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    on_step: Callable[[TuneStep], None] | None = None,
+) -> TuneReport:
+    """Tunes adapters so that agents keep their own `non_shared` behaviour under a sharing scheme (docs/tuning.md).
+
+    Args:
+        model_dir, adapters: see `convert`.
+        trajectories: result files that `rollout` wrote under `non_shared`, or gold files (docs/results.md).
+        out: folder that receives one PEFT adapter directory an agent, and the report.
+        sharing: the scheme that the agents will run under.
+        options: see `lragent.tuning.options.TuneOptions`; None: the defaults.
+        existing: treatment of a folder of an earlier run: "refuse" raises; "resume" takes the steps that are left, the
+            same as without the interruption; "overwrite" starts anew.
+        rounds: more than one: each round after the first learns from trajectories that the tuned agents roll out under
+            `sharing`.
+        workflow: "FILE.py:FUNC", and tasks: JSON lines file; for rounds after the first.
+        threads: CPU threads of torch, for the whole process; None: unchanged.
+        progress: called with the name of each stage when it begins.
+        on_step: called before the first step and after each.
+
+    Raises:
+        ModelError, AdapterError: the model or an adapter can't be used.
+        SplitRefused: an adapter can't be routed, or K and V can't be split.
+        TaskFileError: a trajectory file can't be read, or is not of this model and these adapters.
+        TuneError: the folder can't be used, memory is too little, or the loss is NaN.
+        RequestError: an argument is not valid.
+    """
+    import torch
+
+    from lragent.runtime.threads import require_threads
+    from lragent.tuning.options import TuneOptions
+    from lragent.tuning.tune import TuneRequest
+    from lragent.tuning.tune import tune as tune_adapters
+
+    require_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    files = (trajectories,) if isinstance(trajectories, str | Path) else tuple(trajectories)
+
+    def roll_out(tuned: Mapping[str, Path], dtype: str, artifact: Path, results: Path) -> None:
+        assert workflow is not None and tasks is not None
+        if not artifact.exists():
+            convert(model_dir, tuned, artifact, dtype=dtype, compiled=False)
+        engine = load(artifact, sharing=sharing, backend="eager", threads=threads)
+        rollout(engine, workflow, tasks, results, existing="resume")
+
+    request = TuneRequest(
+        model_dir=model_dir,
+        adapters=dict(adapters),
+        trajectories=tuple(user_path(file) for file in files),
+        out=user_path(out),
+        sharing=sharing,
+        options=options or TuneOptions(),
+        existing=existing,
+        rounds=rounds,
+        roll_out=None if workflow is None or tasks is None else roll_out,
+    )
+    return tune_adapters(request, progress, on_step)
 
 
 def verify(
