@@ -22,7 +22,8 @@ from .quantities import show_seconds
 if TYPE_CHECKING:
     from lragent.artifact.build import ConvertReport
 
-LAYOUTS: dict[str, tuple[Literal["split", "dense"], ...]] = {
+LAYOUTS: dict[str, tuple[Literal["split", "dense"], ...] | None] = {
+    "auto": None,
     "split": ("split",),
     "dense": ("dense",),
     "both": ("split", "dense"),
@@ -40,9 +41,12 @@ def convert(
         str, typer.Option(help="float32, bfloat16, float16, or auto: that of the checkpoint (float32 for GGUF).")
     ] = "auto",
     layouts: Annotated[
-        Literal["split", "dense", "both", "none"],
-        typer.Option(help="Layouts to compile now. Others are compiled when they are first loaded."),
-    ] = "split",
+        Literal["auto", "split", "dense", "both", "none"],
+        typer.Option(
+            help="Layouts to compile now. Others are compiled when they are first loaded. auto: the one that rollout "
+            "needs by default: dense, or that of the scheme that the adapters were tuned for."
+        ),
+    ] = "auto",
     attention: Attention = ATTENTION,
     unit: Annotated[
         Literal["model", "layer"],

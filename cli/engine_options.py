@@ -10,7 +10,7 @@ import typer
 
 import lragent
 from lragent.files.user_path import user_path
-from lragent.program.defaults import ATTENTION, BACKEND, DEVICE, KV_MEMORY, MAX_BATCH_TOKENS
+from lragent.program.defaults import ATTENTION, BACKEND, DEVICE, KV_MEMORY, MAX_BATCH_TOKENS, MAX_KL
 
 if TYPE_CHECKING:
     from lragent.runtime import Engine
@@ -22,7 +22,20 @@ ALL_SCHEMES = ",".join(SCHEMES)
 ArtifactArgument = Annotated[
     Path, typer.Argument(metavar="NAME.lragent", parser=user_path, help="Artifact that `lragent convert` wrote.")
 ]
-Sharing = Annotated[Scheme, typer.Option(help="Sharing scheme; only non_shared equals PEFT.")]
+Sharing = Annotated[
+    Literal["auto", Scheme],
+    typer.Option(
+        help="Sharing scheme; only non_shared equals PEFT. auto: the scheme that the adapters were tuned for, else the "
+        "cheapest one whose measured drift is small, else non_shared.",
+    ),
+]
+MaxKl = Annotated[
+    float,
+    typer.Option(
+        help="Drift that counts as no loss, in nats a token of the agent that drifts most: 0.2 has cost everything, "
+        "0.005 nothing."
+    ),
+]
 Schemes = Annotated[str, typer.Option("--schemes", metavar="A,B,...", help="Sharing schemes to compare.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Tasks that are under way at a time.")]
 KvMemory = Annotated[str, typer.Option(metavar="SIZE", help="Memory for the cache, such as 2GiB.")]
@@ -78,6 +91,7 @@ class EngineOptions:
     threads: int | None = None
     allow_compiled: bool = True
     agents: tuple[str, ...] | None = None
+    max_kl: float = MAX_KL
 
     def load(self, artifact: Path, sharing: str) -> Engine:
         return lragent.load(
@@ -91,6 +105,7 @@ class EngineOptions:
             threads=self.threads,
             allow_compiled=self.allow_compiled,
             agents=self.agents,
+            max_kl=self.max_kl,
         )
 
 

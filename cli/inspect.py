@@ -65,7 +65,12 @@ def print_facts(inspection: Inspection) -> None:
     ]
     lines += [
         f"agent {agent.name}: rank {agent.rank} on {len(agent.targets)} modules, weights sha256 {agent.digest[:12]}"
+        + (f", tuned for {agent.tuned_for}" if agent.tuned_for else "")
         for agent in inspection.agents
+    ]
+    lines += [
+        f"drift of {scheme}: {kl:.2g} nats a token of the agent that drifts most"
+        for scheme, kl in inspection.drift.items()
     ]
     lines += [f"compiled for {target}: {', '.join(found)}" for target, found in inspection.compiled.items()]
     if inspection.spare:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lragent.files.user_path import user_path
-from lragent.program.defaults import ATTENTION, BACKEND, DEVICE, KV_MEMORY, MAX_BATCH_TOKENS, SHARING
+from lragent.program.defaults import ATTENTION, BACKEND, DEVICE, KV_MEMORY, MAX_BATCH_TOKENS, MAX_KL, SHARING
 
 from .engine_options import (
     Agents,
@@ -23,6 +23,7 @@ from .engine_options import (
     EngineOptions,
     KvMemory,
     MaxBatchTokens,
+    MaxKl,
     Sharing,
     Threads,
 )
@@ -72,6 +73,15 @@ def rollout(
     threads: Threads = None,
     allow_compiled: AllowCompiled = True,
     agents: Agents = None,
+    max_kl: MaxKl = MAX_KL,
+    rescore: Annotated[
+        bool,
+        typer.Option(
+            "--rescore/--no-rescore",
+            help="Where nothing is known of the adapters under the scheme, rescore a sample of the trajectories under "
+            "non_shared beside the run, and report the drift.",
+        ),
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Run a workflow over tasks. An exception in one task becomes the error in that task's line.
@@ -81,6 +91,7 @@ def rollout(
     Exit codes: 0; 1 the run is not possible; 2 usage; 3 a task's result is an error; 130 interrupted.
     """
     from lragent.artifact.directory import open_artifact
+    from lragent.artifact.sharing_choice import choice_of_artifact
     from lragent.rollouts.run import nothing_left, plan_rollout, run_rollout
     from lragent.rollouts.run_facts import run_of_artifact
     from lragent.rollouts.workflow_loading import open_workflow
@@ -88,18 +99,24 @@ def rollout(
     from .rollout_progress import RolloutProgress
 
     existing = _existing(out, tasks, {"--resume": resume, "--retry-failed": retry_failed, "--overwrite": overwrite})
-    run = run_of_artifact(open_artifact(artifact).manifest, workflow, sharing, seed)
-    plan = plan_rollout(tasks, out, existing, run)
     acting = None if agents is None else tuple(name.strip() for name in agents.split(","))
-    options = EngineOptions(kv_memory, max_batch_tokens, backend, attention, device, threads, allow_compiled, acting)
+    opened = open_artifact(artifact)
+    scheme = choice_of_artifact(opened, sharing, acting, max_kl).scheme
+    run = run_of_artifact(opened.manifest, workflow, scheme, seed)
+    plan = plan_rollout(tasks, out, existing, run)
+    options = EngineOptions(
+        kv_memory, max_batch_tokens, backend, attention, device, threads, allow_compiled, acting, max_kl
+    )
     with open_workflow(workflow):  # before the engine is loaded: the file may be broken
         if not plan.left:
-            summary = nothing_left(out, run, sharing, plan)
+            summary = nothing_left(out, run, scheme, plan)
         else:
             engine = options.load(artifact, sharing)
             try:
                 with RolloutProgress(engine, plan.left, "rollout") as bar:
-                    summary = run_rollout(engine, workflow, tasks, out, existing, concurrency, bar.count, seed)
+                    summary = run_rollout(
+                        engine, workflow, tasks, out, existing, concurrency, bar.count, seed, rescore, bar.show_drift
+                    )
             except KeyboardInterrupt:
                 typer.echo(f"interrupted: {out} has the finished tasks; go on with --resume", err=True)
                 raise
@@ -107,6 +124,9 @@ def rollout(
         print_json(summary.to_dict())
     else:
         results.print(_in_words(summary), markup=False, soft_wrap=True)
+        if summary.rescored is not None and summary.rescored.in_words():
+            seconds = show_seconds(summary.rescored.seconds)
+            results.print(f"{summary.rescored.in_words()}; rescoring took {seconds}", markup=False, soft_wrap=True)
     if summary.all_failed:
         raise typer.Exit(TASKS_FAILED)
 
@@ -134,7 +154,8 @@ def _in_words(summary: RolloutSummary) -> str:
     if not summary.done:
         return f"nothing to do: {summary.out} has all {summary.tasks} tasks{failed}{older}"
     return (
-        f"{summary.done} tasks done{kept}, {summary.failed} failed, in {show_seconds(summary.seconds)}: "
+        f"{summary.done} tasks done{kept} under {summary.sharing}, {summary.failed} failed, in "
+        f"{show_seconds(summary.seconds)}: "
         f"{show_count(summary.generated_tokens)} tokens, {summary.tokens_per_second:.1f} a second, "
         f"cache at most {show_bytes(summary.peak_cache_bytes)}; results in {summary.out}{failed}{older}"
     )

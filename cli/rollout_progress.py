@@ -14,6 +14,7 @@ from .output import progress
 from .quantities import show_bytes
 
 if TYPE_CHECKING:
+    from lragent.rollouts.rescoring import Rescored
     from lragent.runtime import Engine, RolloutResult
 
 REFRESH_SECONDS = 0.2
@@ -30,6 +31,7 @@ class RolloutProgress:
     def __init__(self, engine: Engine, total: int, title: str) -> None:
         self.done = self.failed = self.tokens = 0
         self._engine = engine
+        self._drift = ""
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -54,6 +56,13 @@ class RolloutProgress:
         self.tokens += generated_tokens(outcome)
         self._show()
 
+    def show_drift(self, found: Rescored) -> None:
+        """Shows the drift of rescored trajectories from the next refresh on; may be called on any thread."""
+        if found.drift is not None:
+            total = found.drift.total
+            limit = " (too far)" if found.too_far else ""
+            self._drift = f", KL {total.mean_kl:.2g}{limit}, top-1 {total.agreement:.0%}"
+
     def __enter__(self) -> RolloutProgress:
         self._started = time.monotonic()
         self._engine.on_step = self._after_step
@@ -73,7 +82,9 @@ class RolloutProgress:
     def _show(self) -> None:
         self._shown = time.monotonic()
         stats = self._engine.stats()
-        remark = f"{self.tokens / max(self.seconds, 1e-9):.1f} tokens/s, cache {show_bytes(stats.held_bytes)}"
+        remark = (
+            f"{self.tokens / max(self.seconds, 1e-9):.1f} tokens/s, cache {show_bytes(stats.held_bytes)}{self._drift}"
+        )
         if self.failed:
             remark = f"{self.failed} failed, {remark}"
         self._bar.update(self._task, completed=self.done, remark=remark)

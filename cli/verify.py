@@ -1,45 +1,60 @@
-"""`lragent verify`: compares an artifact with plain PEFT."""
+"""`lragent verify`: compares an artifact with plain PEFT, and measures the drift of sharing schemes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 import lragent
-from lragent.errors import TaskFileError
+from lragent.errors import RequestError, TaskFileError
 from lragent.files.user_path import user_path
-from lragent.program.defaults import ATTENTION, BACKEND
+from lragent.program.defaults import ATTENTION, BACKEND, MAX_KL
 
 from .adapter_arguments import parse_adapters
+from .drift_tables import print_drift
 from .engine_options import (
-    Adapters,
     AllowCompiled,
     ArtifactArgument,
     AsJson,
     Attention,
     Backend,
     EngineOptions,
-    Schemes,
+    MaxKl,
     Threads,
     parse_schemes,
 )
 from .output import print_json, results, stages
 
 if TYPE_CHECKING:
-    from lragent.reports.verification import Comparison
+    from lragent.reports.drift_report import DriftReport
+    from lragent.reports.verification import Comparison, Verification
     from lragent.runtime import Engine
 
 VERIFY_MEMORY = "512MiB"
+PEFT_SCHEMES = "non_shared,base_lr_shared"
 
 
 def verify(
     artifact: ArtifactArgument,
-    model: Annotated[str, typer.Option(metavar="MODEL_DIR", help="The model from which it was converted.")],
-    adapters: Adapters,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL_DIR", help="The model from which it was converted, for a comparison.")
+    ] = None,
+    adapters: Annotated[
+        str | None, typer.Option(metavar="NAME=DIR,...", help="Its adapters, with --model; see `lragent convert`.")
+    ] = None,
+    trajectories: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RESULTS.jsonl",
+            parser=user_path,
+            help="Results of `lragent rollout`, best under non_shared: measures on them what each scheme changes.",
+            show_default=False,
+        ),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -58,19 +73,43 @@ def verify(
             show_default=False,
         ),
     ] = None,
-    schemes: Schemes = "non_shared,base_lr_shared",
+    schemes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help=f"Sharing schemes. Default: {PEFT_SCHEMES} for a comparison, all but non_shared for drift.",
+            show_default=False,
+        ),
+    ] = None,
+    max_kl: MaxKl = MAX_KL,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", parser=user_path, help="Also write the drift as a page.", show_default=False),
+    ] = None,
     backend: Backend = BACKEND,
     attention: Attention = ATTENTION,
     threads: Threads = None,
     allow_compiled: AllowCompiled = True,
     as_json: AsJson = False,
 ) -> None:
-    """Compare an artifact with PEFT in float32: first turns of every agent, which are exact under every sharing scheme;
-    under neutral_shared those of base only.
+    """Compare an artifact with PEFT (--model), or measure the drift of sharing schemes (--trajectories), or both.
 
-    Files are hashed first. The exit code is 1 if a difference is above the tolerance.
+    The comparison hashes all files, then compares first turns of every agent, which are exact under every sharing
+    scheme, with PEFT in float32. The exit code is 1 if a difference is above the tolerance.
+
+    The drift is the KL of each scheme against non_shared on the tokens of the trajectories. It is kept in the artifact,
+    where --sharing auto finds it.
     """
-    chosen, texts = parse_schemes(schemes), read_prompts(prompts)
+    chosen = None if schemes is None else parse_schemes(schemes)
+    if model is None and trajectories is None:
+        raise typer.BadParameter("give --model and --adapters, or --trajectories")
+    if (model is None) != (adapters is None):
+        raise typer.BadParameter("--model and --adapters go together")
+    if html is not None and trajectories is None:
+        raise typer.BadParameter("--html shows the drift: give --trajectories")
+    texts = read_prompts(prompts)
+    found: Verification | None = None
+    drift: DriftReport | None = None
     options = EngineOptions(
         VERIFY_MEMORY, backend=backend, attention=attention, threads=threads, allow_compiled=allow_compiled
     )
@@ -79,26 +118,54 @@ def verify(
         return options.load(artifact, sharing)
 
     with stages("verifying") as show:
-        found = lragent.verify(
-            artifact,
-            model,
-            parse_adapters(adapters),
-            prompts=texts,
-            schemes=chosen,
-            new_tokens=new_tokens,
-            tolerance=tolerance,
-            engine_for=engine_for,
-            progress=show,
-        )
+        if model is not None and adapters is not None:
+            found = lragent.verify(
+                artifact,
+                model,
+                parse_adapters(adapters),
+                prompts=texts,
+                schemes=chosen or parse_schemes(PEFT_SCHEMES),
+                new_tokens=new_tokens,
+                tolerance=tolerance,
+                engine_for=engine_for,
+                progress=show,
+            )
+        if trajectories is not None:
+            shared = None if chosen is None else tuple(name for name in chosen if name != "non_shared")
+            drift = lragent.drift(artifact, trajectories, shared, max_kl, show)
+    if html is not None and drift is not None:
+        write_page(html, drift)
     if as_json:
-        print_json(found.to_dict())
+        facts: dict[str, Any] = {} if found is None else found.to_dict()
+        print_json(facts if drift is None else {**facts, "drift": drift.to_dict()})
     else:
-        verdict = "equal" if found.equal else "NOT EQUAL"
-        title = f"{artifact} against PEFT" + ("" if found.on_text else ", on token ids: the artifact has no tokenizer")
-        results.print(comparison_table(found.comparisons, title))
-        results.print(f"largest difference {found.worst:.2e}, tolerance {found.tolerance:.2e}: {verdict}")
-    if not found.equal:
+        if found is not None:
+            print_comparison(found, artifact)
+        if drift is not None:
+            print_drift(drift, results)
+    if found is not None and not found.equal:
         raise typer.Exit(1)
+
+
+def write_page(file: Path, drift: DriftReport) -> None:
+    """Writes the HTML page of a drift report.
+
+    Raises:
+        RequestError: the file can't be written.
+    """
+    from lragent.reports.drift_page import drift_page
+
+    try:
+        file.write_text(drift_page(drift), encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"{file} can't be written: {error.strerror}", "Choose another file (--html).") from error
+
+
+def print_comparison(found: Verification, artifact: Path) -> None:
+    verdict = "equal" if found.equal else "NOT EQUAL"
+    title = f"{artifact} against PEFT" + ("" if found.on_text else ", on token ids: the artifact has no tokenizer")
+    results.print(comparison_table(found.comparisons, title))
+    results.print(f"largest difference {found.worst:.2e}, tolerance {found.tolerance:.2e}: {verdict}")
 
 
 def read_prompts(file: Path | None) -> tuple[str, ...] | None:

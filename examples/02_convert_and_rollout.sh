@@ -20,7 +20,7 @@ fi
 lragent inspect "$model" --adapters "$adapters" --memory 1GiB
 
 if [ ! -d "$work/example.lragent" ]; then
-    layouts=split
+    layouts=auto
     if [ "$backend" = eager ]; then layouts=none; fi
     lragent convert "$model" --adapters "$adapters" -o "$work/example.lragent" --layouts "$layouts"
 fi
@@ -30,7 +30,10 @@ python -m examples.fact_world.world --split test --n "${TASKS:-4}" --out "$work/
 # After Ctrl-C, call it again: --resume skips the tasks that already have a result. It refuses results of another run.
 lragent rollout "$work/example.lragent" --workflow "$world/workflow.py:workflow" \
     --tasks "$work/example-tasks.jsonl" --out "$work/example-results.jsonl" --resume \
-    --sharing "${SHARING:-base_lr_shared}" --concurrency 4 --kv-memory 1GiB --backend "$backend"
+    --sharing "${SHARING:-auto}" --concurrency 4 --kv-memory 1GiB --backend "$backend"
 
 head -c 400 "$work/example-results.jsonl"
 echo
+
+# Without evidence, auto shares nothing. This measures what sharing would change for these adapters, and keeps it.
+lragent verify "$work/example.lragent" --trajectories "$work/example-results.jsonl" --html "$work/example-drift.html"

@@ -6,9 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lragent.api import convert, inspect, load, optimize, rollout, update, verify
+    from lragent.api import convert, drift, inspect, load, optimize, rollout, tune, update, verify
     from lragent.artifact.build import ConvertReport
     from lragent.program.live_adapters import AdapterWeights
+    from lragent.reports.drift_report import DriftReport
     from lragent.reports.inspection import Inspection
     from lragent.reports.verification import Verification
     from lragent.rollouts.run import RolloutSummary
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from lragent.training.schemes import rows_of
     from lragent.training.shared_model import SharedModel
     from lragent.training.turn_sequence import TurnSequence
+    from lragent.tuning.options import TuneOptions
+    from lragent.tuning.report import TuneReport
 
 # Spin iterations of an idle OpenMP thread before it sleeps: about 0.3 ms. A step has about a hundred parallel regions
 # in quick succession; threads that sleep between them (OMP_WAIT_POLICY=PASSIVE) double the time of a small step. GNU
@@ -30,6 +33,7 @@ if "torch" not in sys.modules:
 __all__ = [
     "AdapterWeights",
     "ConvertReport",
+    "DriftReport",
     "Engine",
     "Inspection",
     "RolloutResult",
@@ -37,15 +41,19 @@ __all__ = [
     "Rows",
     "SharedModel",
     "Trajectory",
+    "TuneOptions",
+    "TuneReport",
     "Turn",
     "TurnSequence",
     "Verification",
     "convert",
+    "drift",
     "inspect",
     "load",
     "optimize",
     "rollout",
     "rows_of",
+    "tune",
     "update",
     "verify",
 ]
@@ -53,6 +61,7 @@ __all__ = [
 _HOMES = {
     "AdapterWeights": "lragent.program.live_adapters",
     "ConvertReport": "lragent.artifact.build",
+    "DriftReport": "lragent.reports.drift_report",
     "Engine": "lragent.runtime.engine",
     "Inspection": "lragent.reports.inspection",
     "RolloutSummary": "lragent.rollouts.run",
@@ -60,6 +69,8 @@ _HOMES = {
     "Trajectory": "lragent.runtime.trajectory",
     "Rows": "lragent.training.rows",
     "SharedModel": "lragent.training.shared_model",
+    "TuneOptions": "lragent.tuning.options",
+    "TuneReport": "lragent.tuning.report",
     "Turn": "lragent.runtime.turn",
     "TurnSequence": "lragent.training.turn_sequence",
     "Verification": "lragent.reports.verification",

@@ -29,7 +29,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> WrittenModel:
 def tiny_artifact(tiny_llama: WrittenModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its artifact, compiled for split layout; read only."""
     out = tmp_path_factory.mktemp("artifact") / "tiny.lragent"
-    lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, out)
+    lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, out, layouts=("split",))
     return out
 
 

@@ -8,6 +8,7 @@ NAME.lragent/
   compiled/TARGET/KEY-HASH/          unit "layer": plan.json and its packages
   weights/{base,adapters}.safetensors  (adapters-HASH.safetensors after an update)
   tokenizer/                         (tokenizer-HASH/ after an update)
+  drift.json                         measured drift of sharing schemes (`lragent.artifact.kept_drift`)
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lragent.artifact.build import ConvertReport, adapter_constants
 from lragent.artifact.directory import cannot_write, open_artifact, place
+from lragent.artifact.kept_drift import remove_kept_drift
 from lragent.artifact.manifest import read_manifest, write_manifest
 from lragent.artifact.misses import misses_by_layout
 from lragent.artifact.tokenizer import TOKENIZER, artifact_tokenizer, replace_tokenizer, with_stops
@@ -97,6 +98,7 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
                 sources={**pins, **loaded.sources},
                 compiled=read_manifest(path).compiled,  # another process may have added a package
             )
+            remove_kept_drift(path)
             write_manifest(updated, path)
             _remove_others(path, written, tokenizer)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lragent.artifact.directory import open_artifact
+from lragent.artifact.kept_drift import read_kept_drift
 from lragent.artifact.misses import misses_by_layout
 from lragent.errors import Miss
 from lragent.program.agent import Agent
@@ -52,6 +53,7 @@ class Inspection:
         misses: layout -> every place where a pass did not match, or for which the layout was refused. Layers that an
             attention implementation can't run are listed for each implementation.
         notes, sources: see `lragent.loading.model.LoadedModel`.
+        drift: scheme -> measured drift that the artifact keeps, in nats per token of the agent that drifts most.
     """
 
     source: str
@@ -67,6 +69,7 @@ class Inspection:
     misses: Mapping[str, tuple[Miss, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
+    drift: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def break_even(self) -> dict[str, int | None]:
@@ -82,8 +85,9 @@ class Inspection:
 
 
 def inspect_artifact(path: Path) -> Inspection:
-    """Reads an artifact's manifest, and no other file."""
-    manifest = open_artifact(path).manifest
+    """Reads an artifact's manifest and its kept drift, and no other file."""
+    artifact = open_artifact(path)
+    manifest = artifact.manifest
     entry = manifest.layouts.get("split") or manifest.layouts["dense"]
     acting = tuple(agent for agent in manifest.agents if not agent.spare)
     return Inspection(
@@ -103,6 +107,7 @@ def inspect_artifact(path: Path) -> Inspection:
         spare=len(manifest.agents) - len(acting),
         misses=misses_by_layout(manifest.layouts.items(), manifest.refused),
         sources=manifest.sources,
+        drift={name: found.worst()[1] for name, found in read_kept_drift(artifact).items()},
     )
 
 

@@ -17,7 +17,7 @@ from lragent.files.replace_file import replacing
 from lragent.rollouts.jsonl import line_of
 from lragent.rollouts.kept_results import Existing, Kept, kept_results
 from lragent.rollouts.run_facts import Run
-from lragent.rollouts.run_file import run_file_of, write_run_file
+from lragent.rollouts.run_file import RunFile, run_file_of, write_run_file
 from lragent.rollouts.tasks import TaskId, TaskPlace
 
 LOCK = ".lock"
@@ -28,11 +28,13 @@ class ResultFile:
 
     Args:
         kept: the results that the file had when it was opened and that stay.
+        run_file: contents of the run file, this start included; None for a pipe, which has none.
     """
 
-    def __init__(self, path: Path, file: Any, kept: Kept) -> None:
+    def __init__(self, path: Path, file: Any, kept: Kept, run_file: RunFile | None) -> None:
         self._path = path
         self._file = file
+        self._run_file = run_file
         self.kept = kept
 
     def write(self, result: dict[str, Any]) -> None:
@@ -50,6 +52,21 @@ class ResultFile:
                 f"{self._path} can't be written: {error.strerror}",
                 "Its whole lines stay. Make room, then go on with it (--resume).",
             ) from error
+
+    def add_to_start(self, facts: Mapping[str, Any]) -> None:
+        """Adds facts to this start in the run file.
+
+        Raises:
+            TaskFileError: the run file can't be written.
+        """
+        if self._run_file is None:
+            return
+        self._run_file = self._run_file.with_facts(facts)
+        path = run_file_of(self._path)
+        try:
+            write_run_file(path, self._run_file)
+        except OSError as error:
+            raise TaskFileError(f"{path} can't be written: {error.strerror}", "The results are complete.") from error
 
 
 @contextmanager
@@ -72,32 +89,30 @@ def open_results(
     with ExitStack() as opened:
         try:
             if path.exists() and not path.is_file():  # a pipe, a terminal
-                kept = Kept()
+                kept, contents = Kept(), None
             else:
                 if not opened.enter_context(file_lock(path.with_name(path.name + LOCK))):
                     raise TaskFileError(
                         f"another run is writing {path}", "Wait for it, or choose another file (--out)."
                     )
-                kept = _prepared(path, existing, run, start, tasks)
+                kept = kept_results(path, existing, run, tasks)
+                contents = kept.run_file.started(run, start)
+                _prepare(path, existing, kept, contents)
             file = opened.enter_context(path.open("ab", buffering=0))
         except OSError as error:
             raise TaskFileError(f"{path} can't be written: {error.strerror}", "Choose another file (--out).") from error
-        yield ResultFile(path, file, kept)
+        yield ResultFile(path, file, kept, contents)
 
 
-def _prepared(
-    path: Path, existing: Existing, run: Run, start: Mapping[str, Any], tasks: Mapping[TaskId, TaskPlace]
-) -> Kept:
+def _prepare(path: Path, existing: Existing, kept: Kept, contents: RunFile) -> None:
     """Brings both files into the state from which the run goes on. The caller holds the lock."""
-    kept = kept_results(path, existing, run, tasks)
     if existing == "overwrite" and path.exists():
         path.write_bytes(b"")
-    write_run_file(run_file_of(path), kept.run_file.started(run, start))
+    write_run_file(run_file_of(path), contents)
     if kept.removed:
         _remove_lines(path, kept.removed)
     elif path.exists():
         _drop_torn_line(path)
-    return kept
 
 
 def _remove_lines(path: Path, removed: frozenset[int]) -> None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from lragent.errors import RequestError
+from lragent.errors import RequestError, TaskFileError
 from lragent.rollouts.kept_results import Existing, Kept, kept_results
-from lragent.rollouts.result_file import open_results
+from lragent.rollouts.rescoring import Rescored, Rescorer, rescoring
+from lragent.rollouts.result_file import ResultFile, open_results
 from lragent.rollouts.result_lines import LinePlace, generated_tokens, result_line, with_json_result
 from lragent.rollouts.run_facts import Run, run_of_engine, start_of
 from lragent.rollouts.tasks import Task, TaskId, TaskPlace, check_tasks, read_tasks
@@ -62,6 +63,7 @@ class RolloutSummary:
         computed: tokens of this run by kind of pass (`lragent.runtime.Usage`), and `ttft` in seconds.
         peak_cache_bytes: largest number of bytes in pages that trajectories held, since the engine was made.
         preemptions: requests of this run that lost their pages.
+        rescored: drift of a sample of this run's trajectories; None if the scheme needed no check.
     """
 
     out: Path
@@ -78,6 +80,7 @@ class RolloutSummary:
     computed: dict[str, float] = dataclasses.field(default_factory=dict)
     peak_cache_bytes: int = 0
     preemptions: int = 0
+    rescored: Rescored | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -91,7 +94,9 @@ class RolloutSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values, and `tokens_per_second`."""
-        return {**dataclasses.asdict(self), "out": str(self.out), "tokens_per_second": self.tokens_per_second}
+        rescored = None if self.rescored is None else self.rescored.to_dict()
+        entries = {**dataclasses.asdict(self), "out": str(self.out), "rescored": rescored}
+        return {**entries, "tokens_per_second": self.tokens_per_second}
 
 
 def plan_rollout(tasks: Path, out: Path, existing: Existing, run: Run) -> RolloutPlan:
@@ -132,6 +137,8 @@ def run_rollout(
     concurrency: int = 32,
     on_result: Callable[[RolloutResult], None] | None = None,
     seed: int = 0,
+    rescore: bool = True,
+    on_drift: Callable[[Rescored], None] | None = None,
 ) -> RolloutSummary:
     """Runs the tasks that have no result yet and writes each one's line as soon as it has finished.
 
@@ -147,6 +154,8 @@ def run_rollout(
         concurrency: largest number of tasks in progress at a time.
         on_result: called with every result after its line was written.
         seed: the run's; turns that give no seed derive theirs from it.
+        rescore: False never rescores (`lragent.rollouts.rescoring`).
+        on_drift: called with the drift after each rescored trajectory, on another thread.
 
     Raises:
         RequestError: `tasks` and `out` are one file, `existing` is none of its words, `concurrency` is below 1, or an
@@ -168,15 +177,19 @@ def run_rollout(
             places: dict[int, LinePlace] = {}
             pending = _pending(tasks, kept, run.digest, places)
             started = time.monotonic()
-            outcomes = engine.run(function, pending, concurrency=concurrency, seed=seed)
-            for outcome in map(with_json_result, outcomes):
-                file.write(result_line(outcome, places.pop(outcome.index)))
-                done += 1
-                failed += outcome.error is not None
-                generated += generated_tokens(outcome)
-                if on_result is not None:
-                    on_result(outcome)
+            with rescoring(engine, rescore, on_drift) as rescorer:
+                outcomes = engine.run(function, pending, concurrency=concurrency, seed=seed)
+                for outcome in map(with_json_result, outcomes):
+                    file.write(result_line(outcome, places.pop(outcome.index)))
+                    done += 1
+                    failed += outcome.error is not None
+                    generated += generated_tokens(outcome)
+                    if rescorer is not None:
+                        rescorer.offer(outcome)
+                    if on_result is not None:
+                        on_result(outcome)
             seconds = time.monotonic() - started
+            rescored = _finished(rescorer, file)
     after = engine.stats()
     earlier = dataclasses.asdict(before.tokens)
     return RolloutSummary(
@@ -194,7 +207,20 @@ def run_rollout(
         computed={kind: count - earlier[kind] for kind, count in dataclasses.asdict(after.tokens).items()},
         peak_cache_bytes=after.peak_held_bytes,
         preemptions=after.preemptions - before.preemptions,
+        rescored=rescored,
     )
+
+
+def _finished(rescorer: Rescorer | None, file: ResultFile) -> Rescored | None:
+    """The drift of the sample, also written into the run file; None without a rescorer."""
+    if rescorer is None:
+        return None
+    found = rescorer.finish()
+    try:
+        file.add_to_start({"drift": found.to_dict()})
+    except TaskFileError as error:  # the lines are safe, and the summary has the drift
+        return dataclasses.replace(found, error=f"{found.error} {error.message}".strip())
+    return found
 
 
 def _pending(tasks: Path, kept: Kept, run: str, places: dict[int, LinePlace]) -> Iterator[Task]:

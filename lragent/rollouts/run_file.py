@@ -46,6 +46,12 @@ class RunFile:
             return dataclasses.replace(self, entries=(*self.entries[:-1], entry))
         return dataclasses.replace(self, entries=(*self.entries, RunEntry(run, (start,))))
 
+    def with_facts(self, facts: Mapping[str, Any]) -> RunFile:
+        """The file with more facts of its newest start."""
+        last = self.entries[-1]
+        entry = dataclasses.replace(last, starts=(*last.starts[:-1], {**last.starts[-1], **facts}))
+        return dataclasses.replace(self, entries=(*self.entries[:-1], entry))
+
 
 def run_file_of(results: Path) -> Path:
     """The run file beside a result file."""

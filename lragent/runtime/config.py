@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lragent.errors import RequestError
-from lragent.program.defaults import DEVICE, KV_MEMORY, MAX_BATCH_TOKENS, SHARING
+from lragent.program.defaults import DEVICE, KV_MEMORY, MAX_BATCH_TOKENS
 from lragent.program.step import PAGE_SIZE
 from lragent.runtime.schemes import Scheme, scheme_named
 from lragent.runtime.threads import require_threads
@@ -19,7 +19,7 @@ class EngineConfig:
     """Options of an engine, checked when they are made.
 
     Args:
-        sharing: name of the sharing scheme (runtime/schemes.py).
+        sharing: name of the sharing scheme (runtime/schemes.py); "auto" is decided before (artifact/sharing_choice.py).
         kv_memory: bytes of cache, or text such as "2GiB"; rounded down to whole pages.
         max_batch_tokens: most tokens per step.
         page_size: tokens per page.
@@ -36,7 +36,7 @@ class EngineConfig:
             torch can't be set to.
     """
 
-    sharing: str = SHARING
+    sharing: str
     kv_memory: int | str = KV_MEMORY
     max_batch_tokens: int = MAX_BATCH_TOKENS
     page_size: int = PAGE_SIZE

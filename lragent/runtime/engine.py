@@ -16,6 +16,7 @@ from lragent.runtime.cache import memory
 from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.cache.write_log import log_end
 from lragent.runtime.config import EngineConfig
+from lragent.runtime.evidence import Evidence
 from lragent.runtime.loop import EngineLoop
 from lragent.runtime.make_request import RequestMaker
 from lragent.runtime.roster import Roster
@@ -38,6 +39,7 @@ class Engine:
         program: the lowered model; its schema must have the layout of the sharing scheme.
         tokenizer: needed for text and stop strings.
         saver: writes the model as an artifact to a path, for `save`.
+        evidence: the reason to trust the sharing scheme; None: there is none, unless the scheme is `non_shared`.
 
     Raises:
         RequestError: a program of another layout, or an unknown agent.
@@ -50,10 +52,12 @@ class Engine:
         config: EngineConfig,
         tokenizer: Tokenizer | None = None,
         saver: Callable[[Path], None] | None = None,
+        evidence: Evidence | None = None,
     ) -> None:
         scheme = config.scheme
         _check_program(program, scheme)
         self._saver = saver
+        self._evidence = evidence or Evidence("exact" if scheme.page_table_per_agent else "none")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         acting, spare = _acting(program, config.agents), _spare(program, config.spare)
@@ -96,6 +100,13 @@ class Engine:
     @property
     def sharing(self) -> str:
         return self._loop.scheme.name
+
+    @property
+    def evidence(self) -> Evidence:
+        """The reason to trust the sharing scheme; that of adapters that were updated is not known."""
+        if not self._make.roster.updates or self._evidence.reason == "exact":
+            return self._evidence
+        return Evidence(max_kl=self._evidence.max_kl)
 
     @property
     def kv_dtype(self) -> torch.dtype:

@@ -98,14 +98,14 @@ def test_overwrite_replaces_and_a_failed_convert_leaves_the_old_one(tiny_llama: 
 def test_another_format_version_names_both(artifact: Path) -> None:
     _edit(artifact, format=99)
     with pytest.raises(ArtifactError, match=f"format version 99, this lragent reads version {FORMAT}"):
-        lragent.load(artifact)
+        lragent.load(artifact, "base_lr_shared")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", f'{{"format": {FORMAT}}}'])
 def test_damaged_manifest(artifact: Path, text: str) -> None:
     (artifact / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"manifest.json"):
-        lragent.load(artifact)
+        lragent.load(artifact, "base_lr_shared")
 
 
 @pytest.mark.parametrize("wrong", [None, 5, "x"], ids=str)
@@ -125,7 +125,7 @@ def test_a_manifest_that_was_changed_is_found(artifact: Path) -> None:
         assert before in whole
         file.write_text(whole.replace(before, after, 1))
         with pytest.raises(ArtifactError, match=r"manifest\.json was changed after it was written"):
-            lragent.load(artifact)
+            lragent.load(artifact, "base_lr_shared")
     file.write_text(whole)
     read_manifest(artifact)
 
@@ -133,7 +133,7 @@ def test_a_manifest_that_was_changed_is_found(artifact: Path) -> None:
 def test_a_manifest_without_its_seal_is_refused(artifact: Path) -> None:
     (artifact / "manifest.json").write_text(json.dumps(_entries(artifact)))
     with pytest.raises(ArtifactError, match=r"manifest\.json has no seal\n.*convert"):
-        lragent.load(artifact)
+        lragent.load(artifact, "base_lr_shared")
 
 
 def test_every_entry_of_a_manifest_must_be_there(artifact: Path) -> None:
@@ -191,17 +191,17 @@ def test_damaged_files_are_found_before_anything_runs(artifact: Path) -> None:
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-8])
     with pytest.raises(ArtifactError, match=rf"has {len(whole) - 8} bytes, the manifest says {len(whole)}"):
-        lragent.load(artifact)
+        lragent.load(artifact, "base_lr_shared")
     weights.write_bytes(whole)
     (package,) = artifact.glob("compiled/*/*.pt2")
     changed = bytearray(package.read_bytes())
     changed[1000] ^= 1
     package.write_bytes(bytes(changed))
     with pytest.raises(ArtifactError, match="the manifest says"):
-        lragent.load(artifact)
+        lragent.load(artifact, "base_lr_shared")
     package.unlink()
     with pytest.raises(ArtifactError, match="is missing"):
-        lragent.load(artifact)
+        lragent.load(artifact, "base_lr_shared")
 
 
 def test_unknown_names(artifact: Path) -> None:
@@ -249,5 +249,5 @@ def test_no_compiler(artifact: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama
 def test_a_package_for_another_machine_is_lowered_again_and_kept(artifact: Path) -> None:
     manifest = json.loads((artifact / "manifest.json").read_text())
     _edit(artifact, compiled={"cpu-avx9-torch1.0-abi0": manifest["compiled"][target_name()]})
-    lragent.load(artifact, kv_memory="1MiB")
+    lragent.load(artifact, "base_lr_shared", kv_memory="1MiB")
     assert set(open_artifact(artifact).manifest.compiled) == {"cpu-avx9-torch1.0-abi0", target_name()}

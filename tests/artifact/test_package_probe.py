@@ -112,7 +112,7 @@ def test_a_package_of_the_artifact_that_crashes_does_not_end_the_process(
     (key,) = open_artifact(artifact).manifest.compiled[target_name()]
     keep_compiled(open_artifact(artifact), target_name(), CompiledKey.parse(key), aborting)
     with pytest.raises(ArtifactError, match="SIGABRT"):
-        lragent.load(artifact, kv_memory="1MiB")
+        lragent.load(artifact, "base_lr_shared", kv_memory="1MiB")
 
 
 def test_a_package_that_crashes_after_it_was_compiled_is_not_kept(
@@ -122,7 +122,7 @@ def test_a_package_that_crashes_after_it_was_compiled_is_not_kept(
     monkeypatch.setattr(open_engine, "compile_graph", lambda *arguments: Compiled(aborting))
     write_manifest(replace(read_manifest(artifact), compiled={}), artifact)
     with pytest.raises(ArtifactError, match="SIGABRT"):
-        lragent.load(artifact, kv_memory="1MiB")
+        lragent.load(artifact, "base_lr_shared", kv_memory="1MiB")
     assert read_manifest(artifact).compiled == {}
 
 
@@ -136,4 +136,4 @@ def test_auto_is_compiled_on_a_cpu_and_eager_on_a_gpu() -> None:
 
 
 def test_a_program_shows_the_backend_that_auto_became(tiny_artifact: Path) -> None:
-    assert lragent.load(tiny_artifact, kv_memory="1MiB").program.facts["backend"] == "compiled"
+    assert lragent.load(tiny_artifact, "base_lr_shared", kv_memory="1MiB").program.facts["backend"] == "compiled"

@@ -25,12 +25,12 @@ def converted(written: WrittenModel, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_spare_slots_hold_no_agent_and_no_cache(converted: Path, written: WrittenModel, tmp_path: Path) -> None:
-    engine = lragent.load(converted, kv_memory="1MiB", backend="eager")
+    engine = lragent.load(converted, "base_lr_shared", kv_memory="1MiB", backend="eager")
     assert engine.agents == ("base", "plan", "action")
     with engine.trajectory(PROMPT) as t, pytest.raises(RequestError, match="unknown agent '~1'"):
         t.generate("~1", max_new_tokens=1)
     lragent.convert(written.model_dir, named(written, "plan", "action"), tmp_path / "x.lragent", compiled=False)
-    plain = lragent.load(tmp_path / "x.lragent", kv_memory="1MiB", backend="eager")
+    plain = lragent.load(tmp_path / "x.lragent", "base_lr_shared", kv_memory="1MiB", backend="eager")
     assert engine.stats().page_bytes == plain.stats().page_bytes
 
 
@@ -75,7 +75,7 @@ def test_an_update_that_is_cut_off_leaves_the_old_artifact(
         raise KeyboardInterrupt
 
     def turns() -> list[float]:
-        return turns_of(lragent.load(artifact, backend="eager", kv_memory="1MiB"), ("plan", "action"))
+        return turns_of(lragent.load(artifact, "base_lr_shared", backend="eager", kv_memory="1MiB"), ("plan", "action"))
 
     before = turns()
     with monkeypatch.context() as patch:
@@ -98,7 +98,7 @@ def test_shared_a_stays_shared(tmp_path: Path) -> None:
     lragent.convert(shared.model_dir, shared.adapters, tmp_path / "m.lragent", compiled=False)
     without_first = {name: shared.adapters[name] for name in ("action", "reflect")}
     lragent.update(tmp_path / "m.lragent", shared.model_dir, without_first)
-    engine = lragent.load(tmp_path / "m.lragent", backend="eager", kv_memory="1MiB")
+    engine = lragent.load(tmp_path / "m.lragent", "base_lr_shared", backend="eager", kv_memory="1MiB")
     assert turns_of(engine, ("action", "reflect")) == pytest.approx(
         turns_made_anew(shared, without_first, "base_lr_shared", tmp_path)[:8], abs=1e-4
     )

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.integration  # the artifact compiles for longer than 20
 def converted(written: WrittenModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact of plan and action with a spare slot, compiled for split layout; read only."""
     out = tmp_path_factory.mktemp("converted") / "m.lragent"
-    lragent.convert(written.model_dir, named(written, "plan", "action"), out, spare=1)
+    lragent.convert(written.model_dir, named(written, "plan", "action"), out, layouts=("split",), spare=1)
     return out
 
 
@@ -42,7 +42,7 @@ def test_an_updated_artifact_runs_its_compiled_program(
     assert set(report.agents) == set(adapters)
     assert {path: path.stat().st_mtime_ns for path in artifact.glob("compiled/*/*.pt2")} == packages
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        engine = lragent.load(artifact, kv_memory="1MiB")
+        engine = lragent.load(artifact, "base_lr_shared", kv_memory="1MiB")
     assert set(engine.agents) == {"base", *adapters}
     expected = turns_made_anew(written, adapters, "base_lr_shared", tmp_path)
     assert turns_of(engine, (*adapters, "base")) == pytest.approx(expected, abs=1e-4)
@@ -61,7 +61,7 @@ def test_converting_over_an_artifact_keeps_packages_of_equal_programs(
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         report = lragent.convert(written.model_dir, adapters, artifact, overwrite=True, compiled=False)
         assert report.compiled == ()
-        engine = lragent.load(artifact, kv_memory="1MiB")
+        engine = lragent.load(artifact, "base_lr_shared", kv_memory="1MiB")
     assert turns_of(engine, (*adapters, "base")) == pytest.approx(
         turns_made_anew(written, adapters, "base_lr_shared", tmp_path), abs=1e-4
     )

@@ -165,7 +165,7 @@ def test_every_place_of_a_refused_layout_is_shown(refused: None, tiny_llama: Wri
         found = call("inspect", *arguments, "--json").json()["misses"]
         assert found == {"split": [dataclasses.asdict(miss) for miss in MISSES]}
     with pytest.raises(SplitRefused) as error:
-        lragent.load(out)
+        lragent.load(out, "base_lr_shared")
     assert error.value.misses == MISSES
 
 

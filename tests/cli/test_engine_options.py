@@ -15,6 +15,7 @@ from lragent.runtime.config import EngineConfig
 from lragent_cli.engine_options import AttentionName, EngineOptions
 from tests.cli.conftest import call
 
+OWN = ("sharing", "kv_dtype")  # an engine has a scheme and a dtype; "auto" is decided before
 COMMANDS = ("convert", "verify", "rollout", "bench")
 
 
@@ -27,8 +28,8 @@ def test_defaults_are_those_of_load() -> None:
 @pytest.mark.parametrize("maker", [lragent.load, lragent.optimize])
 def test_defaults_are_those_of_the_engine(maker: Callable[..., object]) -> None:
     taken = inspect.signature(maker).parameters
-    shared = [field for field in dataclasses.fields(EngineConfig) if field.name in taken and field.name != "kv_dtype"]
-    assert {"sharing", "kv_memory", "max_batch_tokens", "threads"} <= {field.name for field in shared}
+    shared = [field for field in dataclasses.fields(EngineConfig) if field.name in taken and field.name not in OWN]
+    assert {"kv_memory", "max_batch_tokens", "threads"} <= {field.name for field in shared}
     for field in shared:
         assert taken[field.name].default == field.default, field.name
 

@@ -53,7 +53,7 @@ def workplace(tmp_path: Path, eager_artifact: Path) -> Workplace:
 
 
 def test_every_task_becomes_a_line_with_who_wrote_what(workplace: Workplace) -> None:
-    outcome = workplace.rollout("--concurrency", 3, "--json")
+    outcome = workplace.rollout("--sharing", "base_lr_shared", "--concurrency", 3, "--json")
     assert outcome.code == 0, outcome.err
     results = workplace.results()
     assert set(results) == {"t0", "t1", "t2", "t3"}
@@ -81,8 +81,29 @@ def test_every_task_becomes_a_line_with_who_wrote_what(workplace: Workplace) -> 
 def test_every_scheme_rolls_out(workplace: Workplace, sharing: str) -> None:
     outcome = workplace.rollout("--sharing", sharing)
     assert outcome.code == 0, outcome.err
-    assert "4 tasks done, 0 failed" in outcome.out
+    assert "4 tasks done under " + sharing in outcome.out
     assert len(workplace.results()) == 4
+
+
+def test_a_shared_scheme_of_which_nothing_is_known_is_rescored(workplace: Workplace) -> None:
+    outcome = workplace.rollout("--sharing", "full_shared")
+    assert outcome.code == 0, outcome.err
+    assert "drift from non_shared on 4 rescored trajectories" in outcome.out and "top-1" in outcome.out
+    assert "above the limit of 0.05, so answers are probably lost; rescoring took" in outcome.out
+    start = json.loads(Path(f"{workplace.out}.run.json").read_text())["runs"][-1]["starts"][-1]
+    assert start["drift"]["trajectories"] == 4 and set(start["drift"]["by_agent"]) == {"plan", "action"}
+    quiet = workplace.rollout("--sharing", "full_shared", "--no-rescore", "--overwrite")
+    assert quiet.code == 0 and "drift" not in quiet.out
+    assert len(workplace.results()) == 4
+
+
+def test_auto_shares_nothing_of_which_nothing_is_known(workplace: Workplace, caplog: pytest.LogCaptureFixture) -> None:
+    assert workplace.rollout("--json").json()["sharing"] == "non_shared"
+    (line,) = [record.getMessage() for record in caplog.records if "sharing is" in record.getMessage()]
+    assert "under base_lr_shared a token would take" in line
+    assert workplace.rollout("--resume", "--sharing", "non_shared").code == 0
+    refused = workplace.rollout("--resume", "--sharing", "full_shared")
+    assert refused.code == 1 and "sharing was non_shared and is full_shared" in refused.err
 
 
 def test_what_fails_in_one_task_is_its_error_line(workplace: Workplace) -> None:
@@ -93,7 +114,7 @@ def test_what_fails_in_one_task_is_its_error_line(workplace: Workplace) -> None:
     ]
     workplace.write_tasks(tasks)
     outcome = workplace.rollout()
-    assert outcome.code == 3 and "3 tasks done, 2 failed" in outcome.out
+    assert outcome.code == 3 and "3 tasks done under non_shared, 2 failed" in outcome.out
     assert "2 tasks have errors, --retry-failed runs them again" in outcome.out
     results = workplace.results()
     assert results["good"]["error"] is None

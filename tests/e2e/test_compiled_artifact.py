@@ -85,7 +85,7 @@ def test_memory_is_weights_once_and_the_cache(tmp_path: Path) -> None:
     )
     with quiet():
         LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    lragent.convert(tmp_path / "model", {}, tmp_path / "m.lragent")
+    lragent.convert(tmp_path / "model", {}, tmp_path / "m.lragent", layouts=("split",))
     weights = sum(f.stat().st_size for f in (tmp_path / "m.lragent" / "weights").iterdir())
     assert weights > 400e6
     kv_memory = 32 << 20

@@ -36,7 +36,7 @@ PROMPT = [5, 40, 77, 12, 90, 33]
 def by_layer(tiny_llama: WrittenModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny llama compiled by layer; read only."""
     out = tmp_path_factory.mktemp("by-layer") / "tiny.lragent"
-    report = lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, out, unit="layer")
+    report = lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, out, layouts=("split",), unit="layer")
     assert report.unit_refusal == ""
     return out
 
@@ -63,9 +63,9 @@ def test_computes_what_the_whole_model_does(by_layer: Path, tiny_artifact: Path,
     # Embedding, a layer, head; the layer is called twice.
     assert [call.package for call in plan.calls] == [0, 1, 1, 2]
     assert len(plan.packages) == len(list(by_layer.glob("compiled/*/*/*.pt2"))) == 3
-    engine = lragent.load(by_layer, kv_memory="4MiB")
+    engine = lragent.load(by_layer, "base_lr_shared", kv_memory="4MiB")
     assert_equals_oracle(tiny_llama, "base_lr_shared", SCRIPT, run_on_engine(engine, SCRIPT))
-    whole = lragent.load(tiny_artifact, kv_memory="4MiB")
+    whole = lragent.load(tiny_artifact, "base_lr_shared", kv_memory="4MiB")
     for agent in ("plan", "action", "base"):
         (tokens, found), (expected_tokens, expected) = _turn(engine, agent), _turn(whole, agent)
         assert tokens == expected_tokens
@@ -77,11 +77,11 @@ def test_layers_of_two_kinds_compiled_at_the_first_load(tmp_path: Path) -> None:
     """Sliding and full attention take turns. The artifact says how it is compiled on a machine that it is new to."""
     written, out = write_model(tmp_path, "gemma3_text", layers=4), tmp_path / "m.lragent"
     lragent.convert(written.model_dir, written.adapters, out, unit="layer", compiled=False)
-    engine = lragent.load(out, kv_memory="4MiB")
+    engine = lragent.load(out, "base_lr_shared", kv_memory="4MiB")
     assert [call.package for call in read_plan(_plan(out)).calls] == [0, 1, 2, 1, 2, 3]
     assert_equals_oracle(written, "base_lr_shared", SCRIPT, run_on_engine(engine, SCRIPT))
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        again = lragent.load(out, kv_memory="4MiB")
+        again = lragent.load(out, "base_lr_shared", kv_memory="4MiB")
     assert _turn(again, "plan") == _turn(engine, "plan")
 
 
@@ -93,16 +93,16 @@ def test_damaged_segments_are_found_before_anything_runs(artifact: Path) -> None
     changed[1000] ^= 1
     package.write_bytes(bytes(changed))
     with pytest.raises(ArtifactError, match=r"segment-1\.pt2 has sha256 .*, the manifest says"):
-        lragent.load(artifact)
+        lragent.load(artifact, "base_lr_shared")
     package.write_bytes(whole[:-8])
     with pytest.raises(ArtifactError, match=rf"has {len(whole) - 8} bytes"):
-        lragent.load(artifact)
+        lragent.load(artifact, "base_lr_shared")
     package.unlink()
     with pytest.raises(ArtifactError, match=r"segment-1\.pt2 is missing"):
-        lragent.load(artifact)
+        lragent.load(artifact, "base_lr_shared")
     plan.write_text(plan.read_text().replace("segment-1", "segment-2"))
     with pytest.raises(ArtifactError, match=r"plan\.json has sha256"):
-        lragent.load(artifact)
+        lragent.load(artifact, "base_lr_shared")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_plan_that_means_nothing(artifact: Path, changes: dict[str, object], s
     entry = describe_file(artifact, str(plan.relative_to(artifact)))
     write_manifest(dataclasses.replace(manifest, compiled={target_name(): {key: entry}}), artifact)
     with pytest.raises(ArtifactError, match=f"plan.json is damaged: .*{says}"):
-        lragent.load(artifact)
+        lragent.load(artifact, "base_lr_shared")
 
 
 def test_packages_stay_when_adapters_change(
@@ -130,14 +130,14 @@ def test_packages_stay_when_adapters_change(
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         lragent.update(artifact, tiny_llama.model_dir, swapped)
         assert _plan(artifact) == before
-        found = _turn(lragent.load(artifact, kv_memory="1MiB"), "plan")
+        found = _turn(lragent.load(artifact, "base_lr_shared", kv_memory="1MiB"), "plan")
         expected = _turn(open_engine(artifact, "base_lr_shared"), "plan")
         assert found[0] == expected[0]
         assert found[1] == pytest.approx(expected[1], abs=1e-5)
         options = {"overwrite": True, "compiled": False}
         lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, artifact, unit="layer", **options)
         assert _plan(artifact) == before
-        assert _turn(lragent.load(artifact, kv_memory="1MiB"), "reflect")[0] == found[0]
+        assert _turn(lragent.load(artifact, "base_lr_shared", kv_memory="1MiB"), "reflect")[0] == found[0]
         lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, artifact, unit="model", **options)
     assert not open_artifact(artifact).manifest.compiled
 

@@ -62,13 +62,13 @@ def test_inspect_names_every_layer_for_every_implementation(artifact: tuple[Conv
 
 def test_an_opened_artifact_says_so(artifact: tuple[ConvertReport, Path], caplog: pytest.LogCaptureFixture) -> None:
     _, path = artifact
-    engine = lragent.load(path, kv_memory="4MiB", backend="eager", attention="cpp")
+    engine = lragent.load(path, "base_lr_shared", kv_memory="4MiB", backend="eager", attention="cpp")
     assert engine.program.facts["attention"] == FACT
     assert _warnings(caplog) == [f"attention {FACT}: {REASON}"]
 
 
 def test_a_live_model_says_so(wide_norm: Any, caplog: pytest.LogCaptureFixture) -> None:
-    engine = lragent.optimize(wide_norm, kv_memory="4MiB", backend="eager", attention="cpp")
+    engine = lragent.optimize(wide_norm, "base_lr_shared", kv_memory="4MiB", backend="eager", attention="cpp")
     assert engine.program.facts["attention"] == FACT
     assert _warnings(caplog) == [f"attention {FACT}: {REASON}"]
 
@@ -77,7 +77,7 @@ def test_an_implementation_of_two_graphs_counts_a_layer_once(
     artifact: tuple[ConvertReport, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     _, path = artifact
-    engine = lragent.load(path, kv_memory="4MiB", backend="eager", attention="inductor")
+    engine = lragent.load(path, "base_lr_shared", kv_memory="4MiB", backend="eager", attention="inductor")
     assert engine.program.facts["attention"] == FACT.replace("cpp", "inductor")
     assert len(_warnings(caplog)) == 1
 
@@ -98,6 +98,6 @@ def test_a_compiled_package_says_so(wide_norm: Any, tmp_path: Path, caplog: pyte
     out = tmp_path / "m.lragent"
     report = build(load_live(wide_norm), out, options=BuildOptions(("split",), attention="cpp"), stages=Stages())
     assert report.compiled == ("split-cpp-float32",)
-    engine = lragent.load(out, kv_memory="4MiB", attention="cpp")
+    engine = lragent.load(out, "base_lr_shared", kv_memory="4MiB", attention="cpp")
     assert (engine.program.facts["backend"], engine.program.facts["attention"]) == ("compiled", FACT)
     assert _warnings(caplog) == [f"attention {FACT}: {REASON}"]

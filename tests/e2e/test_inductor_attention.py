@@ -33,8 +33,8 @@ def test_mixed_steps_are_split(artifacts: Artifacts, open_engine: Callable[..., 
 def test_compiled(artifacts: Artifacts, tmp_path: Path) -> None:
     written, _ = artifacts.get("llama")
     out = tmp_path / "m.lragent"
-    report = lragent.convert(written.model_dir, written.adapters, out, attention="inductor")
+    report = lragent.convert(written.model_dir, written.adapters, out, layouts=("split",), attention="inductor")
     assert report.compiled == ("split-inductor_decode-float32", "split-inductor_prefill-float32")
     assert {"compile split (inductor_decode)", "compile split (inductor_prefill)"} <= report.seconds.keys()
-    engine = lragent.load(out, attention="inductor", kv_memory="4MiB")
+    engine = lragent.load(out, "base_lr_shared", attention="inductor", kv_memory="4MiB")
     assert_equals_oracle(written, "base_lr_shared", SCRIPT, run_on_engine(engine, SCRIPT))

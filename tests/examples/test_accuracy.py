@@ -30,7 +30,7 @@ def test_paired_difference_covers_the_truth() -> None:
     rng = random.Random(0)
     covered = 0
     for _ in range(400):
-        pairs = [(value < 0.8, value < 0.65 or 0.95 < value) for value in (rng.random() for _ in range(200))]
+        pairs = [(value < 0.8, value < 0.65 or value > 0.95) for value in (rng.random() for _ in range(200))]
         _, low, high = paired_difference([a for a, _ in pairs], [b for _, b in pairs])
         covered += low <= 0.1 <= high
     assert 0.92 <= covered / 400 <= 0.98

@@ -116,7 +116,7 @@ def test_a_changed_engine_or_seed_is_refused(engine: Engine, tasks: Path, tmp_pa
         (
             lragent.load(eager_artifact, "full_shared", backend="eager", kv_memory="4MiB"),
             0,
-            "sharing was base_lr_shared and is full_shared",
+            "sharing was non_shared and is full_shared",
         ),
         (
             lragent.load(eager_artifact, backend="eager", kv_memory="4MiB", kv_dtype="bfloat16"),

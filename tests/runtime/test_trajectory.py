@@ -195,7 +195,7 @@ def test_an_unknown_turn_option_is_refused_with_the_known_ones() -> None:
 )
 def test_bad_engine_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        EngineConfig(**options)
+        EngineConfig(**{"sharing": "non_shared", **options})
 
 
 def test_one_turn_at_a_time() -> None:
