@@ -71,3 +71,22 @@ def test_steps_become_graphs_and_give_the_same_tokens(tmp_path: Path, sharing: s
     with mock.patch.object(torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=replay) as replays:
         assert _many_tokens(artifact, sharing=sharing, backend="eager", device="cuda") == expected
     assert replays.call_count > 10
+
+
+def test_updated_adapters(tmp_path: Path) -> None:
+    """New weights are copied to where the device's graphs read them, captured ones too."""
+    written = write_model(tmp_path, "llama", ranks={"plan": 4, "action": 4, "reflect": 4})
+    artifact = tmp_path / "tiny.lragent"
+    lragent.convert(written.model_dir, written.adapters, artifact, compiled=False)
+    swapped = {"plan": written.adapters["action"], "action": written.adapters["plan"]}
+    tokens: list[list[list[int]]] = []
+    for options in ({"attention": "torch"}, {"device": "cuda"}):
+        engine = lragent.load(artifact, kv_memory="8MiB", backend="eager", **options)  # type: ignore[arg-type]
+        found: list[list[int]] = []
+        for update in ({}, swapped):
+            engine.update_adapters(update)
+            for agent in ("plan", "action"):
+                with engine.trajectory([5, 17, 3, 44, 9, 8, 7] * 9) as t:
+                    found.append(t.generate(agent, max_new_tokens=8, ignore_eos=True).token_ids)
+        tokens.append(found)
+    assert tokens[0] == tokens[1]
