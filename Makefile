@@ -48,7 +48,7 @@ $(DEMO_INSTALLED): $(INSTALLED)
 
 install: $(INSTALLED)  ## Set up the virtual environment
 
-demo: $(DEMO_INSTALLED)  ## Real agents on a real model under every sharing scheme (TASKS=100 for a real accuracy)
+demo: $(DEMO_INSTALLED)  ## Real agents on a real model under five sharing schemes (TASKS=100 for a real accuracy)
 	$(BIN)/lragent demo --tasks $(TASKS)
 
 test: $(INSTALLED)  ## Run the tests

@@ -3,6 +3,8 @@
     python -m benchmarks.step ARTIFACT [--sharing base_lr_shared] [--context 512] [--sequences 1,8,32] [--prefill 512]
     python -m benchmarks.step ARTIFACT --device cuda [--backend eager]
 
+Under `neutral_shared` an agent's row of the last token comes after the adapter-free rows of its trajectory.
+
 The bound of a step is the longer of two times: reading the weights once and every sequence's cache, at the measured
 read bandwidth, and its floating point operations, at the rate of a GEMM of the artifact's dtype. It assumes that the
 shorter one is hidden completely. "In turn" is the sum of both. One thread by default. On the CPU, times are CPU time;
@@ -25,6 +27,7 @@ import lragent
 from benchmarks.timing import in_turn, seconds
 from lragent.artifact.directory import open_artifact
 from lragent.compile.export import CPU
+from lragent.program.cache_schema import SCRATCH_PAGE
 from lragent.program.dtypes import dtype_named
 from lragent.program.program import Program
 from lragent.program.step import PAGE_SIZE, StepInputs
@@ -65,31 +68,40 @@ def measure_machine(dtype: torch.dtype = torch.float32, device: torch.device = C
     )
 
 
-def step_inputs(program: Program, sequences: int, tokens: int, context: int) -> StepInputs:
-    """Sequences with `tokens` new tokens each at the end of `context` tokens; agents take turns over sequences."""
-    size, agents = PAGE_SIZE, len(program.agents)
+def step_inputs(
+    program: Program, sequences: int, tokens: int, context: int, sharing: str = "base_lr_shared"
+) -> StepInputs:
+    """Trajectories with `tokens` new tokens each at the end of `context` tokens; agents take turns over trajectories.
+
+    Under `neutral_shared` a trajectory has two sequences: adapter-free rows of its new tokens, which write, and the
+    agent's row of the last one, which reads.
+    """
+    size, agents, acting_rows = PAGE_SIZE, len(program.agents), int(SCHEMES[sharing].written_as_base)
     pages = -(-context // size)
     table = 1 + torch.arange(sequences * pages).view(sequences, pages)
-    new = torch.arange(context - tokens, context)
-    slots = (table[:, new // size] * size + new % size).reshape(-1)
-    agent_ids = (torch.arange(sequences) % agents + 1).repeat_interleave(tokens)
+    new = torch.cat((torch.arange(context - tokens, context), torch.full((acting_rows,), context - 1)))
+    slots = table[:, new // size] * size + new % size
+    slots[:, tokens:] = SCRATCH_PAGE * size
+    agent_ids = (torch.arange(sequences) % agents + 1)[:, None].repeat(1, len(new))
+    agent_ids[:, : tokens * acting_rows] = 0
+    lengths = torch.tensor([tokens, 1][: 1 + acting_rows]).repeat(sequences)
     return StepInputs(
-        token_ids=torch.randint(0, program.vocab_size, (sequences * tokens,)),
+        token_ids=torch.randint(0, program.vocab_size, (sequences * len(new),)),
         positions=new.repeat(sequences),
-        agent_ids=agent_ids,
-        logits_rows=torch.arange(sequences) * tokens + tokens - 1,
-        base_slots=slots,
-        lr_slots=slots.repeat(agents, 1),
-        seq_starts=torch.arange(sequences + 1) * tokens,
-        context_lens=torch.full((sequences,), context),
-        page_table=table,
+        agent_ids=agent_ids.reshape(-1),
+        logits_rows=torch.arange(1, sequences + 1) * len(new) - 1,
+        base_slots=slots.reshape(-1),
+        lr_slots=slots.reshape(-1).repeat(agents, 1),
+        seq_starts=torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))),
+        context_lens=torch.full_like(lengths, context),
+        page_table=table.repeat_interleave(1 + acting_rows, dim=0),
     )
 
 
 def runner(program: Program, sharing: str, step: StepInputs) -> Callable[[], torch.Tensor]:
     """A function that runs a step over a new cache as large as the step's contexts."""
     dtype, lr_blocks = dtype_named(program.facts["dtype"]), SCHEMES[sharing].lr_blocks
-    pages, device = 1 + step.page_table.numel(), torch.device(program.facts["device"])
+    pages, device = 1 + int(step.page_table.max()), torch.device(program.facts["device"])
     cache = allocate(program.schema, lr_blocks, pages, PAGE_SIZE, dtype, device).tensors
     return partial(program.run, step, cache)
 
@@ -100,13 +112,14 @@ def least_times(
     """Seconds of a step's reads and of its operations (see the module's docstring); `size`: bytes per cached number."""
     schema = program.schema
     tokens, contexts = step.token_ids.numel(), step.context_lens.double()
-    cache = float(contexts.sum()) * schema.base_numbers_per_token() * size
+    # Sequences of one page table read its pages once.
+    cache = float(contexts.mean()) * len(step.page_table.unique(dim=0)) * schema.base_numbers_per_token() * size
     # The vocabulary's matrix, the largest one, is multiplied with the rows whose logits are wanted.
     head = max(t.numel() for t in weights)
     products = (sum(t.numel() for t in weights) - head) * tokens + head * step.logits_rows.numel()
     weight_bytes = sum(t.numel() * t.element_size() for t in weights)
-    new = tokens / step.context_lens.numel()
-    keys = float((contexts - (new - 1) / 2).sum()) * new
+    new_S = step.seq_starts.diff()
+    keys = float(((contexts - (new_S - 1) / 2) * new_S).sum())
     attention = sum(4 * keys * layer.kv_heads * layer.k_dim for layer in schema.base)
     return (weight_bytes + cache) / machine.bandwidth, (2 * products + attention) / machine.gemm
 
@@ -141,7 +154,7 @@ def main() -> None:
     if options.prefill:
         steps.append((1, options.prefill, max(options.context, options.prefill)))
     for sequences, tokens, context in steps:
-        step = step_inputs(program, sequences, tokens, context)
+        step = step_inputs(program, sequences, tokens, context, options.sharing)
         run = runner(program, options.sharing, step)
         found = statistics.median(spent(run, device, options.repeats))
         times = least_times(program, machine, matrices, dtype.itemsize, step)

@@ -1,4 +1,4 @@
-"""`lragent demo`: the agents of examples/fact_world answer held-out questions under every sharing scheme."""
+"""`lragent demo`: the agents of examples/fact_world answer held-out questions under several sharing schemes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lragent.rollouts.workflow_loading import open_workflow
 
 from .demo_artifact import ensure_artifact, ensure_model
 from .engine_options import (
-    ALL_SCHEMES,
+    SCHEMES,
     AsJson,
     Backend,
     Concurrency,
@@ -39,11 +39,13 @@ if TYPE_CHECKING:
     from lragent.runtime import RolloutResult, Workflow
 
 FACT_WORLD = Path(__file__).resolve().parent.parent / "examples" / "fact_world"
+# The example's adapters are not tuned for `neutral_shared`.
+DEMO_SCHEMES = ",".join(name for name in SCHEMES if name != "neutral_shared")
 
 
 def demo(
     tasks: Annotated[int, typer.Option(min=1, help="Held-out questions for each scheme.")] = 12,
-    schemes: Schemes = ALL_SCHEMES,
+    schemes: Schemes = DEMO_SCHEMES,
     work: Annotated[
         Path, typer.Option(metavar="DIR", parser=user_path, help="Folder for model, artifact and results.")
     ] = Path(".demo"),

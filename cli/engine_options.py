@@ -15,7 +15,7 @@ from lragent.program.defaults import ATTENTION, BACKEND, DEVICE, KV_MEMORY, MAX_
 if TYPE_CHECKING:
     from lragent.runtime import Engine
 
-Scheme = Literal["non_shared", "full_shared", "base_shared", "base_lr_shared", "rebase_shared"]
+Scheme = Literal["non_shared", "full_shared", "base_shared", "base_lr_shared", "rebase_shared", "neutral_shared"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 ALL_SCHEMES = ",".join(SCHEMES)
 

@@ -21,6 +21,7 @@ from .demo import demo
 from .inspect import inspect
 from .rollout import rollout
 from .roofline import roofline
+from .tune import tune
 from .verify import verify
 
 
@@ -61,7 +62,7 @@ def lragent(
     """Agents as LoRA adapters on one model, sharing one KV cache."""
 
 
-for command in (convert, inspect, rollout, verify, bench, roofline, demo):
+for command in (convert, inspect, rollout, tune, verify, bench, roofline, demo):
     app.command()(command)
 
 

@@ -29,7 +29,7 @@ def stages(title: str) -> Iterator[Callable[[str], None]]:
 
     Progress bars of transformers, and warnings of libraries that don't concern the user, are hidden until the end.
     """
-    with _quiet_libraries():
+    with quiet_libraries():
         if progress.is_terminal:
             with progress.status(title) as status:
                 yield lambda stage: status.update(f"{title}: {stage}")
@@ -38,7 +38,7 @@ def stages(title: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Hides progress bars of transformers and deprecation warnings of libraries; restores both at the end."""
     from transformers.utils import logging
 

@@ -26,7 +26,7 @@ class SchemeRun:
     Args:
         exact_match: fraction of tasks whose result has a true "exact_match"; None if no result has that entry.
         generated: tokens that agents wrote.
-        prefill, decode, catch_up, adapter_free, replay, rerun: computed tokens by kind of pass.
+        prefill, decode, acting, catch_up, adapter_free, replay, rerun: computed tokens by kind of pass.
         reused: tokens that turns found in the cache.
         peak_cache_bytes: largest number of bytes in pages that trajectories held.
         switch_ttft: seconds to the first token, summed over turns that follow a turn of another agent.
@@ -40,6 +40,7 @@ class SchemeRun:
     generated: int
     prefill: int
     decode: int
+    acting: int
     catch_up: int
     adapter_free: int
     replay: int
@@ -140,6 +141,8 @@ def _rows(runs: Sequence[SchemeRun]) -> Iterator[tuple[str, list[str]]]:
     yield "tokens generated", [show_count(run.generated) for run in runs]
     yield "computed: prefill", [show_count(run.prefill) for run in runs]
     yield "computed: decode", [show_count(run.decode) for run in runs]
+    if any(run.acting for run in runs):
+        yield "computed: acting rows", [show_count(run.acting) for run in runs]
     yield "computed: catch-up", [show_count(run.catch_up) for run in runs]
     yield "computed: adapter-free", [show_count(run.adapter_free) for run in runs]
     if any(run.replay or run.rerun for run in runs):

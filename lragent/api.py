@@ -1,4 +1,4 @@
-"""The Python API in the order of the flow: convert, update, load, optimize, rollout, verify, drift, inspect."""
+"""The Python API in the order of the flow: convert, update, load, optimize, rollout, tune, verify, drift, inspect."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 from lragent.errors import RequestError, SplitRefused
 from lragent.files.user_path import user_path
 from lragent.loading.stages import Progress, Stages
-from lragent.program.defaults import ATTENTION, AUTO, BACKEND, DEVICE, KV_MEMORY, MAX_BATCH_TOKENS, MAX_KL, SHARING
+from lragent.program.defaults import (
+    ATTENTION,
+    AUTO,
+    BACKEND,
+    DEVICE,
+    KV_MEMORY,
+    MAX_BATCH_TOKENS,
+    MAX_KL,
+    SHARING,
+    TUNED_SHARING,
+)
 from lragent.program.dtypes import LAYOUTS, dtype_named
 
 if TYPE_CHECKING:
@@ -27,6 +37,10 @@ if TYPE_CHECKING:
     from lragent.runtime import RolloutResult, Workflow
     from lragent.runtime.engine import Engine
     from lragent.training.shared_model import SharedModel
+    from lragent.tuning.folder import Existing as TuneExisting
+    from lragent.tuning.options import TuneOptions
+    from lragent.tuning.report import TuneReport
+    from lragent.tuning.train import TuneStep
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +152,7 @@ def load(
     kv_dtype: str = "auto",
     allow_compiled: bool = True,
     agents: Sequence[str] | None = None,
+    spare: int = 0,
     max_kl: float = MAX_KL,
 ) -> Engine:
     """Opens an artifact as an engine.
@@ -158,6 +173,8 @@ def load(
         kv_dtype: dtype of the cache; "auto": that of the weights.
         allow_compiled: False to compile again instead of running machine code from the artifact.
         agents: agents that will act besides `base`; the cache stores LR values only for these. None: all agents.
+        spare: spare agent slots (`convert(spare=...)`) that get LR blocks in the cache, for new versions of adapters
+            (`Engine.update_adapters`).
         max_kl: largest drift that counts as no loss, in nats per token of the agent that drifts most.
 
     Raises:
@@ -183,7 +200,9 @@ def load(
     artifact = open_artifact(user_path(path))
     manifest = artifact.manifest
     choice = choice_of_artifact(artifact, sharing, agents, max_kl)
-    config = EngineConfig(choice.scheme, kv_memory, max_batch_tokens, device=place, agents=agents, threads=threads)
+    config = EngineConfig(
+        choice.scheme, kv_memory, max_batch_tokens, device=place, agents=agents, threads=threads, spare=spare
+    )
     layout = config.scheme.layout
     if layout not in manifest.layouts:
         raise SplitRefused(
@@ -215,6 +234,7 @@ def optimize(
     attention: str = ATTENTION,
     threads: int | None = None,
     unit: str = "model",
+    spare: int = 0,
     max_kl: float = MAX_KL,
 ) -> Engine:
     """Makes an engine from a live PEFT model, on the CPU. The model is not changed; the engine shares its weights.
@@ -225,6 +245,7 @@ def optimize(
         tokenizer: a transformers tokenizer, or a directory with tokenizer files; None: token ids only.
         backend: "compiled", "eager", or "auto", which means "compiled" (see `load`).
         unit: "model" or "layer", see `convert`.
+        spare: number of spare agent slots, for new versions of adapters (`Engine.update_adapters`).
 
     Raises:
         ModelError, AdapterError: the model or an adapter can't be used.
@@ -234,12 +255,13 @@ def optimize(
     """
     from lragent.artifact.build import BuildOptions, write
     from lragent.artifact.open import resolve_backend
-    from lragent.artifact.sharing_choice import choose, require_sharing, sizes_of_schemas
+    from lragent.artifact.sharing_choice import acting_agents, choose, require_sharing, sizes_of_schemas
     from lragent.artifact.tokenizer import artifact_tokenizer, tokenizer_from
     from lragent.compile.compile import require_unit
     from lragent.compile.export import CPU
     from lragent.compile.live_program import program_of_model
     from lragent.kernels.dispatch import resolve
+    from lragent.loading.agent_slots import agent_slots_of, fit
     from lragent.loading.model import load_live
     from lragent.passes.pipeline import rewrite
     from lragent.runtime.config import EngineConfig
@@ -255,12 +277,15 @@ def optimize(
     reader = tokenizer_from(tokenizer)
     loaded = load_live(peft_model, None if reader is None else reader.source)
     text = artifact_tokenizer(loaded)
+    if spare > 0:
+        loaded = fit(loaded, agent_slots_of(loaded, spare))
     rewritten = rewrite(loaded, () if sharing == AUTO else (scheme_named(sharing).layout,), Stages())
     schemas = {str(name): program.schema for name, program in rewritten.programs.items()}
-    choice = choose(sharing, loaded.agents, sizes_of_schemas(schemas, loaded.agents, loaded.dtype), {}, max_kl, "")
+    acting = acting_agents(loaded.agents, None)
+    choice = choose(sharing, acting, sizes_of_schemas(schemas, acting, loaded.dtype), {}, max_kl, "")
     for note in choice.notes:
         log.warning("%s", note)
-    config = EngineConfig(choice.scheme, kv_memory, max_batch_tokens, device=CPU, threads=threads)
+    config = EngineConfig(choice.scheme, kv_memory, max_batch_tokens, device=CPU, threads=threads, spare=spare)
     layout = config.scheme.layout
 
     def save(out: Path) -> None:
@@ -314,6 +339,78 @@ def rollout(
     return run_rollout(
         engine, workflow, user_path(tasks), user_path(out), existing, concurrency, on_result, seed, rescore
     )
+
+
+def tune(
+    model_dir: str | Path,
+    adapters: Mapping[str, str | Path],
+    trajectories: str | Path | Sequence[str | Path],
+    out: str | Path,
+    sharing: str = TUNED_SHARING,
+    options: TuneOptions | None = None,
+    existing: TuneExisting = "refuse",
+    rounds: int = 1,
+    workflow: str | None = None,
+    tasks: str | Path | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    on_step: Callable[[TuneStep], None] | None = None,
+) -> TuneReport:
+    """Tunes adapters so that agents keep their own `non_shared` behaviour under a sharing scheme (docs/tuning.md).
+
+    Args:
+        model_dir, adapters: see `convert`.
+        trajectories: result files that `rollout` wrote under `non_shared`, or gold files (docs/results.md).
+        out: folder that receives one PEFT adapter directory an agent, and the report.
+        sharing: the scheme that the agents will run under.
+        options: see `lragent.tuning.options.TuneOptions`; None: the defaults.
+        existing: treatment of a folder of an earlier run: "refuse" raises; "resume" takes the steps that are left, the
+            same as without the interruption; "overwrite" starts anew.
+        rounds: more than one: each round after the first learns from trajectories that the tuned agents roll out under
+            `sharing`.
+        workflow: "FILE.py:FUNC", and tasks: JSON lines file; for rounds after the first.
+        threads: CPU threads of torch, for the whole process; None: unchanged.
+        progress: called with the name of each stage when it begins.
+        on_step: called before the first step and after each.
+
+    Raises:
+        ModelError, AdapterError: the model or an adapter can't be used.
+        SplitRefused: an adapter can't be routed, or K and V can't be split.
+        TaskFileError: a trajectory file can't be read, or is not of this model and these adapters.
+        TuneError: the folder can't be used, memory is too little, or the loss is NaN.
+        RequestError: an argument is not valid.
+    """
+    import torch
+
+    from lragent.runtime.threads import require_threads
+    from lragent.tuning.options import TuneOptions
+    from lragent.tuning.tune import TuneRequest
+    from lragent.tuning.tune import tune as tune_adapters
+
+    require_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    files = (trajectories,) if isinstance(trajectories, str | Path) else tuple(trajectories)
+
+    def roll_out(tuned: Mapping[str, Path], dtype: str, artifact: Path, results: Path) -> None:
+        assert workflow is not None and tasks is not None
+        if not artifact.exists():
+            convert(model_dir, tuned, artifact, dtype=dtype, compiled=False)
+        engine = load(artifact, sharing=sharing, backend="eager", threads=threads)
+        rollout(engine, workflow, tasks, results, existing="resume")
+
+    request = TuneRequest(
+        model_dir=model_dir,
+        adapters=dict(adapters),
+        trajectories=tuple(user_path(file) for file in files),
+        out=user_path(out),
+        sharing=sharing,
+        options=options or TuneOptions(),
+        existing=existing,
+        rounds=rounds,
+        roll_out=None if workflow is None or tasks is None else roll_out,
+    )
+    return tune_adapters(request, progress, on_step)
 
 
 def verify(

@@ -98,5 +98,9 @@ class TaskFileError(UserError):
     """A task file or workflow that can't be read."""
 
 
+class TuneError(UserError):
+    """A tuning run that can't start or go on: its folder, too little memory, a loss that is NaN."""
+
+
 class InternalError(LRAgentError):
     """A broken invariant of this project. Please report it."""

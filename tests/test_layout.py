@@ -32,6 +32,7 @@ FLOORS = (
     {"training"},
     {"rollouts"},
     {"reports"},
+    {"tuning"},
     {"api"},
     {"cli"},
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lragent.artifact.adapter_map_file import write_map
 from lragent.artifact.compiled_files import CompiledKey, compiled_file, place_compiled, unit_of
 from lragent.artifact.directory import new_directory, open_artifact, require_free
 from lragent.artifact.manifest import LayoutEntry, Manifest, write_manifest
@@ -22,6 +23,7 @@ from lragent.artifact.weights import write_weights
 from lragent.compile.compile import compile_graph, require_compiler, target_name
 from lragent.compile.export import export_graph, save_without_weights, tensors_of
 from lragent.compile.fingerprint import fingerprint
+from lragent.compile.live_adapters.a_digest import with_a_digests
 from lragent.errors import ArtifactError, Miss
 from lragent.files.checked_file import FileEntry, describe_file
 from lragent.kernels.dispatch import graphs, resolve
@@ -173,12 +175,14 @@ def write_programs(
         tensors.update(tensors_of(program.graph))
         layouts[layout] = LayoutEntry(
             program=describe_file(directory, relative),
+            adapter_map=write_map(program.adapter_map, directory, f"programs/{layout}-adapters.safetensors"),
             schema=program.schema,
             layers=program.layers,
             misses=program.misses,
             fallbacks=dict(program.fallbacks),
             fingerprint=fingerprint(program.graph, program.schema),
         )
+    split = rewritten.programs.get("split")
     from_adapters = adapter_constants(loaded, tensors)
     weights, aliases = stages.run("write weights", lambda: write_weights(directory, tensors, from_adapters))
     return Manifest(
@@ -189,7 +193,7 @@ def write_programs(
         stop_token_ids=text.stop_token_ids,
         dtype=dtype_name(loaded.dtype),
         page_size=PAGE_SIZE,
-        agents=with_stops(loaded.agents, text),
+        agents=with_a_digests(with_stops(loaded.agents, text), loaded.lora, split.adapter_map if split else None),
         layouts=layouts,
         refusal=rewritten.refusal,
         refused=rewritten.refused,

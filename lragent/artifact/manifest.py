@@ -17,7 +17,7 @@ from lragent.program.agent import Agent
 from lragent.program.cache_schema import BaseStreams, CacheSchema, Layout, LowRankStream
 from lragent.program.layer_facts import LayerFacts
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 SEAL = "seal"  # sha256 of the other entries
 LONGEST = 60  # characters of an entry that `identity` gives as it is
@@ -29,10 +29,12 @@ class LayoutEntry:
 
     Args:
         misses, fallbacks: see `lragent.passes.pipeline.Transformed`.
+        adapter_map: file of the map of its constants that follow from adapters (`adapter_map_file`).
         fingerprint: a hash of everything that packages compiled from it depend on (`lragent.compile.fingerprint`).
     """
 
     program: FileEntry
+    adapter_map: FileEntry
     schema: CacheSchema
     layers: tuple[LayerFacts, ...]
     misses: tuple[Miss, ...]
@@ -196,6 +198,7 @@ def _layout(raw: dict[str, Any]) -> LayoutEntry:
     layout: Layout = schema["layout"]
     return LayoutEntry(
         program=FileEntry(**raw["program"]),
+        adapter_map=FileEntry(**raw["adapter_map"]),
         schema=CacheSchema(
             layout=layout,
             agents=tuple(schema["agents"]),

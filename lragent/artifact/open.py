@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lragent.artifact.adapter_map_file import read_map
 from lragent.artifact.compiled_files import CompiledKey, compiled_file, keep_compiled
 from lragent.artifact.directory import Artifact
 from lragent.artifact.manifest import LayoutEntry, identity
@@ -20,6 +21,7 @@ from lragent.artifact.package_probe import Probe, require_runs
 from lragent.compile.compile import ProgramFacts, compile_graph, eager_call, join, load_compiled, program, target_name
 from lragent.compile.devices import moved, placed
 from lragent.compile.export import load_with_weights
+from lragent.compile.live_adapters.slots import ConstantSlots
 from lragent.errors import Miss, RequestError
 from lragent.kernels.dispatch import graphs
 from lragent.program.dtypes import dtype_name, dtype_named
@@ -88,7 +90,12 @@ def program_of_artifact(
         attention=attention,
         fallback=tuple(fallback.values()),
     )
-    return replace(program(join(calls), facts, backend, device), identity=partial(identity, manifest))
+    adapter_map = read_map(artifact.file(entry.adapter_map))
+    return replace(
+        program(join(calls), facts, backend, device),
+        identity=partial(identity, manifest),
+        adapters=ConstantSlots(manifest.agents, adapter_map, weights, facts.dtype),
+    )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from lragent.artifact.tokenizer import TOKENIZER, artifact_tokenizer, replace_to
 from lragent.artifact.weights import ADAPTER_FILES, ADAPTER_WEIGHTS, save_tensors, stored_once
 from lragent.compile.export import tensors_of
 from lragent.compile.fingerprint import fingerprint
+from lragent.compile.live_adapters.a_digest import with_a_digests
 from lragent.errors import ArtifactError
 from lragent.files.checked_file import FileEntry
 from lragent.files.locks import directory_lock
@@ -77,6 +78,8 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
             raise ArtifactError(f"{path} was made from another base model: {name} differs", _AGAIN)
     base = tuple(entry for entry in manifest.weights if not entry.path.startswith(ADAPTER_FILES))
     acting = tuple(agent.name for agent in loaded.agents if not agent.spare)
+    split = programs.get("split")
+    agents = with_a_digests(with_stops(loaded.agents, text), loaded.lora, split.adapter_map if split else None)
 
     def write(weights: dict[str, Tensor]) -> None:
         with directory_lock(path):
@@ -86,7 +89,7 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
                 tokenizer = replace_tokenizer(text, Path(scratch), artifact)
             updated = dataclasses.replace(
                 manifest,
-                agents=with_stops(loaded.agents, text),
+                agents=agents,
                 tokenizer=tokenizer,
                 chat_templates={agent: dict(templates) for agent, templates in text.templates.items()},
                 weights=(*base, written),

@@ -51,8 +51,13 @@ def stored_once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     return stored, aliases
 
 
-def save_tensors(directory: Path, relative: str, tensors: dict[str, Tensor]) -> FileEntry:
+def save_tensors(
+    directory: Path, relative: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> FileEntry:
     """Writes a safetensors file into an artifact.
+
+    Args:
+        metadata: of the file, name -> text.
 
     Raises:
         OSError: it can't be written.
@@ -61,7 +66,7 @@ def save_tensors(directory: Path, relative: str, tensors: dict[str, Tensor]) -> 
     from safetensors.torch import save_file
 
     try:
-        save_file(tensors, directory / relative)
+        save_file(tensors, directory / relative, metadata)
     except SafetensorError as error:
         raise OSError(f"{relative}: {error}") from error
     (directory / relative).chmod(0o644)

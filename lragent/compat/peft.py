@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -84,6 +86,23 @@ def lora_scaling(wrapper: Any, adapter: str) -> float:
     Private API: `scaling` of LoRA layers.
     """
     return float(wrapper.scaling[adapter])
+
+
+def scaling_from_config(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """Factor of B A that an adapter's config gives a module, as PEFT computes it when it makes the layer.
+
+    Private API: `peft.utils.other.get_pattern_key`.
+
+    Args:
+        config: content of `adapter_config.json`.
+        module: FQN in the base model.
+        rank: of the module's A.
+    """
+    from peft.utils.other import get_pattern_key
+
+    by_pattern = config.get("alpha_pattern") or {}
+    alpha = by_pattern.get(get_pattern_key(list(by_pattern), module), config.get("lora_alpha", 8))
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def lora_variant(wrapper: Any, adapter: str) -> str | None:

@@ -17,6 +17,8 @@ from torch import Tensor
 from lragent.compile.compile import ProgramFacts, compile_graph, eager_call, join, load_compiled, program
 from lragent.compile.export import CPU, tensors_of
 from lragent.compile.fingerprint import fingerprint
+from lragent.compile.live_adapters.a_digest import with_a_digests
+from lragent.compile.live_adapters.slots import ConstantSlots
 from lragent.errors import Miss
 from lragent.kernels.dispatch import graphs
 from lragent.program.agent import Agent
@@ -66,16 +68,22 @@ def program_of_model(
         with tempfile.TemporaryDirectory() as scratch:
             built = compile_graph(lowered.graph, transformed.schema, kv_dtype, name, unit, Path(scratch))
             calls[name] = load_compiled(built.file, transformed.schema, tensors_of(transformed.graph), CPU)
+    agents = with_a_digests(loaded.agents, loaded.lora, transformed.adapter_map)
     facts = ProgramFacts(
         schema=transformed.schema,
-        agents=loaded.agents,
+        agents=agents,
         max_positions=loaded.max_positions,
         vocab_size=loaded.vocab_size,
         dtype=loaded.dtype,
         attention=attention,
         fallback=tuple(fallback.values()),
     )
-    return replace(program(join(calls), facts, backend, CPU), identity=partial(_identity, loaded.agents, transformed))
+    constants = tensors_of(transformed.graph)
+    return replace(
+        program(join(calls), facts, backend, CPU),
+        identity=partial(_identity, loaded.agents, transformed),
+        adapters=ConstantSlots(agents, transformed.adapter_map, constants, loaded.dtype),
+    )
 
 
 def _identity(agents: tuple[Agent, ...], transformed: Transformed) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,13 +99,8 @@ def in_peft_names(
     found = AdapterFile({}, {})
     for key, tensor in weights.items():
         require_not_empty(where, key, tensor)
-        plain = _WRAPPERS.sub("", key).lstrip(".")
-        while plain.startswith(PEFT_PREFIX):
-            plain = plain.removeprefix(PEFT_PREFIX)
+        plain = _renamed(_plain(key), modules, converted)
         owner, part = _split(plain)
-        if owner not in modules and _split(converted(plain)[0])[0] in modules:
-            plain = converted(plain)[0]
-            owner, part = _split(plain)
         if part is not None:
             if owner not in modules:
                 _refuse_module(where, owner, converted, base)
@@ -127,6 +122,40 @@ def in_peft_names(
         else:
             require_base_copy(where, key, tensor, owner, base)
     return found
+
+
+def lora_places(keys: Iterable[str], base: Any) -> dict[str, tuple[str, str]]:
+    """For the keys of a file that hold an A or a B: FQN of the module in `base`, and "A" or "B".
+
+    Args:
+        base: the base model, with or without hooks.
+    """
+    modules = dict(base.named_modules())
+    converted = key_conversion(base)
+    places = {key: lora_part(_renamed(_plain(key), modules, converted)) for key in keys}
+    return {key: (module, side) for key, (module, side) in places.items() if side}
+
+
+def lora_part(key: str) -> tuple[str, str]:
+    """FQN of the module that a key belongs to, and "A" or "B"; "" for a key that names neither matrix."""
+    plain = _plain(key)
+    owner, part = _split(plain)
+    matrix = part is not None and part[1].rpartition("_")[2] in ("A", "B") and not plain.endswith(".bias")
+    return owner, part[1][-1] if part is not None and matrix else ""
+
+
+def _renamed(plain: str, modules: Mapping[str, object], converted: Callable[[str], tuple[str, bool]]) -> str:
+    """A key in the module names of this version of transformers."""
+    new = converted(plain)[0]
+    return new if _split(plain)[0] not in modules and _split(new)[0] in modules else plain
+
+
+def _plain(key: str) -> str:
+    """A key without prefixes and names of wrappers."""
+    plain = _WRAPPERS.sub("", key).lstrip(".")
+    while plain.startswith(PEFT_PREFIX):
+        plain = plain.removeprefix(PEFT_PREFIX)
+    return plain
 
 
 def _split(plain: str) -> tuple[str, re.Match[str] | None]:

@@ -104,15 +104,16 @@ def digest(lora: Mapping[str, LoraWeights], rows: Mapping[str, ReplacedRows]) ->
     sha = hashlib.sha256()
     for module in sorted(lora):
         pair = lora[module]
-        _add(sha, f"{module} {pair.scaling!r}", (pair.a, pair.b))
+        add_tensors(sha, f"{module} {pair.scaling!r}", (pair.a, pair.b))
         if pair.gain is not None or pair.constant is not None:
-            _add(sha, "gain and constant", (pair.gain, pair.constant))
+            add_tensors(sha, "gain and constant", (pair.gain, pair.constant))
     for module in sorted(rows):
-        _add(sha, f"{module} rows", (rows[module].index, rows[module].weight, rows[module].bias))
+        add_tensors(sha, f"{module} rows", (rows[module].index, rows[module].weight, rows[module].bias))
     return sha.hexdigest()
 
 
-def _add(sha: hashlib._Hash, label: str, tensors: Iterable[Tensor | None]) -> None:
+def add_tensors(sha: hashlib._Hash, label: str, tensors: Iterable[Tensor | None]) -> None:
+    """Adds a label and tensors to a hash, each with dtype and shape; None counts, too."""
     sha.update(label.encode())
     for tensor in tensors:
         if tensor is None:

@@ -128,21 +128,27 @@ def _same_stream(left: LoraWeights, right: LoraWeights) -> bool:
 def _require_fits(name: str, module: str, weights: LoraWeights, agent_slots: AgentSlots) -> None:
     rank = agent_slots.ranks[module][agent_slots.names.index(name)] if module in agent_slots.ranks else 0
     if weights.rank > rank:
-        found = f"has rank {rank}" if rank else "does not adapt it"
-        raise AdapterError(
-            f"adapter {name} has rank {weights.rank} on {module}, its slot {found}",
-            "Convert again: an update keeps the compiled program, and with it ranks and adapted modules.",
-        )
+        raise rank_refusal(name, module, weights.rank, rank)
+
+
+def rank_refusal(name: str, module: str, rank: int, slot_rank: int) -> AdapterError:
+    """The error for an adapter with a larger rank on a module than its slot, which may not adapt it at all."""
+    found = f"has rank {slot_rank}" if slot_rank else "does not adapt it"
+    return AdapterError(
+        f"adapter {name} has rank {rank} on {module}, its slot {found}",
+        "Convert again: an update keeps the compiled program, and with it ranks and adapted modules.",
+    )
 
 
 def _filled(weights: LoraWeights | None, shapes: LoraWeights, rank: int) -> LoraWeights:
     if weights is None:
         a, b = shapes.a, shapes.b
         return LoraWeights(a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank), 1.0)
-    return dataclasses.replace(weights, a=_padded(weights.a, rank, 0), b=_padded(weights.b, rank, 1))
+    return dataclasses.replace(weights, a=padded(weights.a, rank, 0), b=padded(weights.b, rank, 1))
 
 
-def _padded(tensor: Tensor, rank: int, axis: int) -> Tensor:
+def padded(tensor: Tensor, rank: int, axis: int) -> Tensor:
+    """A tensor with zeros up to `rank` entries on an axis."""
     if tensor.shape[axis] == rank:
         return tensor
     shape = list(tensor.shape)

@@ -25,6 +25,7 @@ from lragent.loading.adapter_weights import LoraWeights, ReplacedRows, digest, r
 from lragent.loading.checkpoint_dtype import auto_dtype
 from lragent.loading.hub import locate_adapter, locate_model
 from lragent.loading.peft_layers import Adapted, add_biases, put_hooks, take_apart
+from lragent.loading.tuned_metadata import tuned_for
 from lragent.probing.mask_limits import mask_limit
 from lragent.probing.position_offset import position_offset
 from lragent.probing.rotary_limits import rotary_limit
@@ -113,8 +114,9 @@ def load_directories(
         take_apart(model, {name: INTERNAL}, adapted)
         add_biases(model, name, files[name].biases, adapted)
     described = _describe(model, adapted, tuple(paths), str(place.path))
+    agents = tuple(replace(agent, tuned_for=tuned_for(agent.name, paths[agent.name])) for agent in described.agents)
     pinned = {name: source.pin for name, source in {BASE: place, **located}.items() if source.pin}
-    return replace(described, adapter_folders=paths, notes=tuple(filter(None, notes)), sources=pinned)
+    return replace(described, agents=agents, adapter_folders=paths, notes=tuple(filter(None, notes)), sources=pinned)
 
 
 def load_live(peft_model: Any, tokenizer_source: Any = None) -> LoadedModel:

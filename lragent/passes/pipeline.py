@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import fx, nn
 
 from lragent.capture.capture import Captured, capture
+from lragent.compat.transformers import embedding_scale
 from lragent.errors import InternalError, Miss, SplitRefused
 from lragent.graph.adapter_marker import adapter_markers
 from lragent.graph.passes import Context, Pass, PassReport, run_pass
@@ -23,7 +24,7 @@ from lragent.loading.stages import Stages
 from lragent.passes import LOWER, REWRITE
 from lragent.passes.contract import Adapter, KeyTransform, LowerContext, PassState, RewriteContext
 from lragent.passes.lower_attention import LOWER_ATTENTION, fallback_layers
-from lragent.program.adapter_map import AdapterMap
+from lragent.program.adapter_map import AdapterMap, RoutedConstants
 from lragent.program.cache_schema import CacheSchema, Layout
 from lragent.program.dtypes import LAYOUTS
 from lragent.program.layer_facts import LayerFacts
@@ -118,7 +119,7 @@ def transform(captured: Captured, layout: Layout) -> Transformed:
         schema=CacheSchema(layout, context.agents, state.base_streams, state.low_rank_streams),
         layers=_layer_facts(state),
         reports=reports,
-        adapter_map=_adapter_map(graph, context),
+        adapter_map=_adapter_map(graph, context, captured.loaded),
         fallbacks={name: found for name in GRAPHS if (found := fallback_layers(graph, name))},
     )
 
@@ -199,12 +200,16 @@ def _drop_unused(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _adapter_map(graph: fx.GraphModule, context: RewriteContext) -> AdapterMap:
+def _adapter_map(graph: fx.GraphModule, context: RewriteContext, loaded: LoadedModel) -> AdapterMap:
     """The map of the constants that are left in the graph; call after `_drop_unused`."""
     left = {name for name, _ in graph.named_buffers()}
     gains = (module for module, by_agent in context.adapters.items() for a in by_agent.values() if a.gain is not None)
+
+    def scale(entry: RoutedConstants) -> float:
+        return embedding_scale(loaded.model.get_submodule(entry.stream.module).base_layer)
+
     return AdapterMap(
-        routed=tuple(entry for entry in context.state.routed if left & {entry.a, entry.b}),
+        routed=tuple(replace(e, scale=scale(e)) for e in context.state.routed if left & {e.a, e.b}),
         attention=tuple(entry for entry in context.state.lora_b if entry.name in left),
         fixed=tuple(dict.fromkeys((*gains, *context.rows))),
     )

@@ -120,7 +120,7 @@ def _low_rank(
     mask = emit(graph, aten.index_select.default, route_node, 0, ids)
     own = emit(graph, aten.mul.Tensor, own, mask)
     b_node = add_constant(graph, f"lora_b_{index}", b_cat)
-    context.state.routed.append(RoutedConstants(index, stream, embeds))
+    context.state.routed.append(RoutedConstants(index, stream, embeds, outputs=b_cat.shape[1]))
     return low_rank, emit(graph, aten.matmul.default, own, b_node)
 
 

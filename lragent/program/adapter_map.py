@@ -36,11 +36,15 @@ class RoutedConstants:
 
     Args:
         embeds: True for an embedding, whose A is stored as `[tokens, R]`.
+        outputs: output features of the projection.
+        scale: factor that an embedding applies to its rows, and to those of an adapter.
     """
 
     index: int
     stream: LowRankStream
     embeds: bool
+    outputs: int
+    scale: float = 1.0
 
     @property
     def a(self) -> str:
@@ -49,6 +53,10 @@ class RoutedConstants:
     @property
     def b(self) -> str:
         return f"lora_b_{self.index}"
+
+    @property
+    def ones(self) -> str:
+        return f"lora_ones_{self.index}"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class Agent:
         targets: FQNs of the adapted modules.
         stop_token_ids: ids that end its turns besides the model's own stop tokens.
         tuned_for: sharing scheme that its adapter was tuned for (`lragent tune`); "" if none is known.
+        a_digest: sha256 of its A's on K and V projections; "" without any. Equal if all their `x A` are equal.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Agent:
     targets: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     tuned_for: str = ""
+    a_digest: str = ""
 
     @property
     def spare(self) -> bool:

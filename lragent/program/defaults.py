@@ -4,6 +4,7 @@ from typing import Final
 
 AUTO: Final = "auto"
 SHARING: Final = AUTO
+TUNED_SHARING: Final = "base_lr_shared"  # the scheme that adapters are tuned for
 # Largest drift of a scheme that counts as no loss: nats per token of the agent that drifts most. At 0.2 adapters lost
 # everything, at 0.005 nothing (docs/quality.md).
 MAX_KL: Final = 0.05

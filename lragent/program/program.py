@@ -10,6 +10,7 @@ import torch
 
 from lragent.program.agent import Agent
 from lragent.program.cache_schema import CacheSchema
+from lragent.program.live_adapters import AdapterSlots
 from lragent.program.step import CacheTensors, StepInputs
 
 
@@ -26,6 +27,7 @@ class Program:
         facts: for reports: backend, attention and its fallback, device, dtype.
         identity: gives everything by which two programs differ in their results, by name: agents and weights by their
             hashes, versions. It may read all weights.
+        adapters: puts other adapters into the program in memory; None if it can't.
     """
 
     schema: CacheSchema
@@ -35,6 +37,7 @@ class Program:
     run: Callable[[StepInputs, CacheTensors], torch.Tensor]
     facts: Mapping[str, str]
     identity: Callable[[], Mapping[str, Any]] = dict
+    adapters: AdapterSlots | None = None
 
 
 def run_flat(

@@ -67,8 +67,8 @@ class StepEstimate:
     Args:
         held: bytes of cache after every agent has seen every token.
         fits: True if weights and `held` fit into the GPU's memory.
-        read: bytes of cache that the step reads if every request reads separately; seconds: its time then.
-        read_once: bytes if agents of a trajectory read shared pages once; seconds_once: its time then.
+        read: bytes of cache that the step reads if every row reads separately; seconds: its time then.
+        read_once: bytes if the rows of a trajectory read shared pages once; seconds_once: its time then.
     """
 
     sharing: str
@@ -146,10 +146,12 @@ def estimate(shape: ModelShape, gpu: Gpu, load: Load, sharing: str) -> StepEstim
         columns = BYTES_A_NUMBER * sum(stream.ranks[agent] for stream in shape.schema.low_rank for agent in agents)
     tokens = load.trajectories * load.context
     held = tokens * held_per_token
-    read = tokens * (base * len(agents) + columns)
+    # Under `neutral_shared` an adapter-free row writes the token, and the agent's row reads.
+    rows = 2 if scheme.written_as_base else 1
+    read = tokens * (base * len(agents) * rows + columns)
     read_once = read if scheme.page_table_per_agent else tokens * (base + columns)
     weights = shape.weights * BYTES_A_NUMBER
-    products = 2 * shape.weights * load.trajectories * len(agents) / gpu.operations
+    products = 2 * shape.weights * load.trajectories * len(agents) * rows / gpu.operations
     seconds, seconds_once = (max((weights + cache) / gpu.bandwidth, products) for cache in (read, read_once))
     return StepEstimate(sharing, held, weights + held <= gpu.memory, read, seconds, read_once, seconds_once)
 

@@ -1,6 +1,7 @@
 """Compares an artifact with plain PEFT: greedy turns of every agent, under several sharing schemes.
 
-The turns start fresh trajectories, and a first turn is exact under every sharing scheme.
+The turns start fresh trajectories. A first turn is exact under every sharing scheme but `neutral_shared`, under which
+only `base` equals PEFT: there, no other agent is compared.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lragent.loading.stages import Progress
 from lragent.program.agent import BASE
 from lragent.reports.peft_reference import PeftReference
 from lragent.runtime import Engine
+from lragent.runtime.schemes import scheme_named
 
 PROMPTS = (
     "The capital of France is",
@@ -153,13 +155,13 @@ def random_prompts(manifest: Manifest, new_tokens: int) -> tuple[list[int], ...]
 def compare(
     engine: Engine, reference: PeftReference, rounded: PeftReference | None, prompts: Sequence[Prompt], new_tokens: int
 ) -> Iterator[Comparison]:
-    """Generates greedily with every agent on fresh trajectories and lets PEFT score the same tokens.
+    """Generates greedily with every agent that equals PEFT on fresh trajectories, and lets PEFT score the same tokens.
 
     Args:
         reference: PEFT in float32.
         rounded: PEFT in the artifact's dtype; None if that is float32.
     """
-    for agent in engine.agents:
+    for agent in (BASE,) if scheme_named(engine.sharing).written_as_base else engine.agents:
         behind: list[float] = []
         differences: list[float] = []
         own = [0.0]

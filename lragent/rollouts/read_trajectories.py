@@ -5,12 +5,13 @@ A line of a gold file has `token_ids` and `generated` only, and its digests are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lragent.errors import TaskFileError
+from lragent.program.agent import BASE
 from lragent.rollouts.jsonl import numbered_lines, parse_object
 from lragent.rollouts.result_lines import FORMAT
 
@@ -82,6 +83,35 @@ def read_recorded(path: Path) -> Iterator[RecordedTrajectory | FailedLine]:
             _refuse(place, '"trajectories" is not a list of objects')
         for entry in entries:
             yield _trajectory(place, entry, value)
+
+
+def require_fits(recorded: RecordedTrajectory, agents: Container[str], vocab_size: int, positions: int) -> None:
+    """Checks a trajectory against a model and its agents.
+
+    Args:
+        agents: names besides `base`.
+        positions: most tokens of a trajectory.
+
+    Raises:
+        TaskFileError: an unknown agent, a token outside the vocabulary, or too many tokens.
+    """
+    for turn in recorded.turns:
+        if turn.agent not in agents and turn.agent != BASE:
+            raise TaskFileError(
+                f"{recorded.place}: a turn is of an unknown agent, {turn.agent!r}",
+                "Name all agents of the trajectories as they are named there.",
+            )
+    largest = max(recorded.token_ids, default=0)
+    if largest >= vocab_size:
+        raise TaskFileError(
+            f"{recorded.place}: token id {largest} is outside the model's vocabulary of {vocab_size} tokens",
+            "The trajectories are of another tokenizer: give the model that rolled them out.",
+        )
+    if len(recorded.token_ids) > positions:
+        raise TaskFileError(
+            f"{recorded.place}: {len(recorded.token_ids)} tokens, the model has {positions} positions",
+            "Give the model that rolled them out.",
+        )
 
 
 def _is_whole(path: Path, number: int, line: bytes) -> bool:

@@ -27,10 +27,13 @@ class EngineConfig:
         device: device of the cache and the program.
         stop_token_ids: the model's own stop tokens.
         agents: agents that will act besides `base`; the cache stores no LR values of others. None: all agents.
+        spare: spare agent slots with LR blocks of their own in the cache, for new versions of adapters whose A changes
+            while trajectories of the version before are open (`Engine.update_adapters`).
         threads: torch's number of CPU threads, which is one setting per process; None keeps it.
 
     Raises:
-        RequestError: unknown scheme, a size below 1, or a number of threads that torch can't be set to.
+        RequestError: unknown scheme, a size below 1, a negative number of spare slots, or a number of threads that
+            torch can't be set to.
     """
 
     sharing: str
@@ -42,6 +45,7 @@ class EngineConfig:
     stop_token_ids: Sequence[int] = ()
     agents: Sequence[str] | None = None
     threads: int | None = None
+    spare: int = 0
 
     def __post_init__(self) -> None:
         scheme_named(self.sharing)
@@ -49,6 +53,8 @@ class EngineConfig:
         for name, value in (("max_batch_tokens", self.max_batch_tokens), ("page_size", self.page_size)):
             if value < 1:
                 raise RequestError(f"{name} is {value}, must be at least 1")
+        if self.spare < 0:
+            raise RequestError(f"spare is {self.spare}, must not be negative")
 
     @property
     def scheme(self) -> Scheme:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,16 @@ import torch
 
 from lragent.errors import InternalError, RequestError
 from lragent.program.agent import BASE
+from lragent.program.live_adapters import GivenAdapter
 from lragent.program.program import Program
 from lragent.runtime.cache import memory
-from lragent.runtime.cache.prefix_index import KeyRules
 from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.cache.write_log import log_end
 from lragent.runtime.config import EngineConfig
 from lragent.runtime.evidence import Evidence
 from lragent.runtime.loop import EngineLoop
 from lragent.runtime.make_request import RequestMaker
+from lragent.runtime.roster import Roster
 from lragent.runtime.schemes import Scheme
 from lragent.runtime.seeds import SeedPath
 from lragent.runtime.stats import EngineStats
@@ -27,6 +27,7 @@ from lragent.runtime.task_loop import RolloutResult, Workflow, arun_workflow, ru
 from lragent.runtime.task_scope import running_task
 from lragent.runtime.trajectory import Trajectory
 from lragent.runtime.trajectory_state import StartText, TrajectoryState
+from lragent.runtime.update_adapters import VersionInUse, place, read_all, updated
 from lragent.runtime.usage import Usage
 from lragent.text.tokenizer import Tokenizer
 
@@ -59,8 +60,8 @@ class Engine:
         self._evidence = evidence or Evidence("exact" if scheme.page_table_per_agent else "none")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        acting = _acting(program, config.agents)
-        schema = program.schema.holding(acting)
+        acting, spare = _acting(program, config.agents), _spare(program, config.spare)
+        schema = program.schema.holding((*acting, *spare))
         sizes = memory.page_bytes(schema, scheme.lr_blocks, config.page_size, config.kv_dtype)
         pages = memory.pages_that_fit(config.kv_memory, sizes)
         # Memory first: the system may refuse so many pages.
@@ -68,17 +69,15 @@ class Engine:
             schema, scheme.lr_blocks, pages, config.page_size, config.kv_dtype, torch.device(config.device)
         )
         cache = SharedCache.empty(pages, sizes, config.page_size, track_lr=scheme.own_lr_only)
-        names = (BASE, *program.schema.agents)
+        slots = enumerate(program.schema.agents, 1)
+        held = frozenset(slot for slot, name in slots if scheme.layout == "dense" or name in (*acting, *spare))
         self._make = RequestMaker(
             program=program,
             scheme=scheme,
             cache=cache,
             tokenizer=tokenizer,
             stop_token_ids=frozenset(config.stop_token_ids),
-            rules=_key_rules(program, scheme),
-            names=names,
-            digests=("", *(agent.digest for agent in program.agents)),
-            acting=(BASE, *acting),
+            roster=Roster.of(program.agents, scheme, acting, held),
         )
         self._kv_dtype = config.kv_dtype
         # Of trajectories outside a run.
@@ -89,14 +88,14 @@ class Engine:
             scheme=scheme,
             memory=tensors,
             cache=cache,
-            names=names,
+            agents=len(program.agents) + 1,
             max_batch_tokens=config.max_batch_tokens,
         )
 
     @property
     def agents(self) -> tuple[str, ...]:
         """Names of all agents that may act, `base` first."""
-        return self._make.acting
+        return self._make.roster.acting
 
     @property
     def sharing(self) -> str:
@@ -104,8 +103,10 @@ class Engine:
 
     @property
     def evidence(self) -> Evidence:
-        """The reason to trust the sharing scheme."""
-        return self._evidence
+        """The reason to trust the sharing scheme; that of adapters that were updated is not known."""
+        if not self._make.roster.updates or self._evidence.reason == "exact":
+            return self._evidence
+        return Evidence(max_kl=self._evidence.max_kl)
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -113,7 +114,8 @@ class Engine:
 
     @property
     def program(self) -> Program:
-        return self._loop.program
+        """The program, with the agents' newest adapters."""
+        return updated(self._loop.program, self._make.roster)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -172,14 +174,46 @@ class Engine:
         """As `run`, from asynchronous code."""
         return arun_workflow(self.trajectory, workflow, tasks, concurrency, seed)
 
+    def update_adapters(self, adapters: Mapping[str, GivenAdapter]) -> dict[str, str]:
+        """Gives agents new adapters, in memory and in one step, without compiling (docs/rl.md).
+
+        Open trajectories keep the version of each agent that has acted on them. While there are any, the new version
+        takes a spare slot; else it takes the place of the version before. Pages of the cache are found again as far as
+        they hold nothing of what has changed.
+
+        Args:
+            adapters: agent name -> its new adapter: in memory, or the directory of a PEFT adapter.
+
+        Returns:
+            Agent name -> digest of its new adapter.
+
+        Raises:
+            AdapterError: an adapter can't be read, or does not fit any slot; names agent, module and reason.
+            VersionInUse: open trajectories use a present version, and no slot is spare.
+            RequestError: an unknown agent, or a program whose adapters can't be changed.
+            On any error, nothing has changed.
+        """
+        return place(self._loop, self._make.roster, read_all(self._loop.program, self._make.roster, adapters))
+
+    async def aupdate_adapters(self, adapters: Mapping[str, GivenAdapter]) -> dict[str, str]:
+        """As `update_adapters`; waits until enough trajectories are closed, instead of raising VersionInUse."""
+        given = read_all(self._loop.program, self._make.roster, adapters)
+        while True:
+            try:
+                return place(self._loop, self._make.roster, given)
+            except VersionInUse:
+                await self._loop.closed()
+
     def save(self, path: str | Path) -> None:
         """Writes the model as an artifact.
 
         Raises:
-            RequestError: the engine was opened from an artifact.
+            RequestError: the engine was opened from an artifact, or its adapters were updated.
         """
         if self._saver is None:
             raise RequestError("this engine has nothing to save", "It was opened from an artifact: copy that.")
+        if self._make.roster.updates:
+            raise RequestError("this engine's adapters were updated", "Save the adapters and convert the model.")
         self._saver(Path(path))
 
     def stats(self) -> EngineStats:
@@ -249,16 +283,12 @@ def _acting(program: Program, agents: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(name for name in known if name in agents)
 
 
-def _key_rules(program: Program, scheme: Scheme) -> tuple[KeyRules, ...]:
-    """Key rules by owner of page tables (see `RequestMaker`)."""
-    digests = (BASE.encode(), *(b"adapter:" + agent.digest.encode() for agent in program.agents))
-    if scheme.page_table_per_agent:
-        return tuple(KeyRules(_root(scheme, digest), None, turn_starts=False) for digest in digests)
-    if scheme.adapter_free_forward:
-        # A writer's LR values go into its own block, so two agents with equal weights need different tags.
-        digests = tuple(digest + b"#%d" % index for index, digest in enumerate(digests))
-    return (KeyRules(_root(scheme, b""), digests, turn_starts=scheme.adapter_free_forward),)
-
-
-def _root(scheme: Scheme, owner: bytes) -> bytes:
-    return hashlib.blake2b(scheme.name.encode() + b"/" + owner, digest_size=32).digest()
+def _spare(program: Program, count: int) -> tuple[str, ...]:
+    """Names of the first spare agent slots; RequestError if the program has fewer."""
+    spare = tuple(agent.name for agent in program.agents if agent.spare)
+    if count > len(spare):
+        raise RequestError(
+            f"spare is {count}, the program has {len(spare)} spare agent slots",
+            f"Convert with --spare {count}.",
+        )
+    return spare[:count]

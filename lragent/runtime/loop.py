@@ -32,7 +32,7 @@ class EngineLoop:
     """State of an engine and its step.
 
     Args:
-        names: agent names by agent id.
+        agents: N + 1, `base` and spare slots included.
         on_step: called after every step, for tests and monitors.
         states: open trajectories, in order of creation.
         active: the request in progress of each trajectory that has one.
@@ -42,7 +42,7 @@ class EngineLoop:
     scheme: Scheme
     memory: CacheMemory
     cache: SharedCache
-    names: tuple[str, ...]
+    agents: int
     max_batch_tokens: int
     on_step: Callable[[], None] | None = None
     states: dict[TrajectoryState, None] = field(default_factory=dict)
@@ -51,6 +51,7 @@ class EngineLoop:
     turns: int = 0
     steps: int = 0
     pump: asyncio.Task[None] | None = None
+    waiting_for_close: list[asyncio.Future[None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.scheme, self.cache, self.max_batch_tokens, self.states.keys())
@@ -76,6 +77,16 @@ class EngineLoop:
             self.end(active, RequestError("the trajectory was closed during a turn"))
         state.close(self.cache)
         self.states.pop(state, None)
+        for waiter in self.waiting_for_close:
+            if not waiter.done():
+                waiter.set_result(None)
+        self.waiting_for_close.clear()
+
+    async def closed(self) -> None:
+        """Waits until a trajectory is closed."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiting_for_close.append(waiter)
+        await waiter
 
     def is_busy(self, state: TrajectoryState) -> bool:
         """True while a request of the trajectory is in progress."""
@@ -131,7 +142,7 @@ class EngineLoop:
             sources += [source for source, _ in entry.copies]
             targets += [target for _, target in entry.copies]
         self.memory.copy_pages(sources, targets)
-        step = build_step(entries, len(self.names) - 1, self.cache.page_size)
+        step = build_step(entries, self.agents - 1, self.cache.page_size)
         with torch.inference_mode():
             logits_RV = self.program.run(step, self.memory.tensors)
         self.steps += 1
@@ -139,7 +150,7 @@ class EngineLoop:
             for piece in entry.pieces:
                 record_piece(entry.request, piece, self.scheme, self.cache)
         self.cache.pool.note_peak()
-        done = take_logits(entries, logits_RV, self.scheme, len(self.names), self.program.max_positions)
+        done = take_logits(entries, logits_RV, self.scheme, self.agents, self.program.max_positions)
         for request in done:
             self.end(request, request.error)
         self._end_settled()
@@ -164,9 +175,17 @@ class EngineLoop:
             request.table.cut(request.turn_start, self.cache)
             request.table.drop(self.cache)
         elif request.token_ids:
-            agent, end = self.names[request.agent or 0], len(state.tokens)
+            version = state.version_in(request.agent or 0)
             state.segments.append(
-                TurnSegment(agent, request.prompt, end, request.seed, request.finish_reason, request.stop_reason)
+                TurnSegment(
+                    agent=version.agent,
+                    start=request.prompt,
+                    end=len(state.tokens),
+                    seed=request.seed,
+                    finish_reason=request.finish_reason,
+                    stop_reason=request.stop_reason,
+                    adapter=version.digest,
+                )
             )
             state.turns += 1
             self.turns += 1

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from lragent.runtime.record import AgentSpan, TrajectoryRecord
 from lragent.runtime.trajectory_state import TrajectoryState
 
 
-def record_of(state: TrajectoryState, names: Sequence[str], digests: Sequence[str]) -> TrajectoryRecord:
-    """The record of a trajectory as it is now; also of a closed one.
-
-    Args:
-        names, digests: of all agents, by agent id.
-    """
+def record_of(state: TrajectoryState) -> TrajectoryRecord:
+    """The record of a trajectory as it is now; also of a closed one."""
     generated: list[AgentSpan] = []
     seeds: list[int] = []
     finish_reasons: list[str] = []
@@ -21,14 +15,15 @@ def record_of(state: TrajectoryState, names: Sequence[str], digests: Sequence[st
     for part in state.segments:
         if part.agent is None or part.seed is None or part.finish_reason is None:
             continue
-        generated.append(AgentSpan(part.agent, digests[names.index(part.agent)], part.start, part.end))
+        generated.append(AgentSpan(part.agent, part.adapter, part.start, part.end))
         seeds.append(part.seed)
         finish_reasons.append(part.finish_reason)
         stop_reasons.append(part.stop_reason)
     written = [
-        AgentSpan(names[part.agent], digests[part.agent], part.start, part.end)
+        AgentSpan(writer.agent, writer.digest, part.start, part.end)
         for _, table in sorted(state.page_tables.items())
         for part in table.log
+        for writer in (state.version_in(part.agent),)
     ]
     return TrajectoryRecord(
         token_ids=list(state.tokens),

@@ -8,10 +8,10 @@ from operator import index
 
 from lragent.errors import CacheMemoryError, RequestError
 from lragent.program.program import Program
-from lragent.runtime.cache.prefix_index import KeyRules
 from lragent.runtime.cache.shared_cache import SharedCache
 from lragent.runtime.cache.write_log import log_end
 from lragent.runtime.request import Request
+from lragent.runtime.roster import Roster
 from lragent.runtime.sampling.stop_watch import StopWatch
 from lragent.runtime.schemes import Scheme
 from lragent.runtime.trajectory_state import TrajectoryState
@@ -26,9 +26,7 @@ class RequestMaker:
 
     Args:
         stop_token_ids: the model's own stop tokens.
-        rules: key rules by owner of page tables: by agent id in `non_shared`, else one under key 0.
-        names: agent names by agent id; digests: of their adapters, "" for `base`.
-        acting: names of agents that may act.
+        roster: the agents' adapters, which `Engine.update_adapters` changes.
     """
 
     program: Program
@@ -36,10 +34,7 @@ class RequestMaker:
     cache: SharedCache
     tokenizer: Tokenizer | None
     stop_token_ids: frozenset[int]
-    rules: tuple[KeyRules, ...]
-    names: tuple[str, ...]
-    digests: tuple[str, ...]
-    acting: tuple[str, ...]
+    roster: Roster
 
     def ids(self, token_ids: Sequence[int]) -> list[int]:
         """Token ids, checked against the vocabulary; RequestError for bad ones."""
@@ -90,12 +85,6 @@ class RequestMaker:
             )
         return ids
 
-    def agent_id(self, agent: str) -> int:
-        """Raises RequestError for an agent that is unknown or may not act."""
-        if agent not in self.acting:
-            raise RequestError(f"unknown agent {agent!r}", f"Agents are: {', '.join(self.acting)}.")
-        return self.names.index(agent)
-
     def check_length(self, length: int) -> None:
         """Raises RequestError or CacheMemoryError if no turn can begin with `length` tokens."""
         most = self.program.max_positions
@@ -124,7 +113,7 @@ class RequestMaker:
         else:
             own = frozenset() if options.ignore_eos else self.stop_token_ids | self._own_stops(agent)
             watch = StopWatch(self.tokenizer, options.stop_strings, options.stop_ids | own)
-        request = self._request(state, self.agent_id(agent), options, watch)
+        request = self._request(state, agent, options, watch)
         request.seed = state.seeds.seed(state.turns) if options.seed is None else index(options.seed)
         return request
 
@@ -136,7 +125,7 @@ class RequestMaker:
         first = len(state.tokens) - 1
         ids = self.ids(token_ids)
         state.append(ids[:-1])
-        request = self._request(state, self.agent_id(agent), TurnOptions(forced=ids), StopWatch(self.tokenizer, (), ()))
+        request = self._request(state, agent, TurnOptions(forced=ids), StopWatch(self.tokenizer, (), ()))
         request.score, request.logits_from = True, first
         return request
 
@@ -150,8 +139,8 @@ class RequestMaker:
             return None
         return self._request(state, None, TurnOptions(), StopWatch(None, (), ()))
 
-    def _request(self, state: TrajectoryState, agent: int | None, options: TurnOptions, watch: StopWatch) -> Request:
-        owner = agent if self.scheme.page_table_per_agent and agent is not None else 0
-        table = state.table_for(owner, len(self.names), self.rules[owner])
+    def _request(self, state: TrajectoryState, agent: str | None, options: TurnOptions, watch: StopWatch) -> Request:
+        slot = None if agent is None else self.roster.version(state, agent).slot
+        table = self.roster.table(state, slot, self.cache)
         length = len(state.tokens)
-        return Request(state, table, agent, options, watch, length, log_end(table.log), logits_from=length - 1)
+        return Request(state, table, slot, options, watch, length, log_end(table.log), logits_from=length - 1)

@@ -39,7 +39,7 @@ class Request:
         arrival: order of submission.
         blocked_on: key of a page that another request is about to compute and that this one will reuse.
         admitted: True once the request has been admitted, also after a preemption.
-        spans: spans still to run; bookkeeping.py removes finished ones, take_logits.py adds the next decode.
+        spans: spans still to run; bookkeeping.py removes finished ones, take_logits.py adds those of the next decode.
 
     Set by scheduling/bookkeeping.py:
         usage: tokens computed, by kind; the scheduler sets `reused`, take_logits.py sets `ttft`.
@@ -89,7 +89,11 @@ class Request:
     @property
     def decoding(self) -> bool:
         """True if one token at a time is left to run."""
-        return len(self.spans) == 1 and self.spans[0].kind == "decode"
+        return (
+            bool(self.spans)
+            and self.spans[-1].end - self.spans[0].start == 1
+            and all(span.kind in ("decode", "acting") for span in self.spans)
+        )
 
     def finish(self, error: BaseException | None = None) -> None:
         self.done, self.error = True, error

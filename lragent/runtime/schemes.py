@@ -1,8 +1,9 @@
-"""The five sharing schemes: the forwards that a turn needs, and the cache entries that each forward writes.
+"""The six sharing schemes: the forwards that a turn needs, and the cache entries that each forward writes.
 
 A forward runs a range of tokens through the model as one agent. It is described by spans; all tokens of a span have
 the same write flags. Agent ids: 0 is `base`, i > 0 is agent i of the program. `spans_of_turn` derives the spans from a
 `View` of the page table and its write log, so pages that were lost can be computed again (a replay).
+A row is one token in one forward; under `neutral_shared` a token whose logits are wanted has two.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lragent.errors import RequestError
 from lragent.program.cache_schema import Layout, LrBlocks
 from lragent.runtime.cache.write_log import WriteRange, log_end
 
-Kind = Literal["prefill", "decode", "catch_up", "adapter_free", "replay", "rerun"]
+Kind = Literal["prefill", "decode", "acting", "catch_up", "adapter_free", "replay", "rerun"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Span:
     lr_writers: tuple[bool, ...]
     logits_from: int
     adapter_free: bool = False
+
+    @property
+    def writes(self) -> bool:
+        """False if the span only reads the cache."""
+        return self.writes_base or any(self.lr_writers)
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,11 @@ def _own_lr(agents: int, agent: int) -> tuple[bool, ...]:
     return tuple(index == agent and index > 0 for index in range(agents))
 
 
-def acting_span(scheme: Scheme, agents: int, agent: int, start: int, end: int, kind: Kind) -> Span:
-    """The span in which `agent` is the writer of its tokens; `agents` counts `base`."""
-    lr_writers = _own_lr(agents, agent) if scheme.own_lr_only else _all_lr(agents)
-    return Span(start, end, agent, kind, writes_base=True, lr_writers=lr_writers, logits_from=end)
+def _writer_span(scheme: Scheme, agents: int, agent: int, start: int, end: int, kind: Kind) -> Span:
+    """The span in which tokens of `agent`'s turn are written; `agents` counts `base`."""
+    writer = scheme.writer(agent)
+    lr_writers = _own_lr(agents, writer) if scheme.own_lr_only else _all_lr(agents)
+    return Span(start, end, writer, kind, writes_base=True, lr_writers=lr_writers, logits_from=end)
 
 
 def _pending(scheme: Scheme, view: View) -> list[Span]:
@@ -97,13 +104,13 @@ def _pending(scheme: Scheme, view: View) -> list[Span]:
         (start, min(view.tokens, view.prompt), "prefill"),
         (max(start, view.prompt), view.tokens, "decode"),
     ]
-    return [acting_span(scheme, view.agents, view.agent, low, high, kind) for low, high, kind in bounds if low < high]
+    return [_writer_span(scheme, view.agents, view.agent, low, high, kind) for low, high, kind in bounds if low < high]
 
 
 def _spans_written_once(scheme: Scheme, view: View) -> list[Span]:
-    """`non_shared` (on the agent's own table), `full_shared`, `base_lr_shared`: only the writer runs a token."""
+    """`non_shared` (on the agent's own table), `full_shared`, `base_lr_shared`, `neutral_shared`: the writer's rows."""
     replays = [
-        acting_span(scheme, view.agents, written.agent, max(written.start, view.computed), written.end, "replay")
+        _writer_span(scheme, view.agents, written.agent, max(written.start, view.computed), written.end, "replay")
         for written in view.log
         if written.end > view.computed
     ]
@@ -129,7 +136,7 @@ def _spans_base_shared(scheme: Scheme, view: View) -> list[Span]:
         if written.end > view.computed:
             start = max(written.start, view.computed)
             catch_up(written.agent, start, replayed=True)
-            spans.append(acting_span(scheme, view.agents, written.agent, start, written.end, "replay"))
+            spans.append(_writer_span(scheme, view.agents, written.agent, start, written.end, "replay"))
             have[written.agent] = written.end
     if view.agent is not None:
         catch_up(view.agent, log_end(view.log), replayed=False)
@@ -142,7 +149,7 @@ def _spans_rebase(scheme: Scheme, view: View) -> list[Span]:
     for written in view.log:
         if written.end > view.computed:
             start = max(written.start, view.computed)
-            spans.append(acting_span(scheme, view.agents, written.agent, start, written.end, "replay"))
+            spans.append(_writer_span(scheme, view.agents, written.agent, start, written.end, "replay"))
         in_progress = view.agent is not None and written.start >= view.turn_start
         if written.agent == 0 or in_progress:
             continue
@@ -166,6 +173,8 @@ class Scheme:
         page_table_per_agent: True if each agent of a trajectory has its own page table; else they share one.
         own_lr_only: True if a writer writes its own LR block only, and other agents catch up.
         adapter_free_forward: True if tokens become final in an adapter-free forward after their turn.
+        written_as_base: True if `base` writes every token, whoever acts. Rows of other agents (acting rows) only read,
+            and exist at positions whose logits are wanted.
         spans: derives the spans of a turn, without logits.
     """
 
@@ -175,18 +184,29 @@ class Scheme:
     page_table_per_agent: bool
     own_lr_only: bool
     adapter_free_forward: bool
+    written_as_base: bool
     spans: Callable[[Scheme, View], list[Span]]
+
+    @property
+    def writes_all_lr(self) -> bool:
+        """True if a page holds the LR values of all agents, computed by its writer."""
+        return self.layout == "split" and not self.own_lr_only
+
+    def writer(self, agent: int) -> int:
+        """The agent id that writes the tokens of a turn of `agent`."""
+        return 0 if self.written_as_base else agent
 
 
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {
         scheme.name: scheme
         for scheme in (
-            Scheme("non_shared", "dense", "distinct", True, False, False, _spans_written_once),
-            Scheme("full_shared", "dense", "distinct", False, False, False, _spans_written_once),
-            Scheme("base_shared", "split", "per_agent", False, True, False, _spans_base_shared),
-            Scheme("base_lr_shared", "split", "distinct", False, False, False, _spans_written_once),
-            Scheme("rebase_shared", "split", "per_agent", False, False, True, _spans_rebase),
+            Scheme("non_shared", "dense", "distinct", True, False, False, False, _spans_written_once),
+            Scheme("full_shared", "dense", "distinct", False, False, False, False, _spans_written_once),
+            Scheme("base_shared", "split", "per_agent", False, True, False, False, _spans_base_shared),
+            Scheme("base_lr_shared", "split", "distinct", False, False, False, False, _spans_written_once),
+            Scheme("rebase_shared", "split", "per_agent", False, False, True, False, _spans_rebase),
+            Scheme("neutral_shared", "split", "distinct", False, False, False, True, _spans_written_once),
         )
     }
 )
@@ -206,20 +226,36 @@ def spans_of_turn(scheme: Scheme, view: View, logits_from: int) -> list[Span]:
         logits_from: first position whose logits the acting agent needs; ignored without an acting agent.
     """
     spans = scheme.spans(scheme, view)
-    return spans if view.agent is None else with_logits(spans, view, view.agent, logits_from)
+    if view.agent is None:
+        return spans
+    return _with_logits(scheme, spans, view.agents, view.agent, view.tokens, logits_from)
 
 
-def with_logits(spans: Sequence[Span], view: View, agent: int, logits_from: int) -> list[Span]:
-    """Marks positions from `logits_from` on, and adds a rerun of those that the acting agent's spans don't cover.
+def spans_of_decode(scheme: Scheme, agents: int, agent: int, at: int) -> list[Span]:
+    """The spans that run the newest token, at position `at`, for its logits; `agents` counts `base`."""
+    written = _writer_span(scheme, agents, agent, at, at + 1, "decode")
+    return _with_logits(scheme, [written], agents, agent, at + 1, at)
 
-    A rerun reads the cache and writes nothing.
+
+def _with_logits(
+    scheme: Scheme, spans: Sequence[Span], agents: int, agent: int, tokens: int, logits_from: int
+) -> list[Span]:
+    """Marks positions from `logits_from` on, and adds a span for those that the acting agent's spans don't cover.
+
+    The added span reads the cache and writes nothing: acting rows where the scheme has them, else a rerun.
+
+    Args:
+        agents: N + 1.
+        tokens: of the trajectory.
     """
     tail = len(spans)
-    covered = view.tokens
+    covered = tokens
     while tail > 0 and spans[tail - 1].agent == agent and spans[tail - 1].end == covered:
         tail -= 1
         covered = spans[tail].start
     marked = [replace(span, logits_from=min(max(span.start, logits_from), span.end)) for span in spans[tail:]]
-    nothing = (False,) * view.agents
-    rerun = [Span(logits_from, covered, agent, "rerun", False, nothing, logits_from)] if logits_from < covered else []
-    return [*spans[:tail], *rerun, *marked]
+    read_only: list[Span] = []
+    if logits_from < covered:
+        kind: Kind = "rerun" if scheme.writer(agent) == agent else "acting"
+        read_only = [Span(logits_from, covered, agent, kind, False, (False,) * agents, logits_from)]
+    return [*spans[:tail], *read_only, *marked]

@@ -161,7 +161,7 @@ class Trajectory:
 
     def record(self) -> TrajectoryRecord:
         """Tokens, spans of agents and the facts of sampling, as they are now."""
-        return record_of(self._state, self._make.names, self._make.digests)
+        return record_of(self._state)
 
     def close(self) -> None:
         """Releases all pages; a turn in progress ends with RequestError."""
@@ -176,7 +176,7 @@ class Trajectory:
             raise RequestError(f"{action}: a turn is in progress", "A trajectory takes one turn at a time.")
 
     def _submit_turn(self, agent: str, options: TurnOptions) -> Request:
-        self._make.agent_id(agent)
+        self._make.roster.require(agent)
         self._check_idle("generate")
         self._make.check_length(len(self))
         request = self._make.turn(self._state, agent, options)
@@ -201,7 +201,7 @@ class Trajectory:
         )
 
     def _check_score(self, agent: str, token_ids: Sequence[int]) -> None:
-        self._make.agent_id(agent)
+        self._make.roster.require(agent)
         self._check_idle("score")
         if len(token_ids) == 0:
             raise RequestError("score: no tokens given")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from lragent.program.agent import BASE
 from lragent.runtime.cache.page_table import PageTable
 from lragent.runtime.cache.prefix_index import KeyRules
 from lragent.runtime.cache.shared_cache import SharedCache
@@ -15,12 +16,27 @@ from lragent.runtime.usage import Usage
 
 
 @dataclass(frozen=True)
+class Version:
+    """The adapter with which an agent acts on a trajectory.
+
+    Args:
+        slot: the agent id under which the program runs it.
+        digest: of its weights; "" for `base`.
+    """
+
+    agent: str
+    slot: int
+    digest: str
+
+
+@dataclass(frozen=True)
 class TurnSegment:
     """Tokens `[start, end)` that one agent generated in a turn; `agent` is None for appended tokens.
 
     Args:
         seed, finish_reason, stop_reason: as in the turn's `Turn`; None for appended tokens. A turn whose last tokens
             were removed later has the finish reason "truncated".
+        adapter: digest of the agent's adapter at the time of the turn.
     """
 
     agent: str | None
@@ -29,6 +45,7 @@ class TurnSegment:
     seed: int | None = None
     finish_reason: FinishReason | Literal["truncated"] | None = None
     stop_reason: str | int | None = None
+    adapter: str = ""
 
     def cut(self, length: int) -> TurnSegment:
         """The segment's tokens below position `length`."""
@@ -64,6 +81,7 @@ class TrajectoryState:
     Args:
         seeds: from it the seeds of turns derive, with the number of finished `turns`; `forks` counts its children.
         task: the task of a run that the trajectory belongs to.
+        versions: by name, the version of each agent that has acted; the trajectory keeps it.
         logprobs, sampled_logprobs, kept_mass: see `lragent.runtime.record.TrajectoryRecord`.
     """
 
@@ -75,6 +93,7 @@ class TrajectoryState:
     kept_mass: list[float | None] = field(default_factory=list)
     segments: list[TurnSegment] = field(default_factory=list)
     page_tables: dict[int, PageTable] = field(default_factory=dict)
+    versions: dict[str, Version] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)  # of all requests, those of forks included
     turns: int = 0
     forks: int = 0
@@ -85,6 +104,10 @@ class TrajectoryState:
         if owner not in self.page_tables:
             self.page_tables[owner] = PageTable(agents, rules)
         return self.page_tables[owner]
+
+    def version_in(self, slot: int) -> Version:
+        """The version that acted on this trajectory under an agent id."""
+        return next((known for known in self.versions.values() if known.slot == slot), Version(BASE, 0, ""))
 
     def append(self, ids: list[int]) -> None:
         """Adds tokens that no agent generated."""
@@ -124,6 +147,7 @@ class TrajectoryState:
             kept_mass=list(self.kept_mass),
             segments=list(self.segments),
             page_tables={owner: table.fork(cache) for owner, table in self.page_tables.items()},
+            versions=dict(self.versions),
             usage=self.usage,
             turns=self.turns,
         )

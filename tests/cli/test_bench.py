@@ -10,12 +10,14 @@ def test_every_scheme_does_the_same_work_and_none_shares_more_than_it_says(eager
     assert outcome.code == 0, outcome.err
     found = outcome.json()
     runs = {run["sharing"]: run for run in found["runs"]}
-    assert found["backend"] == "eager" and len(runs) == 5
+    assert found["backend"] == "eager" and len(runs) == 6
     assert {run["generated"] for run in runs.values()} == {2 * 4 * 3}
     assert all(run["failed"] == 0 and run["exact_match"] is None for run in runs.values())
     assert runs["non_shared"]["prefill"] > runs["base_lr_shared"]["prefill"] == runs["full_shared"]["prefill"]
+    assert runs["neutral_shared"]["prefill"] == runs["base_lr_shared"]["prefill"]
     assert {name for name, run in runs.items() if run["catch_up"]} == {"base_shared"}
     assert {name for name, run in runs.items() if run["adapter_free"]} == {"rebase_shared"}
+    assert {name: run["acting"] for name, run in runs.items() if run["acting"]} == {"neutral_shared": 2 * 4 * 3}
     assert runs["full_shared"]["peak_cache_bytes"] < runs["base_lr_shared"]["peak_cache_bytes"]
     assert runs["base_lr_shared"]["peak_cache_bytes"] < runs["non_shared"]["peak_cache_bytes"]
     assert all(0 < run["switch_ttft"] < 10 * run["seconds"] for run in runs.values())

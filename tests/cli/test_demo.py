@@ -7,9 +7,10 @@ from transformers.utils import logging
 
 from lragent.errors import ModelError, TaskFileError
 from lragent_cli import demo_model
-from lragent_cli.demo import FACT_WORLD, open_world
+from lragent_cli.demo import DEMO_SCHEMES, FACT_WORLD, open_world
 from lragent_cli.demo_artifact import ensure_artifact, ingredients
 from lragent_cli.demo_model import find_gguf, write_model
+from lragent_cli.engine_options import SCHEMES, parse_schemes
 from tests.models import WrittenModel
 
 
@@ -69,3 +70,7 @@ def test_a_model_that_cannot_be_read_leaves_no_directory(monkeypatch: pytest.Mon
         write_model(tmp_path / "model")
     assert not (tmp_path / "model").exists()
     assert logging.get_verbosity() == verbosity
+
+
+def test_the_demo_runs_the_schemes_that_its_adapters_were_made_for() -> None:
+    assert set(parse_schemes(DEMO_SCHEMES)) == set(SCHEMES) - {"neutral_shared"}

@@ -77,7 +77,7 @@ def test_every_task_becomes_a_line_with_who_wrote_what(workplace: Workplace) -> 
     assert summary["computed"]["prefill"] == sum(result["usage"]["prefill"] for result in results.values())
 
 
-@pytest.mark.parametrize("sharing", ["non_shared", "full_shared", "base_shared", "rebase_shared"])
+@pytest.mark.parametrize("sharing", ["non_shared", "full_shared", "base_shared", "rebase_shared", "neutral_shared"])
 def test_every_scheme_rolls_out(workplace: Workplace, sharing: str) -> None:
     outcome = workplace.rollout("--sharing", sharing)
     assert outcome.code == 0, outcome.err

@@ -126,6 +126,17 @@ def test_scaling(linear: Any) -> None:
     torch.testing.assert_close(linear(x), linear.base_layer(x) + x @ delta(linear).T)
 
 
+def test_get_pattern_key() -> None:
+    """peft.utils.other.get_pattern_key"""
+    settings: dict[str, Any] = {"alpha_pattern": {"linear": 12, "near": 5}, "lora_alpha": 20}
+    for rslora in (False, True):
+        wrapper = adapted(**settings, use_rslora=rslora).linear
+        rank = wrapper.lora_A[NAME].weight.shape[0]
+        config = {**settings, "use_rslora": rslora}
+        assert compat.scaling_from_config(config, "deep.linear", rank) == compat.lora_scaling(wrapper, NAME)
+        assert compat.scaling_from_config(config, "other", 4) == (10 if rslora else 5)
+
+
 def test_lora_variant(linear: Any) -> None:
     """lora_variant"""
     assert compat.lora_variant(linear, NAME) is None

@@ -20,10 +20,10 @@ import transformers
 
 from tests.coverage.rotary import ROTARY, TRAINED
 
-ALL_SCHEMES = "all five"
+ALL_SCHEMES = "all six"
 DENSE_SCHEMES = "non_shared, full_shared"
 MEANING = {
-    "split": "exact under `non_shared`, equal to the definition under `base_lr_shared`; all five schemes",
+    "split": "exact under `non_shared`, equal to the definition under `base_lr_shared`; all six schemes",
     "dense": "exact under `non_shared`; K or V can't be split, so `non_shared` and `full_shared` only",
     "refused": "refused by `convert`, with this reason",
     "not causal": "no decoder: a later token changes the logits of earlier ones",
@@ -100,7 +100,7 @@ def page(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, str] = MappingPro
 
 def lines_of(text: str) -> dict[str, str]:
     """Type (or kind of rotary embedding) -> its line on a page."""
-    found = (re.fullmatch(r"\| ([\w -]+) \| (?:all five|non_shared, full_shared|- \([a-z ]+\)) \|.*", line)
+    found = (re.fullmatch(r"\| ([\w -]+) \| (?:all six|non_shared, full_shared|- \([a-z ]+\)) \|.*", line)
              for line in text.splitlines())  # fmt: skip
     return {match[1]: match[0] for match in found if match}
 

@@ -56,7 +56,7 @@ def test_page_lists_every_type_of_its_transformers() -> None:
 
 def test_page_lists_every_kind_of_rotary_embedding() -> None:
     held = lines_of(PAGE.read_text(encoding="utf-8"))
-    assert all(f"| {row} | all five |" in held[row] for row in ROTARY)
+    assert all(f"| {row} | all six |" in held[row] for row in ROTARY)
 
 
 def test_page_counts_verdicts_and_keeps_reasons_short() -> None:

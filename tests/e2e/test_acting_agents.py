@@ -20,7 +20,7 @@ def _script(*agents: str) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.parametrize("shared_a", [False, True], ids=["different-A", "shared-A"])
-@pytest.mark.parametrize("scheme", ["base_shared", "base_lr_shared", "rebase_shared"])
+@pytest.mark.parametrize("scheme", ["base_shared", "base_lr_shared", "rebase_shared", "neutral_shared"])
 def test_fewer_columns_same_results(
     scheme: str, shared_a: bool, artifacts: Artifacts, open_engine: Callable[..., Engine]
 ) -> None:
@@ -32,7 +32,7 @@ def test_fewer_columns_same_results(
     expected, found = run_on_engine(whole, script), run_on_engine(part, script)
     assert [t.token_ids for t in found] == [t.token_ids for t in expected]
     assert [t.logprobs for t in found] == [pytest.approx(t.logprobs, abs=1e-6) for t in expected]
-    kept = 1.0 if shared_a and scheme == "base_lr_shared" else 12 / 16 if not shared_a else 2 / 3
+    kept = 1.0 if shared_a and scheme in ("base_lr_shared", "neutral_shared") else 12 / 16 if not shared_a else 2 / 3
     base = 2 * 2 * 16 * 2 * 32 * 4  # K and V of 2 heads in 2 layers, a page of float32
     assert part.stats().page_bytes - base == kept * (whole.stats().page_bytes - base)
 

@@ -25,6 +25,7 @@ def _formula(scheme: str, ranks: tuple[int, ...], distinct: int, adapted: int) -
         "base_lr_shared": dense + adapted * distinct,
         "base_shared": dense + adapted * sum(ranks),
         "rebase_shared": dense + adapted * sum(ranks),
+        "neutral_shared": dense + adapted * distinct,
     }[scheme]
 
 

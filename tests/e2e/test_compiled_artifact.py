@@ -62,10 +62,19 @@ def test_a_process_that_runs_an_artifact_loads_no_model_code(
         assert found["tokens"] == t.generate("plan", max_new_tokens=5, ignore_eos=True).token_ids
 
 
-@pytest.mark.parametrize("scheme", ["base_lr_shared", "base_shared", "rebase_shared"])
+@pytest.mark.parametrize("scheme", ["base_lr_shared", "base_shared", "rebase_shared", "neutral_shared"])
 def test_compiled_code_equals_the_definition(scheme: str, tiny_llama: WrittenModel, tiny_artifact: Path) -> None:
     engine = lragent.load(tiny_artifact, sharing=scheme, kv_memory="4MiB")
     assert_equals_oracle(tiny_llama, scheme, SCRIPT, run_on_engine(engine, SCRIPT))
+
+
+def test_both_rows_of_a_token_read_pages_of_a_long_text(tiny_llama: WrittenModel, tiny_artifact: Path) -> None:
+    """The kernel splits a long text between threads and reads its pages once for both rows."""
+    text = [(7 * j + 3) % 120 for j in range(150)]
+    script = (("append", text), ("turn", "plan", 12, None), ("turn", "base", 2, None), ("turn", "action", 3, None))
+    engine = lragent.load(tiny_artifact, sharing="neutral_shared", kv_memory="4MiB")
+    assert engine.program.facts["attention"] == "cpp"
+    assert_equals_oracle(tiny_llama, "neutral_shared", script, run_on_engine(engine, script))
 
 
 @pytest.mark.integration  # compiles a model of 200 MB

@@ -17,7 +17,7 @@ from tests.e2e.test_batching import PROMPTS, run_together
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_oss"])
 def test_equals_the_definition(kind: str, artifacts: Artifacts, open_engine: Callable[..., Engine]) -> None:
     written, artifact = artifacts.get(kind)
-    for scheme in ("non_shared", "base_lr_shared", "rebase_shared"):
+    for scheme in ("non_shared", "base_lr_shared", "rebase_shared", "neutral_shared"):
         turns = run_on_engine(open_engine(artifact, scheme, attention="inductor"), SCRIPT)
         assert_equals_oracle(written, scheme, SCRIPT, turns)
 

@@ -174,7 +174,7 @@ def test_non_shared_equals_peft(name: str, variants: VariantArtifacts, open_engi
         assert torch.equal(exact.argmax(1)[decided], chosen[:, 0][decided]), agent
 
 
-@pytest.mark.parametrize("scheme", ["base_shared", "base_lr_shared", "rebase_shared"])
+@pytest.mark.parametrize("scheme", ["base_shared", "base_lr_shared", "rebase_shared", "neutral_shared"])
 @pytest.mark.parametrize("name", SPLIT)
 def test_shared_schemes_equal_their_definition(
     name: str, scheme: str, variants: VariantArtifacts, open_engine: Callable[..., Engine]

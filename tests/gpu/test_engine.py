@@ -61,7 +61,7 @@ def _many_tokens(artifact: Path, **options: str) -> list[list[int]]:
     return asyncio.run(all_turns())
 
 
-@pytest.mark.parametrize("sharing", ["base_lr_shared", "rebase_shared", "full_shared"])
+@pytest.mark.parametrize("sharing", ["base_lr_shared", "rebase_shared", "full_shared", "neutral_shared"])
 def test_steps_become_graphs_and_give_the_same_tokens(tmp_path: Path, sharing: str) -> None:
     written = write_model(tmp_path, "llama")
     artifact = tmp_path / "tiny.lragent"

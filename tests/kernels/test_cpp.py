@@ -115,10 +115,20 @@ def _with_common_pages(call: AttentionCall, common: tuple[int, ...]) -> Attentio
 def test_common_pages_are_read_for_all(case: Case, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    # Forks of forks, one that ends where its common pages end, and one of its own.
-    forks = replace(case, sequences=((330, 1, 1), (335, 1, 3), (322, 1, 1), (320, 1, 2), (150, 1, 1), (40, 1, 1)))
-    assert_as_exact_as_reference(OP, _with_common_pages(forks.build(), (20, 18, 20, 9, 0)))
+    # Two rows of one token, forks of forks, one that ends where its common pages end, and one of its own.
+    lengths_and_agents = ((330, 0), (330, 1), (335, 3), (322, 1), (320, 2), (150, 1), (40, 1))
+    forks = replace(case, sequences=tuple((length, 1, agent) for length, agent in lengths_and_agents))
+    assert_as_exact_as_reference(OP, _with_common_pages(forks.build(), (21, 20, 18, 20, 9, 0)))
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 45])
+@pytest.mark.parametrize("case", CASES[:16], ids=lambda case: case.name)
+def test_decodes_with_the_same_keys_share_them(case: Case, length: int) -> None:
+    """Rows of one token under several agents, and another text of the same length."""
+    rows = replace(case, sequences=tuple((length, 1, agent) for agent in (2, 0, 1, 3)))
+    pages = -(-length // case.page_size)
+    assert_as_exact_as_reference(OP, _with_common_pages(rows.build(), (pages, pages, 0)))
 
 
 class _Attention(torch.nn.Module):

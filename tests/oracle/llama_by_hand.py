@@ -1,4 +1,4 @@
-"""A llama and the five sharing schemes once more, written out token by token.
+"""A llama and the six sharing schemes once more, written out token by token.
 
 It checks `sharing_oracle` and shares nothing with it: no transformers, no PEFT, weights straight from the files, and a
 cache that is a list of tokens, each with what is held of it. Everything is in float64, but for the rotary frequencies,
@@ -125,9 +125,12 @@ class LlamaByHand:
                     logits = self.process(at, agent, owner=owner, whole=True)
             elif not token.base:
                 columns = self.agents if self.scheme != "base_shared" else () if agent == "base" else (agent,)
-                logits = self.process(at, agent, base=True, columns=columns)
+                writer = "base" if self.scheme == "neutral_shared" else agent
+                logits = self.process(at, writer, base=True, columns=columns)
                 token.unsettled = agent if self.scheme == "rebase_shared" and agent != "base" else None
-        if logits is None:  # nothing pending: the last token again, which writes nothing
+                if writer != agent:  # the agent's own row of the last token follows
+                    logits = None
+        if logits is None:  # nothing pending for this agent: the last token again, which writes nothing
             logits = self.process(len(self.tokens) - 1, agent, owner=owner)
         return logits
 

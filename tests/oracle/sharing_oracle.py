@@ -1,4 +1,4 @@
-"""The five sharing schemes by their definitions, for one trajectory: slow, plain PyTorch, nothing from lragent.
+"""The six sharing schemes by their definitions, for one trajectory: slow, plain PyTorch, nothing from lragent.
 
 Every pass runs the Hugging Face model over the whole sequence; `kv_projection` puts remembered K/V in place.
 """
@@ -18,7 +18,7 @@ from tests.oracle.kv_projection import KvProjection, Memory, Pass, kv_outputs
 from tests.oracle.peft_oracle import BASE, load_peft
 from tests.oracle.precision import computing_in
 
-SCHEMES = ("non_shared", "full_shared", "base_shared", "base_lr_shared", "rebase_shared")
+SCHEMES = ("non_shared", "full_shared", "base_shared", "base_lr_shared", "rebase_shared", "neutral_shared")
 
 Step = tuple[Any, ...]
 
@@ -93,7 +93,12 @@ class SharingOracle:
         return result
 
     def _act(self, agent: str, owner: str | None) -> Tensor:
-        """Processes pending tokens as their writer; with none pending, runs the last one again and keeps nothing."""
+        """Processes pending tokens as their writer; with none pending, runs the last one again and keeps nothing.
+
+        Under neutral_shared the writer is `base`, and the acting agent then runs the last token again.
+        """
+        if self.scheme == "neutral_shared" and agent != BASE and self.written.get(owner, 0) < len(self.ids):
+            self._act(BASE, owner)
         start, end = self.written.get(owner, 0), len(self.ids)
         full = self.scheme in ("non_shared", "full_shared")
         adapter = None if agent == BASE else agent

@@ -15,6 +15,8 @@ from tests.oracle.peft_oracle import generate, load_peft, load_plain
 from tests.oracle.precision import computing_in
 from tests.oracle.sharing_oracle import final_base_streams, new_oracle, run_script
 
+# Schemes under which the base streams are those of the model without adapters.
+PLAIN_BASE = ("rebase_shared", "neutral_shared")
 SCRIPT: tuple[tuple[Any, ...], ...] = (
     ("append", [5, 40, 77, 12, 90, 33, 8, 61, 102]),
     ("turn", "plan", 3, None),
@@ -48,10 +50,11 @@ def test_non_shared_generates_what_peft_generates(kind: str, tmp_path: Path) -> 
             ids += tokens
 
 
+@pytest.mark.parametrize("scheme", PLAIN_BASE)
 @pytest.mark.parametrize("kind", KINDS)
-def test_base_under_rebase_is_the_plain_model_whoever_wrote(kind: str, tmp_path: Path) -> None:
+def test_base_is_the_plain_model_whoever_wrote(kind: str, scheme: str, tmp_path: Path) -> None:
     written = write_model(tmp_path, kind)
-    oracle, _ = new_oracle(written.model_dir, written.adapters, "rebase_shared", torch.float64).play(SCRIPT)
+    oracle, _ = new_oracle(written.model_dir, written.adapters, scheme, torch.float64).play(SCRIPT)
     plain = load_plain(written.model_dir, torch.float64)
     ids = list(oracle.ids)
     turn = oracle.turn("base", 3, [44, 101, 9])
@@ -60,15 +63,15 @@ def test_base_under_rebase_is_the_plain_model_whoever_wrote(kind: str, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
-def test_base_streams_are_the_plain_models_under_rebase_only(kind: str, tmp_path: Path) -> None:
+def test_base_streams_are_the_plain_models_under_two_schemes_only(kind: str, tmp_path: Path) -> None:
     written = write_model(tmp_path, kind)
     ids = [5, 40, 77, 12, 90, 33, 8, 61, 102, 17, 23]
     script = (("append", ids[:6]), ("turn", "plan", 3, ids[6:9]), ("turn", "action", 2, ids[9:]))
     plain = _kv_streams(load_plain(written.model_dir, torch.float64), ids[:-1])  # the last token is still pending
-    for scheme in ("rebase_shared", "base_lr_shared", "base_shared"):
+    for scheme in (*PLAIN_BASE, "base_lr_shared", "base_shared"):
         held = final_base_streams(written.model_dir, written.adapters, scheme, script)
         largest = max(float((a - b).abs().max()) for a, b in zip(held, plain, strict=True))
-        assert (largest < 1e-9) == (scheme == "rebase_shared"), f"{scheme}: off by {largest}"
+        assert (largest < 1e-9) == (scheme in PLAIN_BASE), f"{scheme}: off by {largest}"
 
 
 def _kv_streams(model: nn.Module, ids: list[int]) -> list[Tensor]:

@@ -64,3 +64,11 @@ def test_shape_of_a_model_directory(tiny_llama: WrittenModel) -> None:
     assert shape.schema.agents == ("agent0", "agent1")
     assert all(stream.ranks == (4, 4) for stream in shape.schema.low_rank)
     assert shape.weights > 0 and len(shape.schema.low_rank) == 2 * len(shape.schema.base)
+
+
+def test_an_adapter_free_row_is_read_and_multiplied_beside_the_agents_own() -> None:
+    neutral, other = (estimate(SHAPE, H100, LOAD, name) for name in ("neutral_shared", "base_lr_shared"))
+    assert (neutral.held, neutral.read_once) == (other.held, other.read_once)
+    assert neutral.read == other.read + 3 * TOKENS * BASE
+    many = estimate(SHAPE, H100, Load(trajectories=4096, decoding=1, context=1), "neutral_shared")
+    assert many.seconds == pytest.approx(2 * 2 * WEIGHTS * 4096 / 989e12)

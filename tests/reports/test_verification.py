@@ -105,3 +105,8 @@ def test_text_without_a_tokenizer_is_refused_before_anything_is_read(
     with pytest.raises(RequestError, match=r"has no tokenizer, and a prompt is text\nLeave the prompts out"):
         verify(without_tokenizer, tiny_llama, prompts=["one"], progress=stages.append)
     assert stages == []
+
+
+def test_under_neutral_shared_only_base_is_compared(eager_artifact: Path, tiny_llama: WrittenModel) -> None:
+    found = verify(eager_artifact, tiny_llama, prompts=["one"], schemes=["neutral_shared"])
+    assert found.equal and [row.agent for row in found.comparisons] == ["base"]

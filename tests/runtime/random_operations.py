@@ -13,7 +13,7 @@ from lragent.runtime import Engine, EngineConfig, Trajectory
 from tests.runtime.toy_oracle import NAMES, OracleTrajectory
 from tests.runtime.toy_program import VOCAB, toy_model, toy_program
 
-SCHEMES = ("non_shared", "full_shared", "base_shared", "base_lr_shared", "rebase_shared")
+SCHEMES = ("non_shared", "full_shared", "base_shared", "base_lr_shared", "rebase_shared", "neutral_shared")
 MODEL = toy_model()
 TOLERANCE = 5e-6  # float32 logits of a float64 model
 LONGEST = 48

@@ -19,9 +19,9 @@ def _sizes(agents: int, rank: int, shared_a: bool = False, acting: int | None = 
 def test_bytes_by_agents_that_have_seen_a_token() -> None:
     sizes = _sizes(3, 4)
     assert sizes["non_shared"] == (128, 256, 384)
-    assert sizes["base_lr_shared"] == (176, 176, 176)
+    assert sizes["base_lr_shared"] == sizes["neutral_shared"] == (176, 176, 176)
     assert sizes["base_shared"] == (144, 160, 176)
-    assert break_even(sizes) == {"base_shared": 2, "base_lr_shared": 2, "rebase_shared": 2}
+    assert break_even(sizes) == dict.fromkeys(("base_shared", "base_lr_shared", "rebase_shared", "neutral_shared"), 2)
     assert advice(sizes) == ""
 
 

@@ -140,6 +140,7 @@ def test_peak_held_bytes_equal_the_formulas(scheme: str) -> None:
         "base_lr_shared": pages[-1] * (base + distinct),
         "base_shared": pages[-1] * base + sum(count * rank for count, rank in zip(pages, ranks, strict=True)),
         "rebase_shared": pages[-1] * (base + sum(ranks)),
+        "neutral_shared": pages[-1] * (base + distinct),
     }
     assert engine.stats().peak_held_bytes == numbers[scheme] * 4 * 8
     layout = BY_NAME[scheme].layout

@@ -38,7 +38,7 @@ def test_another_writer_reuses_nothing_that_depends_on_the_writer(scheme: str) -
         t.generate("plan", max_new_tokens=2)
     with engine.trajectory(PROMPT) as t:
         turn = t.generate("act", max_new_tokens=3)
-        assert turn.usage.reused == 0
+        assert turn.usage.reused == (12 if scheme == "neutral_shared" else 0)
         assert_same((turn.token_ids, turn.logprobs), expected(scheme, [("act", 3)])[0])
 
 
@@ -51,7 +51,11 @@ def test_a_prompt_of_whole_pages_runs_its_last_token_again(scheme: str) -> None:
             turn = t.generate("plan", max_new_tokens=4)
             first = first or turn
     assert turn.token_ids == first.token_ids
-    assert (turn.usage.prefill, turn.usage.rerun, turn.usage.reused) == (0, 1, 11)
+    usage = turn.usage
+    if scheme == "neutral_shared":
+        assert (usage.prefill, usage.acting, usage.rerun, usage.reused) == (0, 4, 0, 12)
+    else:
+        assert (usage.prefill, usage.acting, usage.rerun, usage.reused) == (0, 0, 1, 11)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

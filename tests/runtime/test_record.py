@@ -31,6 +31,8 @@ def test_agents_of_every_token(scheme: str) -> None:
     assert record.generated == spans(("plan", 4, 7), ("base", 9, 11), ("act", 11, 13))
     if scheme == "non_shared":  # a cache of its own for every agent
         assert record.written == spans(("base", 0, 10), ("plan", 0, 6), ("act", 0, 12))
+    elif scheme == "neutral_shared":
+        assert record.written == spans(("base", 0, 12))
     else:
         assert record.written == spans(("plan", 0, 6), ("base", 6, 10), ("act", 10, 12))
     t.close()

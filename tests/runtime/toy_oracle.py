@@ -83,7 +83,10 @@ class OracleTrajectory:
         self.unsettled = None
 
     def process(self, agent: int) -> torch.Tensor | None:
-        """Processes pending tokens by `agent`; logits of the last one, None if nothing was pending."""
+        """Processes pending tokens by `agent`; logits of the last one, None if the agent ran none.
+
+        Under neutral_shared `base` runs them, whoever acts.
+        """
         owner = agent if self.scheme == "non_shared" else 0
         logits = None
         if self.scheme == "base_shared" and agent:
@@ -95,7 +98,9 @@ class OracleTrajectory:
                 columns = {agent} - {0}
             elif self.scheme in ("non_shared", "full_shared"):
                 columns = set()
-            logits = self.run_token(at, agent, base=True, columns=columns)
+            writer = 0 if self.scheme == "neutral_shared" else agent
+            found = self.run_token(at, writer, base=True, columns=columns)
+            logits = found if writer == agent else None
             self.processed[owner] = at + 1
         if self.scheme == "base_shared":
             self.seen[agent] = len(self.tokens)

@@ -31,7 +31,7 @@ def test_shared_a(targets: str, shared_models: SharedModels) -> None:
     written, model = shared_models.get("llama", targets, shared_a=True)
     assert model.adapters is not None
     assert len(model.adapters.a) == len(model.adapters.b) // 3  # one A for three agents
-    for scheme in ("base_shared", "base_lr_shared"):
+    for scheme in ("base_shared", "base_lr_shared", "neutral_shared"):
         found = logprobs(model, rows_of(scheme, [sequence_of(SCRIPT)], model.agents))
         exact = [turn.logprobs for turn in run_script(written.model_dir, written.adapters, scheme, SCRIPT)]
         assert max(differences(found, exact)) <= 1e-4, scheme
@@ -40,4 +40,4 @@ def test_shared_a(targets: str, shared_models: SharedModels) -> None:
 def test_schemes_of_rows_and_of_the_engine() -> None:
     from lragent.runtime.schemes import SCHEMES as ENGINE_SCHEMES
 
-    assert set(ENGINE_SCHEMES) <= set(SCHEME_ROWS)
+    assert set(ENGINE_SCHEMES) == set(SCHEME_ROWS)

@@ -30,7 +30,7 @@ def constants_of(adapter_map: AdapterMap, agents: tuple[str, ...], adapters: Ada
         constants[routed.a] = a_cat.T if routed.embeds else a_cat
         constants[routed.b] = b_cat
         if ones is not None:
-            constants[f"lora_ones_{routed.index}"] = ones
+            constants[routed.ones] = ones
     for constant in adapter_map.attention:
         constants[constant.name] = attention_b(constant, agents, adapters)
     return constants

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lragent.errors import CacheMemoryError, InternalError, RequestError
-from lragent.program.cache_schema import CacheSchema, LrBlocks
+from lragent.program.cache_schema import LR_WRITES, CacheSchema, LrBlocks
 from lragent.program.step import CacheTensors
 from lragent.runtime.cache import huge_pages
 
@@ -79,6 +79,13 @@ class CacheMemory:
     lr_blocks: LrBlocks
     pages: int
     page_size: int
+
+    def read_block(self, slot: int, block: int) -> None:
+        """Makes an agent id without an LR block read that of another one; both have equal ranks in every stream."""
+        for stream, directory in zip(self.schema.low_rank, self.tensors.lr_directories, strict=True):
+            row = stream.lr_directory(self.lr_blocks, self.pages, self.page_size)[block]
+            row[LR_WRITES] = 0
+            directory[slot].copy_(row)
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copies whole pages, base and all LR blocks. A page may be a source and a target."""

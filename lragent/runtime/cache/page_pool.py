@@ -144,6 +144,12 @@ class PagePool:
                 del filled[agent]
                 self._held_blocks[agent] -= 1
 
+    def forget_lr(self, agent: int) -> None:
+        """Records that no page stores LR values of this agent: its adapter is another one."""
+        for filled in self._filled:
+            filled.pop(agent, None)
+        del self._held_blocks[agent]
+
     def copy_filled(self, source: int, target: int) -> None:
         """Records that held page `target` is a copy of `source`."""
         self._held_blocks.subtract(self._filled[target].keys())

@@ -53,6 +53,12 @@ class PageTable:
         """Adds the missing keys of full pages of processed tokens."""
         extend_keys(self.keys, self.rules, tokens, self.log, log_end(self.log), cache.page_size)
 
+    def take_rules(self, rules: KeyRules) -> None:
+        """Gives its pages other keys from now on."""
+        if rules != self.rules:
+            self.rules = rules
+            self.keys.clear()
+
     def replace_page(self, index: int, page: int, cache: SharedCache) -> None:
         """Puts a page at `index`, at most one past the end, and releases the page that it replaces."""
         cache.pool.hold(page)

@@ -1,7 +1,8 @@
 """Prefix reuse by content: keys of full pages, and the index from key to page.
 
 Keys form a hash chain. The key of a page depends on the key of the page before it, on its token ids, and on everything
-else that determines its content in the sharing scheme (see `KeyRules`). Adapters enter by digest, never by name.
+else that determines its content in the sharing scheme (see `KeyRules`). Adapters enter by digest, never by name: the
+whole adapter of a writer, and of all agents the A whose columns the page holds.
 
 One page id covers base and LR blocks, so one key must cover both. `rebase_shared` could reuse base K and V by token ids
 alone, for any writer. It does not: one key for the whole page is simpler.
@@ -26,11 +27,25 @@ class KeyRules:
         root: start of the chain: the scheme, and the agent's digest if each agent has its own pages.
         tags: by agent id, the tag of a writer; None if the content does not depend on writers.
         turn_starts: True if the content depends on the position where a writer's turn began.
+        columns: by agent id, digest of the A of whose `x A` a page holds columns, whoever wrote it; empty if pages hold
+            only their writer's own.
     """
 
     root: bytes
     tags: tuple[bytes, ...] | None
     turn_starts: bool
+    columns: tuple[bytes, ...] = ()
+
+    def columns_of(self, agent: int) -> bytes:
+        """The entry of `columns` of an agent id; b"" if pages hold their writer's own columns only."""
+        return self.columns[agent] if self.columns else b""
+
+    def start(self) -> bytes:
+        """The link before the first page's."""
+        chain = hashlib.blake2b(self.root, digest_size=32, person=b"start")
+        for column in self.columns:
+            chain.update(len(column).to_bytes(8, "big") + column)
+        return chain.digest()
 
 
 def extend_keys(
@@ -39,7 +54,7 @@ def extend_keys(
     """Appends the missing keys of all full pages below position `end`; `keys` has those of the first pages."""
     while (len(keys) + 1) * page_size <= end:
         start = len(keys) * page_size
-        chain = hashlib.blake2b(keys[-1] if keys else rules.root, digest_size=32)
+        chain = hashlib.blake2b(keys[-1] if keys else rules.start(), digest_size=32)
         chain.update(array("q", tokens[start : start + page_size]).tobytes())
         if rules.tags is not None:
             chain.update(_writers(rules, log, start, start + page_size))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -12,7 +11,7 @@ from lragent.errors import STOPS, RequestError
 from lragent.runtime.request import Request
 from lragent.runtime.sampling.sample import SamplingRow, log_probabilities, log_totals, sample
 from lragent.runtime.scheduling.batch import Entry
-from lragent.runtime.schemes import Scheme, acting_span
+from lragent.runtime.schemes import Scheme, spans_of_decode
 
 
 def take_logits(
@@ -81,7 +80,7 @@ def _sampling_row(request: Request, position: int) -> SamplingRow:
 
 
 def _take_token(request: Request, token: int, scheme: Scheme, agents: int, max_positions: int) -> bool:
-    """Appends a sampled token and adds its decode span; True if the turn ends with it."""
+    """Appends a sampled token and adds its decode spans; True if the turn ends with it."""
     state, options = request.state, request.options
     if not request.token_ids:
         request.usage.ttft = time.perf_counter() - request.submitted
@@ -93,7 +92,5 @@ def _take_token(request: Request, token: int, scheme: Scheme, agents: int, max_p
         return True
     if len(request.token_ids) == options.length or len(state.tokens) >= max_positions:
         return True
-    at = len(state.tokens)
-    span = acting_span(scheme, agents, request.agent or 0, at - 1, at, "decode")
-    request.spans = [replace(span, logits_from=at - 1)]
+    request.spans = spans_of_decode(scheme, agents, request.agent or 0, len(state.tokens) - 1)
     return False

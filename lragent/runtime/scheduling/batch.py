@@ -33,9 +33,10 @@ class Piece:
 
 @dataclass(eq=False)
 class Entry:
-    """Work of one request in a step; pieces are contiguous in position.
+    """Work of one request in a step.
 
     Args:
+        pieces: in the order in which they must run, see `take`.
         copies: (source, target) pages that are copied before the step.
     """
 
@@ -43,16 +44,22 @@ class Entry:
     pieces: list[Piece]
     copies: list[tuple[int, int]] = field(default_factory=list)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that the pieces run."""
+        return sum(piece.end - piece.start for piece in self.pieces)
+
 
 def take(spans: Sequence[Span], budget: int, most_rows: int) -> list[Piece]:
     """The next pieces of spans, with at most `budget` tokens and `most_rows` logits rows.
 
     Spans that are contiguous in position may share a step, also with different agents: each layer writes the cache
-    before it attends. A span that goes back, over tokens of the span before it, waits for the next step.
+    before it attends. So may a span that only reads, over any positions before. A span that goes back to write over
+    tokens of the span before it waits for the next step.
     """
     taken: list[Piece] = []
     for span in spans:
-        if budget <= 0 or (taken and span.start != taken[-1].end):
+        if budget <= 0 or (taken and span.writes and span.start != taken[-1].end):
             break
         end = min(span.end, span.start + budget, max(span.logits_from, span.start) + most_rows)
         if end <= span.start:
@@ -67,16 +74,16 @@ def take(spans: Sequence[Span], budget: int, most_rows: int) -> list[Piece]:
 
 
 def _sequences(entry: Entry) -> list[tuple[int, int]]:
-    """(tokens, context length) of each sequence of an entry; adjacent pieces of one agent form one sequence."""
+    """(tokens, context length) of each sequence of an entry; contiguous pieces of one agent form one sequence."""
     sequences: list[tuple[int, int]] = []
-    agent: int | None = None
+    last: Piece | None = None
     for piece in entry.pieces:
         tokens = piece.end - piece.start
-        if piece.span.agent == agent:
+        if last is not None and (piece.span.agent, piece.start) == (last.span.agent, last.end):
             sequences[-1] = (sequences[-1][0] + tokens, piece.end)
         else:
             sequences.append((tokens, piece.end))
-        agent = piece.span.agent
+        last = piece
     return sequences
 
 

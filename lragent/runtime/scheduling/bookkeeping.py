@@ -23,7 +23,7 @@ def record_piece(request: Request, piece: Piece, scheme: Scheme, cache: SharedCa
         _record_base(request, piece, scheme)
     if scheme.own_lr_only:
         _record_lr(request, piece, cache)
-    if piece.span.kind != "rerun":
+    if piece.span.writes:
         request.table.extend_keys(request.state.tokens, cache)
         _index_pages(request, piece, scheme, cache)
 

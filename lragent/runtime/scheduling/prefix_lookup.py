@@ -40,7 +40,7 @@ def log_after(request: Request, scheme: Scheme) -> tuple[WriteRange, ...]:
     if request.agent is None:
         return request.table.log
     since = request.turn_start if scheme.adapter_free_forward else 0
-    return extend_log(request.table.log, request.agent, len(request.state.tokens), since)
+    return extend_log(request.table.log, scheme.writer(request.agent), len(request.state.tokens), since)
 
 
 def wanted_key(key: bytes, page_end: int, request: Request, scheme: Scheme) -> bytes:
@@ -123,7 +123,7 @@ def attach(match: Match, request: Request, scheme: Scheme, cache: SharedCache) -
             table.replace_page(index, match.pages[index], cache)
     if match.reach > table.computed and request.agent is not None:
         since = request.turn_start if scheme.adapter_free_forward else 0
-        table.log = extend_log(table.log, request.agent, match.reach, since)
+        table.log = extend_log(table.log, scheme.writer(request.agent), match.reach, since)
     table.computed = max(table.computed, match.reach)
     final = match.reach if request.agent in (None, 0) else min(match.reach, request.turn_start)
     table.settled = max(table.settled, final) if scheme.adapter_free_forward else table.computed

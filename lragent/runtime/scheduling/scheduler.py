@@ -116,7 +116,7 @@ class Scheduler:
         lookup.attach(match, request, self.scheme, self.cache)
         request.spans = spans_of_turn(self.scheme, self._view(request), request.logits_from)
         if not request.admitted and request.agent is not None:
-            starts = [span.start for span in request.spans if not span.adapter_free]
+            starts = [span.start for span in request.spans if not span.adapter_free and span.kind != "acting"]
             request.usage.reused = min([request.prompt, *starts])
             request.admitted = True
         self.waiting.remove(request)
@@ -153,7 +153,7 @@ class Scheduler:
         entries[request] = Entry(request, pieces)
         if not all(self._get_pages(entries[request], piece, entries) for piece in pieces):
             return 0
-        return pieces[-1].end - pieces[0].start
+        return entries[request].tokens
 
     def _get_pages(self, entry: Entry, piece: Piece, entries: dict[Request, Entry]) -> bool:
         """Makes the pages of a piece exist and writable; False if the request was preempted or failed."""

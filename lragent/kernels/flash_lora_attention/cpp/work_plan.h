@@ -2,13 +2,14 @@
 //
 // A decode is a sequence with one query token. It is one item over all heads, or several items over ranges of its
 // context if there are too few sequences for the threads. Decodes whose page tables begin with the same pages (forks,
-// agents of one trajectory, a common prompt) share one item over these pages, so that the pages are read once.
-// A prefill is a sequence with more query tokens. It is split into token blocks, and large blocks also by head.
-// Legend: see call.h.
+// agents of one trajectory, a common prompt) share one item over these pages, so that the pages are read once. So do
+// the two rows of a token under `neutral_shared`, over all their keys. A prefill is a sequence with more query tokens.
+// It is split into token blocks, and large blocks also by head. Legend: see call.h.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace lragent {
@@ -111,11 +112,8 @@ class WorkPlan {
 
   // Adds items for decodes `members`, whose first `depth` pages are the same and already have an item.
   void add_decodes(const std::vector<int64_t>& members, int64_t depth) {
-    if (step_.window > 0) {
-      for (int64_t s : members) add_decode(s, step_.oldest_key(step_.context_lens[s] - 1), false);
-      return;
-    }
-    std::vector<int64_t> sorted = members;
+    if (step_.window > 0) return add_rest(members, 0);
+    std::vector<int64_t> sorted = members, rest;
     auto next_page = [&](int64_t s) { return full_pages(s) > depth ? step_.pages(s)[depth] : -1; };
     std::stable_sort(sorted.begin(), sorted.end(), [&](int64_t a, int64_t b) { return next_page(a) < next_page(b); });
     for (size_t begin = 0, end = 0; begin < sorted.size(); begin = end) {
@@ -124,24 +122,50 @@ class WorkPlan {
       const std::vector<int64_t> alike(sorted.begin() + begin, sorted.begin() + end);
       const int64_t common = alike.size() > 1 ? common_pages(alike, depth) : depth;
       if (alike.size() > 1 && (common - depth) * step_.page_size >= kMinSharedKeys) {
-        WorkItem item{{},  step_.pages(alike[0]), depth * step_.page_size, common * step_.page_size, 0, step_.heads,
-                      true};
-        for (int64_t s : alike) item.tokens.push_back(step_.query_token(s, 0));
-        // Tokens of one agent must be consecutive: the keys of an agent are then rebuilt once.
-        std::stable_sort(item.tokens.begin(), item.tokens.end(), [](const QueryToken& a, const QueryToken& b) {
-          return a.agent < b.agent;
-        });
-        add(item);
+        add(decode_item(alike, depth * step_.page_size, common * step_.page_size, true));
         add_decodes(alike, common);
       } else {
-        for (int64_t s : alike) add_decode(s, depth * step_.page_size, depth > 0);
+        rest.insert(rest.end(), alike.begin(), alike.end());
       }
+    }
+    add_rest(rest, depth);
+  }
+
+  // Adds items for decodes whose first `depth` pages already have an item. Decodes with the same keys share one: the
+  // adapter-free and the acting row of a token.
+  void add_rest(std::vector<int64_t> members, int64_t depth) {
+    auto last_page = [&](int64_t s) { return step_.pages(s)[(step_.context_lens[s] - 1) / step_.page_size]; };
+    std::stable_sort(members.begin(), members.end(), [&](int64_t a, int64_t b) {
+      return std::make_pair(step_.context_lens[a], last_page(a)) < std::make_pair(step_.context_lens[b], last_page(b));
+    });
+    for (size_t begin = 0, end = 0; begin < members.size(); begin = end) {
+      const int64_t s = members[begin], length = step_.context_lens[s];
+      const int64_t first_key = std::max(depth * step_.page_size, step_.oldest_key(length - 1));
+      for (end = begin + 1; end < members.size() && have_same_keys(s, members[end], first_key);) ++end;
+      if (first_key >= length) continue;
+      add(decode_item({members.begin() + begin, members.begin() + end}, first_key, length, depth > 0));
     }
   }
 
-  void add_decode(int64_t s, int64_t first_key, bool is_partial) {
-    if (step_.context_lens[s] <= first_key) return;
-    add({{step_.query_token(s, 0)}, step_.pages(s), first_key, step_.context_lens[s], 0, step_.heads, is_partial});
+  // An item of decodes over keys that all of them see, in the same pages.
+  WorkItem decode_item(
+      const std::vector<int64_t>& members, int64_t first_key, int64_t last_key, bool is_partial) const {
+    WorkItem item{{}, step_.pages(members[0]), first_key, last_key, 0, step_.heads, is_partial};
+    for (int64_t s : members) item.tokens.push_back(step_.query_token(s, 0));
+    // Tokens of one agent must be consecutive: the keys of an agent are then rebuilt once.
+    std::stable_sort(item.tokens.begin(), item.tokens.end(), [](const QueryToken& a, const QueryToken& b) {
+      return a.agent < b.agent;
+    });
+    return item;
+  }
+
+  // True if two decodes see keys up to the same position, in the same pages from `first_key` on.
+  bool have_same_keys(int64_t a, int64_t b, int64_t first_key) const {
+    const int64_t length = step_.context_lens[a], size = step_.page_size;
+    if (step_.context_lens[b] != length) return false;
+    return std::equal(
+        step_.pages(a) + first_key / size, step_.pages(a) + (length + size - 1) / size,
+        step_.pages(b) + first_key / size);
   }
 
   int64_t full_pages(int64_t s) const { return step_.context_lens[s] / step_.page_size; }

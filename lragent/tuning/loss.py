@@ -1,0 +1,83 @@
+"""The loss on the wanted rows of a forward: KL to the teacher's distribution, and cross-entropy.
+
+Legend: R = scored tokens, D = hidden size, V = vocabulary. `[R, V]` never exists whole: rows are taken in chunks, whose
+logits are computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Logits = Callable[[Tensor, Tensor], Tensor]  # hidden states [R, D], agent ids [R] -> float32 logits [R, V]
+
+CHUNK_NUMBERS = 1 << 24  # logits of a chunk: 64 MiB in float32
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scored tokens of a forward.
+
+    Args:
+        student_RD: last hidden states.
+        teacher_RD: last hidden states of the same tokens under the teacher; None if nothing is compared with it.
+        agents_R: agent ids.
+        targets_R: token ids.
+    """
+
+    student_RD: Tensor
+    teacher_RD: Tensor | None
+    agents_R: Tensor
+    targets_R: Tensor
+
+    def chunks(self, vocab_size: int) -> Iterator[Scored]:
+        """The same tokens in chunks of at most `CHUNK_NUMBERS` logits."""
+        size = max(1, CHUNK_NUMBERS // vocab_size)
+        for at in range(0, self.targets_R.shape[0], size):
+            part = slice(at, at + size)
+            teacher = None if self.teacher_RD is None else self.teacher_RD[part]
+            yield Scored(self.student_RD[part], teacher, self.agents_R[part], self.targets_R[part])
+
+
+def kl_and_cross_entropy(logits: Logits, scored: Scored) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student), zero without a teacher, and cross-entropy of each token: float32 `[R]`, in nats."""
+    student_RV = logits(scored.student_RD, scored.agents_R).log_softmax(-1)
+    cross_entropy_R = -student_RV.gather(1, scored.targets_R[:, None])[:, 0]
+    if scored.teacher_RD is None:
+        return torch.zeros_like(cross_entropy_R), cross_entropy_R
+    with torch.no_grad():
+        teacher_RV = logits(scored.teacher_RD, scored.agents_R).log_softmax(-1)
+    return kl_divergence(teacher_RV, student_RV), cross_entropy_R
+
+
+def kl_divergence(teacher_RV: Tensor, student_RV: Tensor) -> Tensor:
+    """KL(teacher || student) of each row of log-probabilities: `[R]`."""
+    return torch.nn.functional.kl_div(student_RV, teacher_RV, log_target=True, reduction="none").sum(-1)
+
+
+def weighted_loss(logits: Logits, scored: Scored, kl_R: Tensor, cross_entropy_R: Tensor, vocab_size: int) -> Tensor:
+    """Sum over tokens of weight times KL and weight times cross-entropy; gradients reach the hidden states and the
+    parameters of `logits`.
+
+    Args:
+        kl_R, cross_entropy_R: weights of each token.
+    """
+    sums = []
+    at = 0
+    for part in scored.chunks(vocab_size):
+        weights = slice(at, at + part.targets_R.shape[0])
+        at = weights.stop
+        work = partial(_weighted_sum, logits, part, kl_R[weights], cross_entropy_R[weights])
+        sums.append(checkpoint(work, part.student_RD, use_reentrant=False))
+    return torch.stack(sums).sum()
+
+
+def _weighted_sum(logits: Logits, part: Scored, kl_R: Tensor, cross_entropy_R: Tensor, student_RD: Tensor) -> Tensor:
+    found = Scored(student_RD, part.teacher_RD, part.agents_R, part.targets_R)
+    kl, cross_entropy = kl_and_cross_entropy(logits, found)
+    return (kl * kl_R + cross_entropy * cross_entropy_R).sum()

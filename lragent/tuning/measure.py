@@ -1,0 +1,95 @@
+"""Agreement of agents with the teacher, teacher-forced, under a sharing scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lragent.program.agent import BASE
+from lragent.tuning.loss import Scored, kl_divergence
+from lragent.tuning.material import Material
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Figures of one agent, or of all.
+
+    Args:
+        tokens, turns: number of scored ones.
+        kl: mean KL(teacher || student) a token, in nats.
+        top1: share of tokens where both have the same most likely token.
+        cross_entropy: mean of the generated tokens, in nats.
+        turn_accuracy: share of turns in which every token is the student's most likely one.
+    """
+
+    tokens: int
+    turns: int
+    kl: float
+    top1: float
+    cross_entropy: float
+    turn_accuracy: float
+
+
+def measure(material: Material, scheme: str, indices: Sequence[int], batch_tokens: int) -> dict[str, Agreement]:
+    """Agreement by agent under a scheme; agents without a turn are left out. The teacher has all examples."""
+    names = (BASE, *material.model.agents)
+    tokens: list[Tensor] = []  # [R, 5]: agent id, KL, same most likely token, cross-entropy, target is most likely
+    turns: list[Tensor] = []  # [turns, 2]: agent id, all targets are most likely
+    for picked in material.packed(indices, batch_tokens):
+        rows = material.rows(scheme, [material.examples[index] for index in picked])
+        with torch.no_grad():
+            scored = material.scored(rows, material.hidden(rows), picked)
+            found_R5 = torch.cat([_figures(material, part) for part in scored.chunks(material.vocab_size)]).cpu()
+        tokens.append(found_R5)
+        number_R = rows.turns_R.cpu().unique_consecutive(return_inverse=True)[1]
+        right = torch.ones(int(number_R[-1]) + 1, dtype=torch.float64)
+        right.scatter_reduce_(0, number_R, found_R5[:, 4], "amin")
+        agents = torch.zeros_like(right).scatter_(0, number_R, found_R5[:, 0])
+        turns.append(torch.stack([agents, right], 1))
+    all_R5, all_T2 = torch.cat(tokens), torch.cat(turns)
+    present = [int(agent) for agent in all_T2[:, 0].unique()]
+    return {names[agent]: _agreement(all_R5, all_T2, agent) for agent in present}
+
+
+def overall(by_agent: dict[str, Agreement]) -> Agreement:
+    """Figures of all agents together."""
+    rows = list(by_agent.values())
+    tokens, turns = sum(row.tokens for row in rows), sum(row.turns for row in rows)
+
+    def mean(name: str, weights: str, total: int) -> float:
+        return float(sum(getattr(row, name) * getattr(row, weights) for row in rows)) / total
+
+    return Agreement(
+        tokens=tokens,
+        turns=turns,
+        kl=mean("kl", "tokens", tokens),
+        top1=mean("top1", "tokens", tokens),
+        cross_entropy=mean("cross_entropy", "tokens", tokens),
+        turn_accuracy=mean("turn_accuracy", "turns", turns),
+    )
+
+
+def _figures(material: Material, part: Scored) -> Tensor:
+    """Float64 `[R, 5]`, the columns of `measure`'s `tokens`."""
+    assert part.teacher_RD is not None
+    student_RV = material.model.logits(part.student_RD, part.agents_R).log_softmax(-1)
+    teacher_RV = material.model.logits(part.teacher_RD, part.agents_R).log_softmax(-1)
+    likely_R = student_RV.argmax(-1)
+    columns = (
+        part.agents_R,
+        kl_divergence(teacher_RV, student_RV),
+        likely_R == teacher_RV.argmax(-1),
+        -student_RV.gather(1, part.targets_R[:, None])[:, 0],
+        likely_R == part.targets_R,
+    )
+    return torch.stack([column.double() for column in columns], 1)
+
+
+def _agreement(tokens_R5: Tensor, turns_T2: Tensor, agent: int) -> Agreement:
+    own = tokens_R5[tokens_R5[:, 0] == agent]
+    turns = turns_T2[turns_T2[:, 0] == agent]
+    _, kl, top1, cross_entropy, _ = own.mean(0).tolist()
+    return Agreement(len(own), len(turns), kl, top1, cross_entropy, float(turns[:, 1].mean()))

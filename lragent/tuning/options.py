@@ -1,0 +1,117 @@
+"""Options of `lragent tune`, and the defaults that depend on the scheme."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lragent.errors import RequestError
+
+Trained = Literal["both", "a", "b"]
+Arithmetic = Literal["auto", "float32", "bfloat16"]
+
+LEARNING_RATE = 4e-4
+LEARNING_RATE_OF_ACTING_ROWS = 1e-3  # of neutral_shared: gradients pass through few rows
+WHOLE_SCHEME = "non_shared"
+# Options that may change when a run is resumed.
+RESUMED_WITH_OTHERS = ("learning_rate", "minutes", "checkpoint_seconds", "report_schemes")
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """Options of a tuning run. Two runs with equal options on equal files take the same steps.
+
+    Args:
+        steps: most optimizer steps a round; fewer if they don't fit into `minutes`.
+        minutes: time of a round in all, reports included.
+        learning_rate: peak of the cosine schedule; None: by scheme.
+        batch_tokens: tokens of whole trajectories that a step takes; a longer trajectory is a step of its own.
+        held_out: share of the trajectories that no step sees; at least one unless it is 0.
+        patience: evaluations on held-out trajectories without improvement after which a round ends; 0: it goes on.
+        evaluations: number of evaluations on held-out trajectories in a round.
+        kl: weight of KL(teacher || student), teacher: the adapters as given, under `non_shared`; None: 1 for what
+            agents rolled out, 0 for gold.
+        cross_entropy: weight of the cross-entropy of the generated tokens; None: 1 for gold, else 0.
+        weight_field: entry of a line, such as "result.score", by which the cross-entropy of its tokens is multiplied;
+            None: the line's reward if it has one, else 1.
+        non_shared_share: share of the steps whose loss is that of `non_shared` instead of the scheme's.
+        permuted_writers: share of the steps in which appended tokens are processed by an agent drawn at random.
+        train: matrices that are trained: "a", "b" or "both".
+        tie_a: True keeps a shared A shared.
+        add_modules: ends of the names of linear modules that get new adapters, or "all-linear".
+        add_rank: rank of the new adapters; None: that of the agent.
+        seed: of the order of trajectories, held-out ones, writers and new adapters.
+        dtype: of the base weights: "auto" (that of the run that wrote the trajectories, else the checkpoint's),
+            "float32", "bfloat16" or "float16". Adapters are trained in float32.
+        arithmetic: of a float32 model: "float32", "bfloat16", or "auto": bfloat16 where the processor has it.
+        report_schemes: schemes that the report compares besides the target and `non_shared`.
+        checkpoint_seconds: time between two checkpoints.
+    """
+
+    steps: int = 100
+    minutes: float = 30.0
+    learning_rate: float | None = None
+    batch_tokens: int = 1200
+    held_out: float = 0.1
+    patience: int = 3
+    evaluations: int = 8
+    kl: float | None = None
+    cross_entropy: float | None = None
+    weight_field: str | None = None
+    non_shared_share: float = 0.0
+    permuted_writers: float = 0.25
+    train: Trained = "both"
+    tie_a: bool = True
+    add_modules: tuple[str, ...] = ()
+    add_rank: int | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    arithmetic: Arithmetic = "auto"
+    report_schemes: tuple[str, ...] = ()
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        rate = self.learning_rate
+        weights = [weight for weight in (self.kl, self.cross_entropy) if weight is not None]
+        checks = (
+            (self.steps >= 1, f"steps is {self.steps}, must be at least 1"),
+            (_above_0(self.minutes), f"minutes is {self.minutes}, must be above 0"),
+            (rate is None or _above_0(rate), f"learning_rate is {rate}, must be above 0"),
+            (self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}, must be at least 1"),
+            (0 <= self.held_out < 1, f"held_out is {self.held_out}, must be at least 0 and below 1"),
+            (self.patience >= 0, f"patience is {self.patience}, must not be negative"),
+            (self.evaluations >= 1, f"evaluations is {self.evaluations}, must be at least 1"),
+            (all(w >= 0 for w in weights), f"kl is {self.kl} and cross_entropy {self.cross_entropy}: below 0"),
+            (len(weights) < 2 or sum(weights) > 0, "kl and cross_entropy are 0: there is no loss"),
+            (_is_share(self.non_shared_share), f"non_shared_share is {self.non_shared_share}, must be from 0 to 1"),
+            (_is_share(self.permuted_writers), f"permuted_writers is {self.permuted_writers}, must be from 0 to 1"),
+            (self.train in get_args(Trained), f"train is {self.train!r}, must be both, a or b"),
+            (
+                self.arithmetic in get_args(Arithmetic),
+                f"arithmetic is {self.arithmetic!r}, must be auto, float32 or bfloat16",
+            ),
+            (self.add_rank is None or self.add_rank >= 1, f"add_rank is {self.add_rank}, must be at least 1"),
+        )
+        for holds, message in checks:
+            if not holds:
+                raise RequestError(message)
+
+    def peak_rate(self, scheme: str) -> float:
+        """The learning rate after warm-up."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return LEARNING_RATE_OF_ACTING_ROWS if scheme == "neutral_shared" else LEARNING_RATE
+
+    def loss_weights(self, gold: bool) -> tuple[float, float]:
+        """Weights of KL and cross-entropy for a trajectory that is gold, or that agents rolled out."""
+        kl = float(not gold) if self.kl is None else self.kl
+        return kl, float(gold) if self.cross_entropy is None else self.cross_entropy
+
+
+def _above_0(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _is_share(value: float) -> bool:
+    return 0 <= value <= 1

@@ -1,0 +1,69 @@
+"""Plans a round: how many steps fit into its time. The plan is in the checkpoint, so a resumed round keeps it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lragent.tuning.batches import Batch
+from lragent.tuning.options import TuneOptions
+
+MARGIN = 0.95  # of the time that is left is planned for
+OVERTIME = 1.15  # steps may take this much longer than planned before the round ends
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a round.
+
+    Args:
+        steps: planned optimizer steps.
+        seconds_a_step: estimate, evaluations included.
+        seconds_allowed: time of all steps after which the round ends early.
+    """
+
+    steps: int
+    seconds_a_step: float
+    seconds_allowed: float
+
+
+def plan_round(
+    options: TuneOptions,
+    batches: Sequence[Batch],
+    trial: Callable[[Batch], object],
+    device: torch.device,
+    seconds_of_report: float,
+    seconds_used: float,
+) -> Plan:
+    """Times one step that changes nothing, and plans as many as fit.
+
+    Args:
+        trial: forward and backward of a batch.
+        seconds_of_report: time of a report; an evaluation takes at most as long.
+        seconds_used: time of the round so far.
+    """
+    first = min(batches, key=_tokens)
+    trial(first)  # the first call is slower than those that follow
+    seconds = seconds_of(lambda: trial(first), device)
+    a_step = seconds / _tokens(first) * sum(map(_tokens, batches)) / len(batches)
+    left = options.minutes * 60 * MARGIN - seconds_used - 2 * seconds - seconds_of_report
+    evaluations = options.evaluations * seconds_of_report
+    steps = max(1, min(options.steps, int((left - evaluations) / max(a_step, 1e-9))))
+    with_evaluations = a_step + evaluations / steps
+    return Plan(steps, with_evaluations, max(with_evaluations * steps * OVERTIME, left))
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Wall time of work, launched kernels included."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _tokens(batch: Batch) -> int:
+    return sum(example.tokens for example in batch.examples)

@@ -1,0 +1,195 @@
+"""One round: from trajectories to tuned weights in the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lragent.errors import TuneError
+from lragent.rollouts.run_facts import differences
+from lragent.tuning.batches import Batch, Split, batches_of_steps, for_step, split_examples
+from lragent.tuning.checkpoint import Progress, RoundState, read_checkpoint
+from lragent.tuning.material import Material
+from lragent.tuning.measure import Agreement, measure
+from lragent.tuning.memory import Sizes, require_memory
+from lragent.tuning.optimizer import adamw
+from lragent.tuning.options import WHOLE_SCHEME, TuneOptions
+from lragent.tuning.plan import plan_round
+from lragent.tuning.report import Figures, RoundReport, figures_from_json
+from lragent.tuning.teacher import require_own_tokens, with_teacher
+from lragent.tuning.train import Round, TuneStep, loss_of, train
+
+MOST_MEASURED = 8  # trajectories, where none is held out
+
+
+@dataclass(frozen=True)
+class RoundInput:
+    """Input of a round.
+
+    Args:
+        material: model with the parents' weights, and examples; without a teacher.
+        parameters: those that are trained, by name.
+        start: weights that the round begins with; empty: the parents'.
+        facts: JSON; all that must be the same when the round is resumed.
+    """
+
+    material: Material
+    parameters: Mapping[str, nn.Parameter]
+    start: Mapping[str, Tensor]
+    scheme: str
+    options: TuneOptions
+    sizes: Sizes
+    checkpoint: Path
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """Result of a round; the tuned weights are in the model.
+
+    Args:
+        material: with the teacher.
+        measured: indices of the examples that reports are about.
+        before: figures of the parents.
+    """
+
+    material: Material
+    split: Split
+    measured: tuple[int, ...]
+    before: Figures
+    report: RoundReport
+
+
+def run_round(
+    given: RoundInput,
+    show: Callable[[str], None],
+    on_step: Callable[[TuneStep], None] | None = None,
+) -> RoundResult:
+    """Runs a round, or the rest of one that has a checkpoint.
+
+    Raises:
+        TuneError: too little memory, another run's checkpoint, or a loss that is NaN.
+        TaskFileError: the trajectories are not of this model.
+    """
+    started = time.monotonic()
+    options, examples = given.options, given.material.examples
+    saved = read_checkpoint(given.checkpoint)
+    if saved is not None:
+        _require_same(given.checkpoint, saved.facts, given.facts)
+    split = split_examples(len(examples), options.held_out, options.seed)
+    measured = split.held_out or split.train[:MOST_MEASURED]
+    batches = list(islice(batches_of_steps(examples, split.train, options), options.steps))
+    require_memory(given.material, batches, given.scheme, given.sizes)
+    material = _with_teacher(given, split, measured, show)
+    require_own_tokens(material)
+    optimizer = adamw(given.parameters.values(), options.peak_rate(given.scheme))
+    if saved is not None:
+        before = figures_from_json(saved.facts["before"])
+        facts, times = dict(saved.facts), saved.facts["times"]
+        state = saved.put_into(given.parameters, optimizer)
+    else:
+        show("measuring the adapters as given")
+        began = time.monotonic()
+        before = measured_under(material, given.scheme, measured, options)
+        seconds_of_report = time.monotonic() - began
+        for name, value in given.start.items():
+            given.parameters[name].data.copy_(value)
+        show("timing a step")
+        plan = plan_round(
+            options,
+            batches,
+            lambda batch: _trial(material, batch, given),
+            material.device,
+            seconds_of_report,
+            time.monotonic() - started,
+        )
+        state = RoundState(dict(given.parameters), optimizer, Progress(plan.steps, plan.seconds_allowed))
+        times = {"step": plan.seconds_a_step, "report": seconds_of_report}
+        facts = {**given.facts, "before": _to_json(before), "times": times}
+    this = Round(
+        material,
+        given.scheme,
+        options,
+        batches,
+        split.held_out,
+        given.checkpoint,
+        facts,
+        times["step"],
+        times["report"],
+    )
+    if saved is None:
+        this.save(state)
+    train(this, state, on_step)
+    return RoundResult(material, split, measured, before, _report(state.progress))
+
+
+def ended_round(given: RoundInput) -> RoundReport | None:
+    """The report of a round that has ended, without a teacher; its weights are put into the model. None if it hasn't.
+
+    Raises:
+        TuneError: the checkpoint is of another run.
+    """
+    saved = read_checkpoint(given.checkpoint)
+    if saved is None or not saved.progress.ended:
+        return None
+    _require_same(given.checkpoint, saved.facts, given.facts)
+    state = saved.put_into(given.parameters, adamw(given.parameters.values(), 1.0))
+    state.use_best()
+    return _report(state.progress)
+
+
+def _report(progress: Progress) -> RoundReport:
+    return RoundReport(
+        steps=progress.step,
+        planned=progress.steps,
+        best_step=progress.step if progress.best_step < 0 else progress.best_step,
+        stopped=progress.stopped,
+        seconds=progress.seconds,
+        losses=tuple(progress.losses),
+        held_out=tuple(progress.held_out),
+    )
+
+
+def measured_under(material: Material, scheme: str, indices: Sequence[int], options: TuneOptions) -> Figures:
+    """Figures of the model as it is under `non_shared`, the target, and the schemes that the options add."""
+    schemes = dict.fromkeys((WHOLE_SCHEME, scheme, *options.report_schemes))
+    return {name: measure(material, name, indices, options.batch_tokens) for name in schemes}
+
+
+def _with_teacher(given: RoundInput, split: Split, measured: Sequence[int], show: Callable[[str], None]) -> Material:
+    """Teacher states of all examples that a loss or a report compares with them."""
+    examples = given.material.examples
+    compared = sorted({*measured, *(index for index in split.train if examples[index].kl)})
+
+    def progress(done: int) -> None:
+        show(f"the agents' own distributions: {done} of {len(compared)} trajectories")
+
+    progress(0)
+    return with_teacher(given.material, compared, given.options.batch_tokens, progress)
+
+
+def _trial(material: Material, batch: Batch, given: RoundInput) -> None:
+    """A step that changes nothing."""
+    loss_of(material, for_step(batch, 0, given.scheme, material.model.agents, given.options)).backward()
+    for parameter in given.parameters.values():
+        parameter.grad = None
+
+
+def _to_json(figures: Mapping[str, Mapping[str, Agreement]]) -> dict[str, Any]:
+    return {scheme: {agent: dataclasses.asdict(row) for agent, row in rows.items()} for scheme, rows in figures.items()}
+
+
+def _require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises TuneError if a checkpoint is of another run; names all that differs, with both values."""
+    found = differences({name: before.get(name) for name in now}, now)
+    if found:
+        raise TuneError(
+            f"{path} is of another run: {'; '.join(found.values())}", "Use its options, or start anew with --overwrite."
+        )

@@ -1,0 +1,163 @@
+"""The steps of a round."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lragent.errors import TuneError
+from lragent.tuning.batch_rows import per_token
+from lragent.tuning.batches import Batch, for_step
+from lragent.tuning.checkpoint import RoundState, all_finite, save_checkpoint
+from lragent.tuning.loss import weighted_loss
+from lragent.tuning.material import Material
+from lragent.tuning.measure import measure, overall
+from lragent.tuning.optimizer import clip, set_rate
+from lragent.tuning.options import TuneOptions
+
+
+@dataclass(frozen=True)
+class TuneStep:
+    """News of a round, for a progress bar.
+
+    Args:
+        step, steps: done and planned.
+        loss: of the last step; None before the first.
+        held_out: newest value on the held-out trajectories; None before the first.
+        seconds_left: estimate for the steps and the report that are left.
+    """
+
+    step: int
+    steps: int
+    loss: float | None
+    held_out: float | None
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """Everything that stays the same in a round.
+
+    Args:
+        batches: one for each step.
+        held_out: indices of held-out examples.
+        checkpoint: file; facts: see `save_checkpoint`.
+        seconds_a_step, seconds_of_report: estimates.
+    """
+
+    material: Material
+    scheme: str
+    options: TuneOptions
+    batches: Sequence[Batch]
+    held_out: tuple[int, ...]
+    checkpoint: Path
+    facts: dict[str, Any]
+    seconds_a_step: float
+    seconds_of_report: float
+
+    def save(self, state: RoundState) -> None:
+        save_checkpoint(self.checkpoint, state, self.facts)
+
+
+def loss_of(material: Material, batch: Batch) -> Tensor:
+    """Mean loss of a batch's tokens, with its graph."""
+    rows = material.rows(batch.scheme, batch.examples)
+    scored = material.scored(rows, material.hidden(rows), batch.indices)
+    weights = [per_token(batch.examples, [getattr(e, name) for e in batch.examples]) for name in _WEIGHTS]
+    kl_R, cross_entropy_R = (weight.to(material.device) / len(weight) for weight in weights)
+    return weighted_loss(material.model.logits, scored, kl_R, cross_entropy_R, material.vocab_size)
+
+
+_WEIGHTS = ("kl", "cross_entropy")  # of an `Example`
+
+
+def train(this: Round, state: RoundState, on_step: Callable[[TuneStep], None] | None = None) -> None:
+    """Takes the steps that are left; afterwards the parameters are those of the best evaluation.
+
+    A checkpoint is written after the loss of its parameters was found finite.
+
+    Raises:
+        TuneError: a loss or a gradient is NaN or infinite; the last checkpoint is a good one.
+    """
+    progress, options = state.progress, this.options
+    every = math.ceil(progress.steps / options.evaluations)
+    ticked = saved = time.monotonic()
+
+    def news() -> None:
+        if on_step is not None:
+            loss = progress.losses[-1][1] if progress.losses else None
+            held_out = progress.held_out[-1][1] if progress.held_out else None
+            left = (progress.steps - progress.step) * this.seconds_a_step + this.seconds_of_report
+            on_step(TuneStep(progress.step, progress.steps, loss, held_out, left))
+
+    news()
+    while not progress.ended:
+        batch = for_step(this.batches[progress.step], progress.step, this.scheme, this.material.model.agents, options)
+        loss = loss_of(this.material, batch)
+        _require_finite("loss", float(loss.detach()), this, state)
+        if time.monotonic() - saved >= options.checkpoint_seconds:
+            this.save(state)
+            saved = time.monotonic()
+        loss.backward()
+        _require_finite("gradient", clip(state.optimizer), this, state)
+        set_rate(state.optimizer, options.peak_rate(this.scheme), progress.step, progress.steps)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        progress.losses.append((progress.step, float(loss.detach())))
+        progress.step += 1
+        if this.held_out and (progress.step % every == 0 or progress.step == progress.steps):
+            _evaluate(this, state)
+        progress.seconds += time.monotonic() - ticked
+        ticked = time.monotonic()
+        if progress.seconds >= progress.seconds_allowed and not progress.ended:
+            progress.stopped = "time"
+            if this.held_out:
+                _evaluate(this, state)
+        news()
+    if not all_finite(state.parameters):
+        raise _diverged("a weight", this, state)
+    this.save(state)
+    state.use_best()
+
+
+def _evaluate(this: Round, state: RoundState) -> None:
+    """Measures the loss on the held-out examples; keeps the parameters if it is the best so far."""
+    progress = state.progress
+    value = held_out_loss(this.material, this.scheme, this.held_out, this.options.batch_tokens)
+    _require_finite("held-out loss", value, this, state)
+    progress.held_out.append((progress.step, value))
+    if progress.best_step < 0 or value < progress.best:
+        progress.best, progress.best_step, progress.worse = value, progress.step, 0
+        state.keep_best()
+        return
+    progress.worse += 1
+    if progress.worse == this.options.patience and not progress.ended:
+        progress.stopped = "no improvement"
+
+
+def held_out_loss(material: Material, scheme: str, held_out: Sequence[int], batch_tokens: int) -> float:
+    """The loss under the scheme, with the mean weights of the examples; KL alone by default."""
+    found = overall(measure(material, scheme, held_out, batch_tokens))
+    examples = [material.examples[index] for index in held_out]
+    kl, cross_entropy = (float(per_token(examples, [getattr(e, n) for e in examples]).mean()) for n in _WEIGHTS)
+    return kl * found.kl + cross_entropy * found.cross_entropy
+
+
+def _require_finite(what: str, value: float, this: Round, state: RoundState) -> None:
+    if not math.isfinite(value):
+        raise _diverged(f"the {what}", this, state)
+
+
+def _diverged(what: str, this: Round, state: RoundState) -> TuneError:
+    kept = f"{this.checkpoint} keeps the last good weights" if this.checkpoint.exists() else "no checkpoint was written"
+    rate = this.options.peak_rate(this.scheme)
+    return TuneError(
+        f"{what} of step {state.progress.step + 1} is NaN or infinite; {kept}",
+        f"Go on from there with a lower rate (--resume --learning-rate {rate / 3:.1g}), or use --dtype float32.",
+    )

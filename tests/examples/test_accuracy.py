@@ -1,0 +1,58 @@
+"""Intervals, and the gold file that tuning reads."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from examples.fact_world.accuracy_rows import BARS, ROWS, SHIPPED, TUNINGS
+from examples.fact_world.gold_file import gold_lines
+from examples.fact_world.intervals import paired_difference, wilson
+from examples.fact_world.world import make_tasks
+
+
+def test_wilson() -> None:
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998, table I
+    assert wilson(0, 20)[0] == 0.0
+    assert wilson(20, 20)[1] == 1.0
+
+
+def test_equal_results_have_a_narrow_interval_around_zero() -> None:
+    left = [True] * 30 + [False] * 10
+    difference, low, high = paired_difference(left, left)
+    assert difference == 0
+    assert -0.05 < low <= 0 <= high < 0.05
+
+
+def test_paired_difference_covers_the_truth() -> None:
+    """Pairs with shares 0.8 and 0.7: about 95% of the intervals contain 0.1."""
+    rng = random.Random(0)
+    covered = 0
+    for _ in range(400):
+        pairs = [(value < 0.8, value < 0.65 or value > 0.95) for value in (rng.random() for _ in range(200))]
+        _, low, high = paired_difference([a for a, _ in pairs], [b for _, b in pairs])
+        covered += low <= 0.1 <= high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_results_of_other_tasks_are_not_paired() -> None:
+    with pytest.raises(ValueError, match="can't be paired"):
+        paired_difference([True], [True, False])
+
+
+def test_gold_spans_are_the_texts_of_the_agents() -> None:
+    tasks = make_tasks("train", 3)
+    for line in gold_lines(tasks, lambda text: list(text.encode())):
+        spoken = [(role, bytes(line["token_ids"][start:end]).decode()) for role, _, start, end in line["generated"]]
+        assert [role for role, _ in spoken][-3:] == ["plan", "action", "reflect"]
+        assert spoken[0][1].startswith("Steps: ") or "Steps: " in spoken[0][1]
+        assert all(text.endswith("\n") for role, text in spoken if role != "reflect")
+        assert all(digest is None for _, digest, _, _ in line["generated"])
+
+
+def test_every_row_and_bar_can_be_made() -> None:
+    sets = {SHIPPED, *(tuning.name for tuning in TUNINGS)}
+    assert {row.adapters for row in ROWS} <= sets
+    assert len({row.name for row in ROWS}) == len(ROWS)
+    assert all(bar.left in ROWS and bar.right in ROWS for bar in BARS)

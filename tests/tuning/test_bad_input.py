@@ -1,0 +1,147 @@
+"""Runs that can't be: each error says what was found and what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lragent
+from lragent.errors import RequestError, SplitRefused, TaskFileError, TuneError
+from lragent.training.schemes import rows_of
+from lragent.training.turn_sequence import Turn, TurnSequence
+from lragent.tuning import memory
+from lragent.tuning.options import TuneOptions
+from tests.models.variants import write_variants
+from tests.tuning.conftest import RolledOut
+
+FEW = TuneOptions(steps=2, batch_tokens=120, held_out=0.2)
+
+
+def copied_results(given: RolledOut, folder: Path, run_file: bool = False) -> Path:
+    path = folder / "results.jsonl"
+    shutil.copy(given.results, path)
+    if run_file:
+        shutil.copy(f"{given.results}.run.json", f"{path}.run.json")
+    return path
+
+
+def test_trajectories_of_another_tokenizer_are_improbable(rolled_out_qv: RolledOut, tmp_path: Path) -> None:
+    """The ids are in the vocabulary and the adapters are the same; only the base's embedding is another."""
+    other = tmp_path / "model"
+    shutil.copytree(rolled_out_qv.model_dir, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].roll(17, 0)
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TaskFileError, match=r"differ from those of these adapters under non_shared by \d+\.\d nats"):
+        lragent.tune(other, rolled_out_qv.adapters, rolled_out_qv.results, tmp_path / "out", options=FEW)
+
+
+def test_trajectories_of_another_vocabulary_are_refused_by_their_run(rolled_out_qv: RolledOut, tmp_path: Path) -> None:
+    results = copied_results(rolled_out_qv, tmp_path, run_file=True)
+    run_file = Path(f"{results}.run.json")
+    run = json.loads(run_file.read_text())
+    run["runs"][0]["parts"]["artifact"]["vocab_size"] = 100
+    run_file.write_text(json.dumps(run))
+    with pytest.raises(TaskFileError, match="a vocabulary of 100 tokens, the model has 128"):
+        lragent.tune(rolled_out_qv.model_dir, rolled_out_qv.adapters, results, tmp_path / "out", options=FEW)
+
+
+def test_adapters_that_no_turn_is_of_are_named(rolled_out_qv: RolledOut, tmp_path: Path) -> None:
+    plan = rolled_out_qv.adapters["plan"]
+    swapped = {"plan": rolled_out_qv.adapters["action"], "action": plan, "reflect": plan}
+    with pytest.raises(TaskFileError, match=r"no turn counts: skipped turns of other adapters .*: 10 of action, 10 of"):
+        lragent.tune(rolled_out_qv.model_dir, swapped, rolled_out_qv.results, tmp_path / "out", options=FEW)
+
+
+def test_a_dtype_of_the_run_is_known_without_its_run_file(rolled_out_qv: RolledOut, tmp_path: Path) -> None:
+    """The digests are those of a float32 run; the run file names float32, too."""
+    results = copied_results(rolled_out_qv, tmp_path)
+    with pytest.raises(TaskFileError, match="in the run's dtype"):
+        options = replace(FEW, dtype="bfloat16")
+        lragent.tune(rolled_out_qv.model_dir, rolled_out_qv.adapters, results, tmp_path / "out", options=options)
+    shutil.rmtree(tmp_path / "out")
+    report = lragent.tune(rolled_out_qv.model_dir, rolled_out_qv.adapters, results, tmp_path / "out", options=FEW)
+    assert report.rounds[0].steps == 2
+
+
+def test_adapters_that_cannot_be_split_are_refused_as_by_convert(rolled_out: RolledOut, tmp_path: Path) -> None:
+    dora = write_variants(tmp_path, "llama", {"plan": {"use_dora": True, "target_modules": ["k_proj"]}})
+    gold = tmp_path / "gold.jsonl"
+    gold.write_text('{"token_ids": [1, 2, 3], "generated": [["plan", null, 1, 3]]}\n')
+    with pytest.raises(SplitRefused) as converting:
+        lragent.convert(dora.model_dir, dora.adapters, tmp_path / "m.lragent", layouts=("split",), compiled=False)
+    with pytest.raises(SplitRefused) as tuning:
+        lragent.tune(dora.model_dir, dora.adapters, gold, tmp_path / "out", options=FEW)
+    assert tuning.value.message == converting.value.message
+
+
+@pytest.mark.parametrize(
+    ("free", "batch_tokens", "remedy"),
+    [(100, 1000, "Use --batch-tokens"), (40, 20, "Leave out trajectories above 40 tokens, such as")],
+)
+def test_too_little_memory_says_what_would_fit(
+    rolled_out_qv: RolledOut,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    batch_tokens: int,
+    remedy: str,
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free << 20)
+    monkeypatch.setattr(memory.Sizes, "step_bytes", lambda self, rows: len(rows.token_ids_N) << 20)
+    with pytest.raises(
+        TuneError, match=r"needs about 0\.\d GiB, 0\.\d GiB are free; about \d+ tokens would fit"
+    ) as error:
+        lragent.tune(
+            rolled_out_qv.model_dir,
+            rolled_out_qv.adapters,
+            rolled_out_qv.results,
+            tmp_path / "out",
+            options=replace(FEW, batch_tokens=batch_tokens, steps=20),
+        )
+    assert remedy in error.value.hint
+
+
+def test_more_rows_need_more_memory() -> None:
+    sequence = TurnSequence(tuple(range(40)), (Turn("plan", 10, 20), Turn("action", 30, 40)))
+    sizes = memory.Sizes(layers=2, hidden=64, outputs=512, trained=100, itemsize=4)
+    one, two = (sizes.step_bytes(rows_of("base_lr_shared", [sequence] * n, ("plan", "action"))) for n in (1, 2))
+    assert one < two < 2 * one
+    assert two < sizes.step_bytes(rows_of("non_shared", [sequence] * 2, ("plan", "action")))
+
+
+def test_free_memory_is_that_of_the_system() -> None:
+    free = memory.free_bytes(torch.device("cpu"))
+    assert free is None or 1 << 20 < free < 1 << 50
+
+
+def test_folders_that_are_not_of_tune_stay(rolled_out_qv: RolledOut, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    for existing in ("refuse", "resume", "overwrite"):
+        with pytest.raises(TuneError, match="exists and is not of a tuning run"):
+            lragent.tune(
+                rolled_out_qv.model_dir, rolled_out_qv.adapters, rolled_out_qv.results, full, existing=existing
+            )
+    parents = rolled_out_qv.adapters["plan"].parent
+    with pytest.raises(TuneError, match="adapter plan lies in"):
+        lragent.tune(rolled_out_qv.model_dir, rolled_out_qv.adapters, rolled_out_qv.results, parents)
+
+
+def test_arguments_are_checked_first(rolled_out_qv: RolledOut, tmp_path: Path) -> None:
+    given = (rolled_out_qv.model_dir, rolled_out_qv.adapters, rolled_out_qv.results, tmp_path / "out")
+    with pytest.raises(RequestError, match="unknown sharing scheme 'all'"):
+        lragent.tune(*given, sharing="all")
+    with pytest.raises(RequestError, match="2 rounds"):
+        lragent.tune(*given, rounds=2)
+    for wrong in ({"steps": 0}, {"held_out": 1.0}, {"kl": 0, "cross_entropy": 0}, {"train": "c"}, {"minutes": 0}):
+        with pytest.raises(RequestError):
+            TuneOptions(**wrong)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
