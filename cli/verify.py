@@ -82,6 +82,9 @@ def verify(
         ),
     ] = None,
     max_kl: MaxKl = MAX_KL,
+    most: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --trajectories, run at most so many, spread over the file.")
+    ] = 32,
     html: Annotated[
         Path | None,
         typer.Option(metavar="FILE", parser=user_path, help="Also write the drift as a page.", show_default=False),
@@ -132,7 +135,7 @@ def verify(
             )
         if trajectories is not None:
             shared = None if chosen is None else tuple(name for name in chosen if name != "non_shared")
-            drift = lragent.drift(artifact, trajectories, shared, max_kl, show)
+            drift = lragent.drift(artifact, trajectories, shared, max_kl, most, show)
     if html is not None and drift is not None:
         write_page(html, drift)
     if as_json:

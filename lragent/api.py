@@ -464,6 +464,7 @@ def drift(
     trajectories: str | Path,
     schemes: Sequence[str] | None = None,
     max_kl: float = MAX_KL,
+    most: int | None = 32,
     progress: Progress | None = None,
 ) -> DriftReport:
     """Measures what sharing changes: the KL of each scheme against `non_shared` on the tokens of given trajectories.
@@ -476,6 +477,7 @@ def drift(
         trajectories: a file that `rollout` wrote, best under `non_shared`.
         schemes: sharing schemes to measure; None: all but `non_shared`.
         max_kl: largest drift that counts as no loss, in nats per token of the agent that drifts most.
+        most: largest number of trajectories to run, spread over the file; None: all.
         progress: called with the name of each stage when it begins.
 
     Raises:
@@ -494,6 +496,7 @@ def drift(
     manifest = artifact.manifest
     read = read_turn_sequences(user_path(trajectories), digests(manifest), manifest.vocab_size)
     chosen = SHARED if schemes is None else tuple(schemes)
+    read = read.spread(most)
     return drift_report(artifact, read.sequences, max_kl, chosen, read.notes, progress)
 
 

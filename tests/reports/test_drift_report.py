@@ -54,7 +54,8 @@ def test_drift_is_measured_shown_and_kept(artifact: Path, trajectories: Path) ->
         "reflect": 40,
     }
     assert len(found["streams"]) == 6 * 2 and all(pair["low_rank"] > 0 for pair in found["streams"])
-    large = lragent.drift(artifact, trajectories, ["base_lr_shared"], max_kl=100.0)
+    large = lragent.drift(artifact, trajectories, ["base_lr_shared"], max_kl=100.0, most=1)
+    assert large.drift.sequences == 1 and large.notes == ("1 of 2 trajectories were taken",)
     assert large.recommendation.scheme == "base_lr_shared"
     engine = lragent.load(artifact, max_kl=100.0, backend="eager", kv_memory="1MiB")
     assert engine.evidence.reason == "measured"

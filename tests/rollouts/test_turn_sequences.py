@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lragent.errors import TaskFileError
+from lragent.errors import RequestError, TaskFileError
 from lragent.rollouts.turn_sequences import Trajectories, read_turn_sequences
 from lragent.training.turn_sequence import Turn, TurnSequence
 
@@ -65,3 +65,15 @@ def test_turns_of_other_adapters_are_counted(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_named(tmp_path: Path, lines: tuple[str, ...], found: str) -> None:
     with pytest.raises(TaskFileError, match=found):
         read(tmp_path, *lines)
+
+
+def test_a_part_is_spread_over_the_file(tmp_path: Path) -> None:
+    found = read(tmp_path, *(json.dumps(trajectory(["plan", None, 1, 2 + number])) for number in range(7)))
+
+    def taken(most: int | None) -> list[int]:
+        return [sequence.turns[0].end - 2 for sequence in found.spread(most).sequences]
+
+    assert taken(None) == taken(7) == taken(99) == list(range(7)) and found.spread(7).notes == ()
+    assert taken(3) == [0, 2, 4] and found.spread(3).notes == ("3 of 7 trajectories were taken",)
+    with pytest.raises(RequestError, match="most is 0"):
+        found.spread(0)
