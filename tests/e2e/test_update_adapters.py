@@ -225,7 +225,7 @@ def test_an_engine_of_a_live_model(written: WrittenModel, fresh: Fresh, tmp_path
     dirs = {name: written.adapters[name] for name in ("plan", "action")}
     model = load_peft(written.model_dir, dirs, torch.float32)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    engine = lragent.optimize(model, backend="eager", kv_memory="4MiB", spare=1)
+    engine = lragent.optimize(model, sharing="base_lr_shared", backend="eager", kv_memory="4MiB", spare=1)
     with engine.trajectory(PROMPT) as t:
         t.generate("plan", max_new_tokens=2)
         engine.update_adapters({"plan": written.adapters["plan_b"]})
@@ -243,7 +243,7 @@ def test_compiled_packages_read_the_new_weights(unit: str, written: WrittenModel
     dirs = {name: written.adapters[name] for name in ("plan", "action")}
     lragent.convert(written.model_dir, dirs, out, unit=unit, spare=1)
     files = {path: sha256_of(path) for path in out.rglob("*") if path.is_file()}
-    engine = lragent.load(out, kv_memory="4MiB", spare=1)
+    engine = lragent.load(out, sharing="base_lr_shared", kv_memory="4MiB", spare=1)
     assert_same(turns_of(engine), fresh.turns("base_lr_shared", plan="plan", action="action")[0])
     with engine.trajectory(PROMPT) as t:
         t.generate("plan", max_new_tokens=2, ignore_eos=True)
@@ -258,7 +258,7 @@ def test_compiled_packages_read_the_new_weights(unit: str, written: WrittenModel
 @pytest.mark.integration
 def test_a_compiled_engine_of_a_live_model(written: WrittenModel, fresh: Fresh) -> None:
     model = load_peft(written.model_dir, {name: written.adapters[name] for name in ("plan", "action")}, torch.float32)
-    engine = lragent.optimize(model, kv_memory="4MiB")
+    engine = lragent.optimize(model, sharing="base_lr_shared", kv_memory="4MiB")
     assert_same(turns_of(engine), fresh.turns("base_lr_shared", plan="plan", action="action")[0])
     engine.update_adapters({"plan": written.adapters["plan_new"]})
     assert_same(turns_of(engine), fresh.turns("base_lr_shared", plan="plan_new", action="action")[0])

@@ -81,7 +81,7 @@ def test_updated_adapters(tmp_path: Path) -> None:
     swapped = {"plan": written.adapters["action"], "action": written.adapters["plan"]}
     tokens: list[list[list[int]]] = []
     for options in ({"attention": "torch"}, {"device": "cuda"}):
-        engine = lragent.load(artifact, kv_memory="8MiB", backend="eager", **options)  # type: ignore[arg-type]
+        engine = lragent.load(artifact, "base_lr_shared", "8MiB", backend="eager", **options)  # type: ignore[arg-type]
         found: list[list[int]] = []
         for update in ({}, swapped):
             engine.update_adapters(update)
