@@ -117,6 +117,7 @@ def inspect_model(model_dir: str | Path, adapters: Mapping[str, str | Path]) -> 
     Raises:
         SplitRefused: no layout is possible; `misses` holds every refused place.
     """
+    from lragent.compile.live_adapters.a_digest import with_a_digests
     from lragent.loading.model import load_directories
     from lragent.loading.stages import Stages
     from lragent.passes.pipeline import rewrite
@@ -124,13 +125,14 @@ def inspect_model(model_dir: str | Path, adapters: Mapping[str, str | Path]) -> 
     loaded = load_directories(model_dir, adapters)
     rewritten = rewrite(loaded, (), Stages())
     programs = rewritten.programs
-    shown = programs.get("split") or programs["dense"]
+    split = programs.get("split")
+    shown = split or programs["dense"]
     return Inspection(
         source=str(model_dir),
         architecture=loaded.architecture,
         dtype=dtype_name(loaded.dtype),
         max_positions=loaded.max_positions,
-        agents=loaded.agents,
+        agents=with_a_digests(loaded.agents, loaded.lora, split.adapter_map if split else None),
         layers=_groups(shown.schema, shown.layers),
         bytes_per_token=bytes_per_token(
             {name: p.schema for name, p in programs.items()},
