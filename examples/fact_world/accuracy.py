@@ -40,7 +40,7 @@ class Study:
             return {role: HERE / "adapters" / role for role in ROLES}
         tuning = next(tuning for tuning in TUNINGS if tuning.name == name)
         out = self.work / "tuned" / name
-        if not (out / "report.json").exists():
+        if not (out / "tune_report.json").exists():
             self._tune(tuning, out)
         return {role: out / role for role in ROLES}
 

@@ -89,7 +89,7 @@ def test_a_shared_scheme_of_which_nothing_is_known_is_rescored(workplace: Workpl
     outcome = workplace.rollout("--sharing", "full_shared")
     assert outcome.code == 0, outcome.err
     assert "drift from non_shared on 4 rescored trajectories" in outcome.out and "top-1" in outcome.out
-    assert "above the limit of 0.05, so answers are probably lost; rescoring took" in outcome.out
+    assert "above the limit of 0.02, so answers are probably lost; rescoring took" in outcome.out
     start = json.loads(Path(f"{workplace.out}.run.json").read_text())["runs"][-1]["starts"][-1]
     assert start["drift"]["trajectories"] == 4 and set(start["drift"]["by_agent"]) == {"plan", "action"}
     quiet = workplace.rollout("--sharing", "full_shared", "--no-rescore", "--overwrite")

@@ -81,7 +81,7 @@ def test_the_first_finished_trajectories_are_rescored(
     assert start["drift"]["kl"] == found.drift.total.mean_kl and start["drift"]["trajectories"] == FIRST
     assert found.too_far  # strong random adapters
     warnings = [record.getMessage() for record in caplog.records if "sharing full_shared" in record.getMessage()]
-    assert len(warnings) == 1 and "above the limit of 0.05" in warnings[0] and "rescored trajectories" in warnings[0]
+    assert len(warnings) == 1 and "above the limit of 0.02" in warnings[0] and "rescored trajectories" in warnings[0]
 
 
 def test_others_are_drawn(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
