@@ -241,7 +241,7 @@ def test_an_engine_of_a_live_model(written: WrittenModel, fresh: Fresh, tmp_path
 def test_compiled_packages_read_the_new_weights(unit: str, written: WrittenModel, fresh: Fresh, tmp_path: Path) -> None:
     out = tmp_path / "m.lragent"
     dirs = {name: written.adapters[name] for name in ("plan", "action")}
-    lragent.convert(written.model_dir, dirs, out, unit=unit, spare=1)
+    lragent.convert(written.model_dir, dirs, out, layouts=("split",), unit=unit, spare=1)
     files = {path: sha256_of(path) for path in out.rglob("*") if path.is_file()}
     engine = lragent.load(out, sharing="base_lr_shared", kv_memory="4MiB", spare=1)
     assert_same(turns_of(engine), fresh.turns("base_lr_shared", plan="plan", action="action")[0])
