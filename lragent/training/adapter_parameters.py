@@ -76,6 +76,6 @@ def _master(tensor: Tensor) -> nn.Parameter:
 
 
 def _adapter(weights: LoraWeights, a: Tensor, b: Tensor) -> Adapter:
+    """Casts A and B before scaling, as a conversion does."""
     dtype = weights.a.dtype
-    found = adapter(dataclasses.replace(weights, a=a.to(dtype), b=b))
-    return dataclasses.replace(found, b=found.b.to(dtype))
+    return adapter(dataclasses.replace(weights, a=a.to(dtype), b=b.to(dtype)))
