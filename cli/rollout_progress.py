@@ -6,12 +6,10 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from lragent.rollouts.result_lines import generated_tokens
 
-from .output import progress
 from .quantities import show_bytes
+from .task_bar import task_bar
 
 if TYPE_CHECKING:
     from lragent.rollouts.rescoring import Rescored
@@ -32,16 +30,7 @@ class RolloutProgress:
         self.done = self.failed = self.tokens = 0
         self._engine = engine
         self._drift = ""
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[remark]}", markup=False),
-            TimeElapsedColumn(),
-            console=progress,
-            transient=True,
-            disable=not progress.is_terminal,
-        )
+        self._bar = task_bar()
         self._task = self._bar.add_task(title, total=total, remark="")
         self._started = self._shown = time.monotonic()
 

@@ -7,10 +7,9 @@ from datetime import datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from .output import progress, quiet_libraries
 from .quantities import show_seconds
+from .task_bar import task_bar
 
 if TYPE_CHECKING:
     from lragent.tuning.train import TuneStep
@@ -22,16 +21,7 @@ class TuneProgress:
     """Shows stages and steps; on a terminal as one bar, elsewhere as lines."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[remark]}", markup=False),
-            TimeElapsedColumn(),
-            console=progress,
-            transient=True,
-            disable=not progress.is_terminal,
-        )
+        self._bar = task_bar()
         self._task = self._bar.add_task("tuning", total=None, remark="")
         self._inside = ExitStack()
 

@@ -20,7 +20,7 @@ from examples.fact_world.format import ROLES
 from examples.fact_world.workflow import workflow
 from examples.fact_world.world import make_tasks
 from lragent.loading.model import load_directories
-from lragent.training.turn_sequence import Turn
+from lragent.rollouts.turn_sequences import sequence_of
 
 SHARING = "base_lr_shared"
 ADAPTERS = {role: Path(__file__).parent / "fact_world" / "adapters" / role for role in ROLES}
@@ -73,13 +73,12 @@ def main() -> None:
         outcomes = [outcome for outcome in engine.run(sampled, tasks, seed=step) if outcome.error is None]
         means.append(statistics.mean(outcome.result["reward"] for outcome in outcomes))
         records = [outcome.trajectories[0] for outcome in outcomes]
-        turns = [tuple(Turn(span.agent, span.start, span.end) for span in record.generated) for record in records]
-        sequences = [lragent.TurnSequence(tuple(r.token_ids), own) for r, own in zip(records, turns, strict=True)]
+        sequences = [sequence for record in records if (sequence := sequence_of(record)) is not None]
         rows = lragent.rows_of(SHARING, sequences, model.agents)
         logprobs_R = model(rows).log_softmax(-1).gather(1, rows.targets_R[:, None])[:, 0]
         rolled_R = torch.tensor([p for record in records for p in record.logprobs if p is not None])
         apart = float((logprobs_R.detach() - rolled_R).abs().mean())
-        counts = torch.tensor([sum(turn.end - turn.start for turn in own) for own in turns])
+        counts = torch.tensor([sum(turn.end - turn.start for turn in sequence.turns) for sequence in sequences])
         advantages_R = torch.tensor(advantages(outcomes)).repeat_interleave(counts)
         loss = -(advantages_R * logprobs_R).mean()
         loss.backward()

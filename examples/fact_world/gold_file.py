@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from examples.fact_world.format import token_pieces
 from examples.fact_world.gold import gold_trajectory, reflect_pieces, reflection
-from examples.fact_world.training_data import Tokenize
+from examples.fact_world.training_data import Tokenize, tokenizer_of
 from examples.fact_world.world import SPLITS, Task, make_tasks
 
 
@@ -36,13 +34,7 @@ def gold_lines(tasks: list[Task], tokenize: Tokenize) -> Iterator[dict[str, Any]
 
 def write_gold(model: Path, split: str, n: int, out: Path) -> None:
     """Writes the gold trajectories of the first `n` tasks of a split."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-
-    def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    lines = [json.dumps(line) for line in gold_lines(make_tasks(split, n), tokenize)]
+    lines = [json.dumps(line) for line in gold_lines(make_tasks(split, n), tokenizer_of(model))]
     out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

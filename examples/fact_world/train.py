@@ -22,10 +22,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from examples.fact_world.format import PLAN, ROLES
-from examples.fact_world.training_data import Example, batches, collate, example_for
+from examples.fact_world.training_data import Example, batches, collate, example_for, tokenizer_of
 from examples.fact_world.world import DEFAULT_SEED, build_world, make_tasks
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -161,12 +161,7 @@ def train(recipe: Recipe, model_dir: Path, adapters: Path, world_seed: int, comm
     """Runs one recipe and writes the adapter, also at every evaluation on the way."""
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-
-    def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
+    tokenize = tokenizer_of(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, trust_remote_code=False)
     peft_model = attach_adapter(model, recipe, adapters)
     parameters = [p for p in peft_model.parameters() if p.requires_grad]

@@ -8,8 +8,10 @@ to where it starts and itself, never another branch, exactly as if it were the o
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from examples.fact_world import format as fmt
 from examples.fact_world.format import ACTION, PLAN, REFLECT, Piece, token_pieces
@@ -23,6 +25,17 @@ from examples.fact_world.gold import (
 from examples.fact_world.world import Fact, Task, World, world_of
 
 Tokenize = Callable[[str], list[int]]
+
+
+def tokenizer_of(model_dir: str | Path) -> Tokenize:
+    """Encodes a piece of text with the model's tokenizer, without special tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    return tokenize
 
 
 @dataclass

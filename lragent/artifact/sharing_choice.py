@@ -14,18 +14,16 @@ import torch
 from lragent.artifact.directory import Artifact
 from lragent.artifact.kept_drift import read_kept_drift
 from lragent.artifact.manifest import Manifest
-from lragent.errors import RequestError
 from lragent.program.agent import Agent, tuned_scheme
 from lragent.program.cache_schema import CacheSchema, Layout
 from lragent.program.defaults import AUTO
 from lragent.program.drift import SchemeDrift
 from lragent.program.dtypes import dtype_name, dtype_named
 from lragent.runtime.cache_cost import bytes_per_token
-from lragent.runtime.cheapest_scheme import cheapest_within
+from lragent.runtime.cheapest_scheme import cheapest_within, require_max_kl
 from lragent.runtime.evidence import Reason
-from lragent.runtime.schemes import SCHEMES, scheme_named
+from lragent.runtime.schemes import EXACT, SCHEMES, scheme_named
 
-EXACT = "non_shared"
 SUGGESTED = "base_lr_shared"  # named where nothing is shared and something could be
 _TUNE = "`lragent tune` makes adapters that stand it"
 
@@ -113,8 +111,7 @@ def choose(
     Raises:
         RequestError: `max_kl` is not above 0.
     """
-    if not max_kl > 0:
-        raise RequestError(f"max_kl is {max_kl}, must be above 0")
+    require_max_kl(max_kl)
     names = tuple(agent.name for agent in acting)
     tuned = tuned_scheme(acting)
     within = cheapest_within(kept.values(), sizes, max_kl, names)

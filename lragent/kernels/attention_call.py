@@ -71,17 +71,17 @@ class AttentionCall:
     @property
     def k_low_rank(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """`lr_k`, `lr_k_table` and `b_k`; None if K has no adapter."""
-        return _all_or_none(self.lr_k, self.lr_k_table, self.b_k)
+        return all_or_none(self.lr_k, self.lr_k_table, self.b_k)
 
     @property
     def v_low_rank(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """`lr_v`, `lr_v_table` and `b_v`; None if V has no adapter."""
-        return _all_or_none(self.lr_v, self.lr_v_table, self.b_v)
+        return all_or_none(self.lr_v, self.lr_v_table, self.b_v)
 
     @property
     def rope(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """`rope_cos`, `rope_sin` and `rope_partner`; None if keys are not rotated."""
-        return _all_or_none(self.rope_cos, self.rope_sin, self.rope_partner)
+        return all_or_none(self.rope_cos, self.rope_sin, self.rope_partner)
 
     def arguments(self) -> tuple[object, ...]:
         """All fields in the order in which the ops take them."""
@@ -93,7 +93,8 @@ class AttentionCall:
         return self.query_THqDk.new_empty(tokens, heads, self.v_cache.shape[3])
 
 
-def _all_or_none(a: Tensor | None, b: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+def all_or_none(a: Tensor | None, b: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The three tensors; None if one is missing."""
     return None if a is None or b is None or c is None else (a, b, c)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 from lragent.artifact.directory import Artifact
 from lragent.artifact.kept_drift import digests, keep_drift
 from lragent.artifact.sharing_choice import sizes_of
-from lragent.errors import ArtifactError, RequestError
+from lragent.errors import ArtifactError
 from lragent.loading.stages import Progress
 from lragent.program.drift import SchemeDrift
-from lragent.runtime.cheapest_scheme import by_cost, cheapest_within
-from lragent.runtime.schemes import scheme_named
-from lragent.training.drift import SHARED, TEACHER, Drift, measure_drift
+from lragent.runtime.cheapest_scheme import by_cost, cheapest_within, require_max_kl
+from lragent.runtime.schemes import EXACT, scheme_named
+from lragent.training.drift import SHARED, Drift, measure_drift
 from lragent.training.open_model import shared_model_of_artifact
 from lragent.training.stream_distances import StreamDistance, stream_distances
 from lragent.training.turn_sequence import TurnSequence
@@ -87,8 +87,7 @@ def drift_report(
     """
     for name in schemes:
         scheme_named(name)
-    if not max_kl > 0:
-        raise RequestError(f"max_kl is {max_kl}, must be above 0")
+    require_max_kl(max_kl)
     if progress is not None:
         progress("opening the model")
     model = shared_model_of_artifact(artifact)
@@ -123,11 +122,11 @@ def recommend(
         sizes: result of `lragent.runtime.cache_cost.bytes_per_token`.
         agents: agents that act; each must have tokens in the measured trajectories.
     """
-    alone = sizes[TEACHER][-1]
+    alone = sizes[EXACT][-1]
     unseen = [agent for agent in agents if not found[0].covers([agent])]
     if unseen:
         return Recommendation(
-            TEACHER, f"{TEACHER}: the trajectories have no turn of {', '.join(unseen)}, so nothing is known of them"
+            EXACT, f"{EXACT}: the trajectories have no turn of {', '.join(unseen)}, so nothing is known of them"
         )
     chosen = cheapest_within(found, sizes, max_kl, agents)
     if chosen is not None:
@@ -140,11 +139,11 @@ def recommend(
         )
     runnable = [drift for drift in found if drift.scheme in sizes]
     if not runnable:
-        return Recommendation(TEACHER, f"{TEACHER}: no measured scheme can run on this artifact")
+        return Recommendation(EXACT, f"{EXACT}: no measured scheme can run on this artifact")
     nearest = min(runnable, key=lambda drift: (drift.worst()[1], by_cost(sizes).index(drift.scheme)))
     agent, kl = nearest.worst()
     return Recommendation(
-        TEACHER,
-        f"{TEACHER}: under every other scheme some agent drifts by more than {max_kl:g} nats a token; the nearest is "
+        EXACT,
+        f"{EXACT}: under every other scheme some agent drifts by more than {max_kl:g} nats a token; the nearest is "
         f"{nearest.scheme} with {kl:.2g} ({agent}). `lragent tune` trains the adapters for a scheme",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
+from lragent.errors import RequestError
 from lragent.program.drift import SchemeDrift
 
 # Schemes of equal size by tokens to compute, fewest first: nothing again; a second row for each generated token; the
@@ -18,6 +19,12 @@ def by_cost(sizes: Mapping[str, tuple[int, ...]]) -> list[str]:
         sizes: result of `lragent.runtime.cache_cost.bytes_per_token`.
     """
     return sorted(sizes, key=lambda name: (sizes[name][-1], _COMPUTE.index(name)))
+
+
+def require_max_kl(max_kl: float) -> None:
+    """Raises RequestError unless the limit is above 0."""
+    if not max_kl > 0:
+        raise RequestError(f"max_kl is {max_kl}, must be above 0")
 
 
 def cheapest_within(

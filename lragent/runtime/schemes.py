@@ -17,6 +17,8 @@ from lragent.errors import RequestError
 from lragent.program.cache_schema import Layout, LrBlocks
 from lragent.runtime.cache.write_log import WriteRange, log_end
 
+EXACT = "non_shared"  # the scheme that computes PEFT's own outputs
+
 Kind = Literal["prefill", "decode", "acting", "catch_up", "adapter_free", "replay", "rerun"]
 
 

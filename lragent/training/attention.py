@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lragent.kernels.attention_call import all_or_none
 from lragent.kernels.flash_lora_attention.reference import (
     compute_dtype,
     probabilities,
-    rms_norm,
-    rotate,
+    transform_key,
+    visible,
     weighted_values,
 )
 from lragent.training.rows import Read, Rows
@@ -65,12 +66,8 @@ class KeyRule:
     def transform(self, key_LHD: Tensor) -> Tensor:
         """f of the keys at positions 0 to L - 1, computed in at least float32."""
         wide = key_LHD.to(compute_dtype(key_LHD.dtype))
-        if self.norm_weight is not None:
-            wide = rms_norm(wide, self.norm_weight.to(wide.dtype), self.norm_eps)
-        if self.rope_cos is not None and self.rope_sin is not None and self.rope_partner is not None:
-            cos_LD, sin_LD = (table[: wide.shape[0]].to(wide.dtype) for table in (self.rope_cos, self.rope_sin))
-            wide = rotate(wide, cos_LD, sin_LD, self.rope_partner)
-        return wide.to(key_LHD.dtype)
+        rope = all_or_none(self.rope_cos, self.rope_sin, self.rope_partner)
+        return transform_key(wide, self.norm_weight, self.norm_eps, rope).to(key_LHD.dtype)
 
 
 def rows_attention(
@@ -137,15 +134,11 @@ def _attend(query_nHqD: Tensor, key_LHD: Tensor, value_LHD: Tensor, positions_n:
         query, key, value = (x.to(dtype) for x in (query_nHqD, key_LHD, value_LHD))
         weights = probabilities(query, key, positions_n, rule.sinks_Hq, rule.scale, rule.window, rule.softcap)
         return weighted_values(weights, value).to(query_nHqD.dtype)
-    j_L = torch.arange(key_LHD.shape[0], device=key_LHD.device)
-    visible_nL = j_L <= positions_n[:, None]
-    if rule.window > 0:
-        visible_nL &= j_L > positions_n[:, None] - rule.window
     attended = torch.nn.functional.scaled_dot_product_attention(
         query_nHqD.transpose(0, 1)[None],
         key_LHD.transpose(0, 1)[None],
         value_LHD.transpose(0, 1)[None],
-        attn_mask=visible_nL,
+        attn_mask=visible(positions_n, key_LHD.shape[0], rule.window),
         scale=rule.scale,
         enable_gqa=query_nHqD.shape[1] != key_LHD.shape[1],
     )

@@ -17,13 +17,12 @@ from torch import Tensor
 from lragent.errors import ModelError, RequestError
 from lragent.loading.stages import Progress
 from lragent.program.drift import SchemeDrift, Tally
-from lragent.runtime.schemes import SCHEMES
+from lragent.runtime.schemes import EXACT, SCHEMES
 from lragent.training.schemes import rows_of
 from lragent.training.shared_model import SharedModel
 from lragent.training.turn_sequence import TurnSequence
 
-TEACHER = "non_shared"
-SHARED = tuple(name for name in SCHEMES if name != TEACHER)
+SHARED = tuple(name for name in SCHEMES if name != EXACT)
 ROWS = 64  # rows of logits [rows, V] held at a time, of each of two schemes
 
 DISTANCES = (16, 64, 256, 1024)  # first distance of each bin but the first
@@ -82,10 +81,10 @@ def measure_drift(
         RequestError: there is no sequence or no scheme; a turn names an unknown agent or is out of order.
         ModelError: logits are infinite or NaN.
     """
-    if not sequences or not schemes or TEACHER in schemes:
+    if not sequences or not schemes or EXACT in schemes:
         raise RequestError(
             f"drift of {', '.join(schemes) or 'no scheme'} on {len(sequences)} trajectories",
-            f"Give at least one trajectory, and at least one scheme other than {TEACHER}.",
+            f"Give at least one trajectory, and at least one scheme other than {EXACT}.",
         )
     total = {scheme: _nothing(scheme, model.agents) for scheme in schemes}
     for number, sequence in enumerate(sequences, start=1):
@@ -103,7 +102,7 @@ def _of_sequence(
     kl: dict[str, list[float]] = {scheme: [] for scheme in schemes}
     same: dict[str, list[bool]] = {scheme: [] for scheme in schemes}
     with torch.no_grad():
-        rows = rows_of(TEACHER, [sequence], model.agents)
+        rows = rows_of(EXACT, [sequence], model.agents)
         agents_R = rows.target_agents_R
         teacher_RD = model.hidden(rows)
         student_RD = {scheme: model.hidden(rows_of(scheme, [sequence], model.agents)) for scheme in schemes}
@@ -125,7 +124,7 @@ def kl_divergence(teacher_RV: Tensor, student_RV: Tensor) -> Tensor:
 def _finite(kl_R: Tensor, scheme: str, number: int) -> Tensor:
     if not bool(kl_R.isfinite().all()):
         raise ModelError(
-            f"trajectory {number}: logits under {TEACHER} or {scheme} are infinite or NaN",
+            f"trajectory {number}: logits under {EXACT} or {scheme} are infinite or NaN",
             "Convert the model in another dtype, or leave the trajectory out.",
         )
     return kl_R

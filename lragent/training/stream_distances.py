@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lragent.program.agent import BASE
+from lragent.runtime.schemes import EXACT
 from lragent.training.attention import LowRank
 from lragent.training.lower_to_rows import LayerStreams
 from lragent.training.schemes import rows_of
@@ -124,7 +125,7 @@ def stream_distances(model: SharedModel, sequences: Sequence[TurnSequence]) -> t
             if len(ids) > 1:
                 last = len(ids) - 1  # a turn of one token, so that the agent processes all tokens before it
                 runs = [TurnSequence(ids, (Turn(agent, last, last + 1),)) for agent in collector.blocks]
-                model.hidden(rows_of("non_shared", runs, model.agents), collector.take)
+                model.hidden(rows_of(EXACT, runs, model.agents), collector.take)
     return tuple(_distance(*key, sums) for key, sums in collector.sums.items())
 
 

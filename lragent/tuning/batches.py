@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lragent.program.agent import BASE
+from lragent.runtime.schemes import EXACT
 from lragent.training.turn_sequence import Turn
 from lragent.tuning.examples import Example
-from lragent.tuning.options import WHOLE_SCHEME, TuneOptions
+from lragent.tuning.options import TuneOptions
 
 # Schemes under which a token's K/V don't depend on the agent that processes it first.
-WITHOUT_WRITERS = (WHOLE_SCHEME, "neutral_shared")
+WITHOUT_WRITERS = (EXACT, "neutral_shared")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def for_step(batch: Batch, step: int, scheme: str, agents: Sequence[str], option
     rng = random.Random(f"step {options.seed} {step}")
     whole, permuted = rng.random() < options.non_shared_share, rng.random() < options.permuted_writers
     if whole:
-        return dataclasses.replace(batch, scheme=WHOLE_SCHEME)
+        return dataclasses.replace(batch, scheme=EXACT)
     examples = batch.examples
     if permuted and scheme not in WITHOUT_WRITERS:
         examples = tuple(with_other_writers(example, agents, rng) for example in examples)

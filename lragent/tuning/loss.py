@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lragent.training.drift import kl_divergence
+
 Logits = Callable[[Tensor, Tensor], Tensor]  # hidden states [R, D], agent ids [R] -> float32 logits [R, V]
 
 CHUNK_NUMBERS = 1 << 24  # logits of a chunk: 64 MiB in float32
@@ -53,11 +55,6 @@ def kl_and_cross_entropy(logits: Logits, scored: Scored) -> tuple[Tensor, Tensor
     with torch.no_grad():
         teacher_RV = logits(scored.teacher_RD, scored.agents_R).log_softmax(-1)
     return kl_divergence(teacher_RV, student_RV), cross_entropy_R
-
-
-def kl_divergence(teacher_RV: Tensor, student_RV: Tensor) -> Tensor:
-    """KL(teacher || student) of each row of log-probabilities: `[R]`."""
-    return torch.nn.functional.kl_div(student_RV, teacher_RV, log_target=True, reduction="none").sum(-1)
 
 
 def weighted_loss(logits: Logits, scored: Scored, kl_R: Tensor, cross_entropy_R: Tensor, vocab_size: int) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lragent.program.agent import BASE
-from lragent.tuning.loss import Scored, kl_divergence
+from lragent.training.drift import kl_divergence
+from lragent.tuning.loss import Scored
 from lragent.tuning.material import Material
 
 

@@ -13,7 +13,6 @@ Arithmetic = Literal["auto", "float32", "bfloat16"]
 
 LEARNING_RATE = 4e-4
 LEARNING_RATE_OF_ACTING_ROWS = 1e-3  # of neutral_shared: gradients pass through few rows
-WHOLE_SCHEME = "non_shared"
 # Options that may change when a run is resumed.
 RESUMED_WITH_OTHERS = ("learning_rate", "minutes", "checkpoint_seconds", "report_schemes")
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from lragent.errors import TuneError
 from lragent.rollouts.run_facts import differences
+from lragent.runtime.schemes import EXACT
 from lragent.tuning.batches import Batch, Split, batches_of_steps, for_step, split_examples
 from lragent.tuning.checkpoint import Progress, RoundState, read_checkpoint
 from lragent.tuning.material import Material
 from lragent.tuning.measure import Agreement, measure
 from lragent.tuning.memory import Sizes, require_memory
 from lragent.tuning.optimizer import adamw
-from lragent.tuning.options import WHOLE_SCHEME, TuneOptions
+from lragent.tuning.options import TuneOptions
 from lragent.tuning.plan import plan_round
 from lragent.tuning.report import Figures, RoundReport, figures_from_json
 from lragent.tuning.teacher import require_own_tokens, with_teacher
@@ -159,7 +160,7 @@ def _report(progress: Progress) -> RoundReport:
 
 def measured_under(material: Material, scheme: str, indices: Sequence[int], options: TuneOptions) -> Figures:
     """Figures of the model as it is under `non_shared`, the target, and the schemes that the options add."""
-    schemes = dict.fromkeys((WHOLE_SCHEME, scheme, *options.report_schemes))
+    schemes = dict.fromkeys((EXACT, scheme, *options.report_schemes))
     return {name: measure(material, name, indices, options.batch_tokens) for name in schemes}
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lragent.errors import TaskFileError
+from lragent.runtime.schemes import EXACT
 from lragent.tuning.loss import kl_and_cross_entropy
 from lragent.tuning.material import Material
-from lragent.tuning.options import WHOLE_SCHEME
 
 MOST_APART = 1.0  # nats, mean difference of recorded log-probabilities from the teacher's; rounding gives some 0.05
 CHECKED = 8  # examples
@@ -33,7 +33,7 @@ def with_teacher(
     for picked in material.packed(indices, batch_tokens):
         some = [material.examples[index] for index in picked]
         with torch.no_grad():
-            hidden_RD = material.hidden(material.rows(WHOLE_SCHEME, some)).cpu()
+            hidden_RD = material.hidden(material.rows(EXACT, some)).cpu()
         states.update(zip(picked, hidden_RD.split([example.scored_tokens for example in some]), strict=True))
         if progress is not None:
             progress(len(states))
@@ -50,9 +50,7 @@ def require_own_tokens(material: Material) -> None:
     apart: list[float] = []
     for index in recorded:
         example = material.examples[index]
-        scored = material.scored(
-            material.rows(WHOLE_SCHEME, [example]), material.teacher[index].to(material.device), [index]
-        )
+        scored = material.scored(material.rows(EXACT, [example]), material.teacher[index].to(material.device), [index])
         with torch.no_grad():
             parts = [
                 kl_and_cross_entropy(material.model.logits, part)[1] for part in scored.chunks(material.vocab_size)

@@ -19,12 +19,13 @@ from lragent.files.checked_file import sha256_of
 from lragent.loading.stages import Stages
 from lragent.loading.tuned_metadata import Tuned
 from lragent.program.dtypes import dtype_name
+from lragent.runtime.schemes import EXACT
 from lragent.training.schemes import SCHEME_ROWS
 from lragent.tuning.examples import examples_of
 from lragent.tuning.folder import Existing, TuneFolder, open_folder
 from lragent.tuning.material import Material, use_bfloat16
 from lragent.tuning.memory import sizes_of
-from lragent.tuning.options import RESUMED_WITH_OTHERS, WHOLE_SCHEME, TuneOptions
+from lragent.tuning.options import RESUMED_WITH_OTHERS, TuneOptions
 from lragent.tuning.prepare import Prepared, prepare
 from lragent.tuning.read_sequences import Accepted, Skipped, read_turn_sequences
 from lragent.tuning.report import RoundReport, TuneReport, read_report, write_report
@@ -206,7 +207,7 @@ def _run_notes(runs: Sequence[SourceRun], sharing: str) -> tuple[str, ...]:
     return tuple(
         f"{run.file} was rolled out under {run.sharing}: agents that sharing led astray there are poor examples"
         for run in runs
-        if run.sharing not in ("", WHOLE_SCHEME)
+        if run.sharing not in ("", EXACT)
     )
 
 

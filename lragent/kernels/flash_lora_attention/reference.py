@@ -36,22 +36,27 @@ def probabilities(
     """Softmax weights `[Hq, n, L]`: scale, softcap, causal and window mask, sinks, in this order.
 
     Args:
-        positions_n: index of each query in its sequence; key j is visible if `position - window < j <= position`.
+        positions_n: index of each query in its sequence; see `visible`.
     """
     gqa_group = query_nHqD.shape[1] // key_LHD.shape[1]
     key_LHqD = key_LHD.repeat_interleave(gqa_group, dim=1)
     scores = torch.einsum("nhd,lhd->hnl", query_nHqD, key_LHqD) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    j_L = torch.arange(key_LHD.shape[0], device=query_nHqD.device)
-    visible_nL = j_L <= positions_n[:, None]
-    if window > 0:
-        visible_nL &= j_L > positions_n[:, None] - window
-    scores = scores.masked_fill(~visible_nL, float("-inf"))
+    scores = scores.masked_fill(~visible(positions_n, key_LHD.shape[0], window), float("-inf"))
     if sinks_Hq is None:
         return torch.softmax(scores, dim=-1)
     sinks = sinks_Hq.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
     return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+
+
+def visible(positions_n: Tensor, length: int, window: int) -> Tensor:
+    """Keys that each query sees: bool `[n, length]`; key j is visible if `position - window < j <= position`."""
+    j_L = torch.arange(length, device=positions_n.device)
+    visible_nL = j_L <= positions_n[:, None]
+    if window > 0:
+        visible_nL &= j_L > positions_n[:, None] - window
+    return visible_nL
 
 
 def weighted_values(weights_HqnL: Tensor, value_LHD: Tensor) -> Tensor:
@@ -88,6 +93,19 @@ def rotate(key_LHD: Tensor, cos_LD: Tensor, sin_LD: Tensor, partner_D: Tensor) -
     return cos_LD[:, None] * key_LHD + sin_LD[:, None] * key_LHD[..., partner_D]
 
 
+def transform_key(
+    key_LHD: Tensor, norm_weight: Tensor | None, norm_eps: float, rope: tuple[Tensor, Tensor, Tensor] | None
+) -> Tensor:
+    """The key transform f of tokens 0 to L - 1 of a sequence; arguments as in `AttentionCall`."""
+    if norm_weight is not None:
+        key_LHD = rms_norm(key_LHD, norm_weight.to(key_LHD.dtype), norm_eps)
+    if rope is not None:
+        cos, sin, partner_D = rope
+        length = key_LHD.shape[0]
+        key_LHD = rotate(key_LHD, cos[:length].to(key_LHD.dtype), sin[:length].to(key_LHD.dtype), partner_D)
+    return key_LHD
+
+
 def lr_of_agent(lr: Tensor, entry: list[int], slots_L: Tensor) -> Tensor:
     """The LR stream `[L, rank]` of one agent at given slots of flat `lr`; `entry`: its row of the LR directory."""
     r = torch.arange(entry[LR_RANK], device=lr.device)
@@ -102,14 +120,7 @@ def flash_lora_attention(call: AttentionCall) -> Tensor:
     out = query_THqDk.new_zeros(query_THqDk.shape[0], query_THqDk.shape[1], v_cache.shape[3])
 
     def transform(key_LHD: Tensor) -> Tensor:
-        """The key transform f of tokens 0..L-1 of a sequence."""
-        if call.norm_weight is not None:
-            key_LHD = rms_norm(key_LHD, call.norm_weight.to(dtype), call.norm_eps)
-        if call.rope is not None:
-            cos, sin, partner_D = call.rope
-            length = key_LHD.shape[0]
-            key_LHD = rotate(key_LHD, cos[:length].to(dtype), sin[:length].to(dtype), partner_D)
-        return key_LHD
+        return transform_key(key_LHD, call.norm_weight, call.norm_eps, call.rope)
 
     for s in range(call.context_lens_S.shape[0]):
         start, end, length = int(call.seq_starts[s]), int(call.seq_starts[s + 1]), int(call.context_lens_S[s])
