@@ -25,7 +25,8 @@ class Progress:
         step: optimizer steps done.
         steps: steps planned; the learning rate follows from both.
         seconds: time of the steps so far; seconds_allowed: after which the round ends.
-        best_step: step of the best evaluation, -1 before the first; best: its value.
+        best_step: step of the best evaluation, 0 if no step was better than the start, -1 before the first;
+            best: its value.
         worse: evaluations since the best one.
         losses: (step, loss) of every step; held_out: (step, value) of every evaluation.
         stopped: reason for which the round ended before its last step; "" if it did not.

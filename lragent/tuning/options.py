@@ -28,7 +28,7 @@ class TuneOptions:
         batch_tokens: tokens of whole trajectories that a step takes; a longer trajectory is a step of its own.
         held_out: share of the trajectories that no step sees; at least one unless it is 0.
         patience: evaluations on held-out trajectories without improvement after which a round ends; 0: it goes on.
-        evaluations: number of evaluations on held-out trajectories in a round.
+        evaluations: number of evaluations on held-out trajectories in a round, besides the one before its first step.
         kl: weight of KL(teacher || student), teacher: the adapters as given, under `non_shared`; None: 1 for what
             agents rolled out, 0 for gold.
         cross_entropy: weight of the cross-entropy of the generated tokens; None: 1 for gold, else 0.

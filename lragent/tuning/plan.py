@@ -50,7 +50,7 @@ def plan_round(
     seconds = seconds_of(lambda: trial(first), device)
     a_step = seconds / _tokens(first) * sum(map(_tokens, batches)) / len(batches)
     left = options.minutes * 60 * MARGIN - seconds_used - 2 * seconds - seconds_of_report
-    evaluations = options.evaluations * seconds_of_report
+    evaluations = (options.evaluations + 1) * seconds_of_report
     steps = max(1, min(options.steps, int((left - evaluations) / max(a_step, 1e-9))))
     with_evaluations = a_step + evaluations / steps
     return Plan(steps, with_evaluations, max(with_evaluations * steps * OVERTIME, left))

@@ -23,7 +23,7 @@ class RoundReport:
 
     Args:
         steps, planned: optimizer steps taken and planned.
-        best_step: the step whose weights were kept.
+        best_step: the step whose weights were kept; 0: those that the round began with.
         stopped: "time" or "no improvement"; "" if all planned steps were taken.
         seconds: time of the steps.
         losses: (step, loss) of every step; held_out: (step, value) of every evaluation.

@@ -80,7 +80,7 @@ _WEIGHTS = ("kl", "cross_entropy")  # of an `Example`
 def train(this: Round, state: RoundState, on_step: Callable[[TuneStep], None] | None = None) -> None:
     """Takes the steps that are left; afterwards the parameters are those of the best evaluation.
 
-    A checkpoint is written after the loss of its parameters was found finite.
+    The first evaluation is before the first step, so that parameters which no step improves stay as they are. A checkpoint is written after the loss of its parameters was found finite.
 
     Raises:
         TuneError: a loss or a gradient is NaN or infinite; the last checkpoint is a good one.
@@ -97,6 +97,8 @@ def train(this: Round, state: RoundState, on_step: Callable[[TuneStep], None] | 
             on_step(TuneStep(progress.step, progress.steps, loss, held_out, left))
 
     news()
+    if this.held_out and not progress.held_out:
+        _evaluate(this, state)
     while not progress.ended:
         batch = for_step(this.batches[progress.step], progress.step, this.scheme, this.material.model.agents, options)
         loss = loss_of(this.material, batch)

@@ -225,6 +225,8 @@ def _round_notes(reports: Sequence[RoundReport], options: TuneOptions) -> tuple[
         if report.stopped:
             reason = "the time was over" if report.stopped == "time" else "held-out trajectories showed no improvement"
             notes.append(f"{where}ended after {report.steps} of {report.planned} steps: {reason}")
-        if report.best_step < report.steps:
+        if report.best_step == 0:
+            notes.append(f"{where}no step improved held-out trajectories: the adapters stay as they were")
+        elif report.best_step < report.steps:
             notes.append(f"{where}kept the weights of step {report.best_step}, the best on held-out trajectories")
     return tuple(notes)

@@ -93,6 +93,16 @@ def test_peft_computes_what_was_tuned(tuned: TuneReport, rolled_out: RolledOut) 
         torch.testing.assert_close(found, logits(peft, ids, agent)[3:7], atol=1e-3, rtol=1e-3)
 
 
+def test_adapters_that_no_step_improves_stay(rolled_out: RolledOut, tmp_path: Path) -> None:
+    options = replace(OPTIONS, steps=2, learning_rate=1.0)
+    report = tune(rolled_out, tmp_path / "out", options)
+    assert report.rounds[0].best_step == 0 and report.after == report.before
+    assert "the adapters stay as they were" in " ".join(report.notes)
+    for agent, parent in rolled_out.adapters.items():
+        before, after = (load_file(path / WEIGHTS) for path in (parent, report.out / agent))
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 class Killed(Exception):
     pass
 
