@@ -90,6 +90,10 @@ class TuneOptions:
                 self.arithmetic in get_args(Arithmetic),
                 f"arithmetic is {self.arithmetic!r}, must be auto, float32 or bfloat16",
             ),
+            (
+                not isinstance(self.add_modules, str),
+                f"add_modules is the text {self.add_modules!r}, must be a tuple of names",
+            ),
             (self.add_rank is None or self.add_rank >= 1, f"add_rank is {self.add_rank}, must be at least 1"),
         )
         for holds, message in checks:
