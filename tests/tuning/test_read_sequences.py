@@ -77,7 +77,7 @@ def test_the_reward_or_a_field_weighs_the_cross_entropy(tmp_path: Path) -> None:
     [
         (trajectory(12, ("critic", PLAN, 2, 5)), "unknown agent, 'critic'"),
         ({**TWO, "token_ids": [*range(11), 128]}, "token id 128 is outside the model's vocabulary of 128 tokens"),
-        (trajectory(65, ("plan", PLAN, 2, 5)), "65 tokens, the model has 64 positions"),
+        (trajectory(66, ("plan", PLAN, 2, 66)), "its agents read 65 tokens, the model has 64 positions"),
         (trajectory(12, ("plan", PLAN, 0, 5)), "does not fit"),
         (trajectory(12, ("plan", PLAN, 2, 5), ("action", ACTION, 4, 6)), "does not fit"),
         (trajectory(12, ("plan", PLAN, 2, 13)), "does not fit"),
