@@ -115,7 +115,7 @@ def test_the_last_position_of_the_model_is_the_limit(artifact: Path, tmp_path: P
     positions = open_artifact(artifact).manifest.max_positions
     found = lragent.drift(artifact, gold(positions), ["base_lr_shared"])
     assert found.drift.tokens == 5
-    with pytest.raises(TaskFileError, match=f"line 1: its agents read {positions + 1} tokens, the model has {positions}"):
+    with pytest.raises(TaskFileError, match=f"1: its agents read {positions + 1} tokens, the model has {positions} "):
         lragent.drift(artifact, gold(positions + 1), ["base_lr_shared"])
 
 

@@ -61,8 +61,8 @@ def test_only_what_agents_read_needs_a_position(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "found"),
     [
-        ((line(trajectory(["search", "s", 2, 4])),), r"line 1: a turn is of an unknown agent, 'search'\nThe agents here"),
-        ((line(trajectory(["plan", "p1", 2, 4], tokens=25)),), r"line 1: token id 24 is outside the model's vocabulary"),
+        ((line(trajectory(["search", "s", 2, 4])),), r"line 1: a turn is of an unknown agent, 'search'\nThe"),
+        ((line(trajectory(["plan", "p1", 2, 4], tokens=25)),), r"line 1: token id 24 is outside the model's"),
         ((line(trajectory(["plan", "p1", 2, 12], tokens=12)),), r"line 1: its agents read 11 tokens, the model has 10"),
         ((line(error={"type": "KeyError"}),), r"has no trajectory with turns; 1 lines of failed tasks"),
         ((), "has no trajectory with turns"),
