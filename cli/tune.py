@@ -52,7 +52,7 @@ def tune(
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = DEFAULTS.batch_tokens,
     held_out: Annotated[float, typer.Option(help="Share of the trajectories that no step sees.")] = DEFAULTS.held_out,
     patience: Annotated[
-        int, typer.Option(help="Evaluations without improvement that end the round; 0: it goes on.")
+        int, typer.Option(help="Evaluations in a row, worse than the best beyond noise, that end the round; 0: none.")
     ] = DEFAULTS.patience,
     kl: Annotated[
         float | None,

@@ -3,8 +3,9 @@
     python -m examples.03_reinforce --model MODEL_DIR --work DIR
 
 MODEL_DIR is SmolLM2-135M-Instruct. The agents of examples/fact_world start as shipped; under `base_lr_shared` most
-verdicts of `reflect` are wrong. The reward of a task is 1 for a right answer and 1 for a right verdict. The advantage
-is the reward less the mean of the samples of the same task.
+verdicts of `reflect` are wrong. The reward of a task is 1 for a right answer and 1 for a right verdict: the answer is
+that of `plan` and `action`, the verdict that of `reflect`. The advantage of an agent is its reward less the mean over
+the samples of the same task.
 """
 
 import argparse
@@ -41,12 +42,12 @@ async def sampled(task: Any, t: Any) -> dict[str, Any]:
     return {**found, "reward": float(found["exact_match"]) + float(found["verdict_correct"])}
 
 
-def advantages(outcomes: list[Any]) -> list[float]:
-    """Reward less the mean of the samples of the task."""
+def advantages(outcomes: list[Any], reward: str) -> list[float]:
+    """The reward in each outcome's result less its mean over the samples of the task."""
     rewards: dict[Any, list[float]] = {}
     for outcome in outcomes:
-        rewards.setdefault(outcome.task_id, []).append(outcome.result["reward"])
-    return [outcome.result["reward"] - statistics.mean(rewards[outcome.task_id]) for outcome in outcomes]
+        rewards.setdefault(outcome.task_id, []).append(float(outcome.result[reward]))
+    return [outcome.result[reward] - statistics.mean(rewards[outcome.task_id]) for outcome in outcomes]
 
 
 def main() -> None:
@@ -56,10 +57,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--tasks", type=int, default=2, help="tasks a step")
     parser.add_argument("--samples", type=int, default=4, help="samples of a task")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     artifact = options.work / "agents.lragent"
     if not artifact.exists():
         lragent.convert(options.model, ADAPTERS, artifact, layouts=("split",))
@@ -79,15 +78,18 @@ def main() -> None:
         rolled_R = torch.tensor([p for record in records for p in record.logprobs if p is not None])
         apart = float((logprobs_R.detach() - rolled_R).abs().mean())
         counts = torch.tensor([sum(turn.end - turn.start for turn in sequence.turns) for sequence in sequences])
-        advantages_R = torch.tensor(advantages(outcomes)).repeat_interleave(counts)
+        answer_R, verdict_R = (
+            torch.tensor(advantages(outcomes, reward)).repeat_interleave(counts)
+            for reward in ("exact_match", "verdict_correct")
+        )
+        advantages_R = torch.where(rows.target_agents_R == 1 + model.agents.index("reflect"), verdict_R, answer_R)
         loss = -(advantages_R * logprobs_R).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         engine.update_adapters({agent: model.adapter_weights(agent) for agent in model.agents})
-        line = {"step": step, "reward": means[-1], "log-probabilities apart": apart, "tokens": len(rolled_R)}
-        print(json.dumps(line), flush=True)
+        print(json.dumps({"step": step, "reward": means[-1], "apart": apart, "tokens": len(rolled_R)}), flush=True)
     for name, part in (("first", means[:20]), ("last", means[-20:])):
         half = 1.96 * statistics.stdev(part) / len(part) ** 0.5 if len(part) > 1 else float("nan")
         print(f"mean reward of the {name} {len(part)} steps: {statistics.mean(part):.2f} +- {half:.2f}")

@@ -481,7 +481,8 @@ def drift(
         progress: called with the name of each stage when it begins.
 
     Raises:
-        TaskFileError: the trajectories can't be read, or are of other agents or another tokenizer.
+        TaskFileError: the trajectories can't be read, or are of other agents or another tokenizer, or are longer than
+            the model's positions.
         SplitRefused: the model can't be split.
         ArtifactError: the artifact is missing or damaged.
         RequestError: an argument is not valid.
@@ -494,9 +495,9 @@ def drift(
 
     artifact = open_artifact(user_path(path))
     manifest = artifact.manifest
-    read = read_turn_sequences(user_path(trajectories), digests(manifest), manifest.vocab_size)
+    file, agents = user_path(trajectories), digests(manifest)
+    read = read_turn_sequences(file, agents, manifest.vocab_size, manifest.max_positions).spread(most)
     chosen = SHARED if schemes is None else tuple(schemes)
-    read = read.spread(most)
     return drift_report(artifact, read.sequences, max_kl, chosen, read.notes, progress)
 
 

@@ -2,9 +2,9 @@
 
     python -m examples.fact_world.accuracy --model MODEL_DIR --work DIR [--rows NAME,...] [--tasks N]
 
-DIR holds everything that it makes: trajectories of the shipped adapters under `non_shared`, tuned adapters, artifacts,
-one result file a row. A command that was interrupted goes on when it is started again, also in the middle of a tuning
-or of a row. A task that failed counts as wrong. Rows and numbers of tasks: `accuracy_rows.py`.
+DIR holds everything that it makes: the ordinary set of adapters, trajectories under `non_shared`, tuned adapters,
+artifacts, one result file a row. A command that was interrupted goes on when it is started again, also in the middle
+of a tuning or of a row. A task that failed counts as wrong. Rows and numbers of tasks: `accuracy_rows.py`.
 """
 
 import argparse
@@ -12,19 +12,24 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import lragent
-from examples.fact_world.accuracy_rows import BARS, ROWS, SHIPPED, TUNINGS, Row, Tuning
+from examples.fact_world.accuracy_rows import BARS, ORDINARY, PADDED_TOKENS, ROWS, SHIPPED, TUNINGS, Row, Tuning
 from examples.fact_world.format import ROLES
 from examples.fact_world.intervals import paired_difference, wilson
-from examples.fact_world.world import make_tasks
+from examples.fact_world.padding import padded
+from examples.fact_world.train import ordinary_recipe, train
+from examples.fact_world.training_data import tokenizer_of
+from examples.fact_world.world import DEFAULT_SEED, make_tasks
 from lragent.tuning.options import TuneOptions
 
 HERE = Path(__file__).parent
 WORKFLOW = f"{HERE / 'workflow.py'}:workflow"
 TRAIN_TASKS = 90
 CONCURRENCY = 8
+KV_MEMORY = "4GiB"
 
 
 class Study:
@@ -35,21 +40,32 @@ class Study:
         work.mkdir(parents=True, exist_ok=True)
 
     def adapters(self, name: str) -> dict[str, Path]:
-        """Adapter directories of a set; a set that is not there is tuned."""
+        """Adapter directories of a set; a set that is not there is trained or tuned."""
         if name == SHIPPED:
             return {role: HERE / "adapters" / role for role in ROLES}
+        if name == ORDINARY:
+            return {role: self._trained(role) for role in ROLES}
         tuning = next(tuning for tuning in TUNINGS if tuning.name == name)
         out = self.work / "tuned" / name
         if not (out / "tune_report.json").exists():
             self._tune(tuning, out)
         return {role: out / role for role in ROLES}
 
+    def _trained(self, role: str) -> Path:
+        """An adapter of the ordinary set."""
+        out = self.work / ORDINARY
+        if not (out / role / "training_log.json").exists():
+            print(f"training {ORDINARY} {role}", flush=True)
+            command = f"python -m examples.fact_world.train --model MODEL_DIR --role {role} --ordinary"
+            train(ordinary_recipe(role), self.model, out, DEFAULT_SEED, command)
+        return out / role
+
     def _tune(self, tuning: Tuning, out: Path) -> None:
         print(f"tuning {tuning.name}", flush=True)
         lragent.tune(
             self.model,
-            self.adapters(SHIPPED),
-            self.gold() if tuning.gold else self.trajectories(),
+            self.adapters(tuning.parent),
+            self.gold() if tuning.gold else self.trajectories(tuning.parent),
             out,
             sharing=tuning.sharing,
             options=TuneOptions(add_modules=tuning.add_modules, dtype=self.dtype),
@@ -57,9 +73,9 @@ class Study:
             threads=self.threads,
         )
 
-    def trajectories(self) -> Path:
-        """Results of the shipped adapters on training tasks under `non_shared`."""
-        return self._roll_out(Row(SHIPPED, "non_shared", TRAIN_TASKS), "train")
+    def trajectories(self, name: str) -> Path:
+        """Results of a set on training tasks under `non_shared`."""
+        return self._roll_out(Row(name, "non_shared", TRAIN_TASKS), "train")
 
     def gold(self) -> Path:
         """Gold trajectories of the same training tasks."""
@@ -76,13 +92,17 @@ class Study:
 
     def _roll_out(self, row: Row, split: str) -> Path:
         name = row.name if split == "test" else f"{split}.{row.name}"
-        tasks, out = self.work / f"{split}-{row.tasks}.jsonl", self.work / f"{name}.jsonl"
+        tasks = self.work / f"{split}-{row.tasks}{'-padded' if row.padded else ''}.jsonl"
+        out = self.work / f"{name}.jsonl"
         if not tasks.exists():
-            lines = (json.dumps(task) for task in make_tasks(split, row.tasks))
-            tasks.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            made = make_tasks(split, row.tasks)
+            if row.padded:
+                tokenize = tokenizer_of(self.model)
+                made = [padded(task, PADDED_TOKENS, tokenize) for task in made]
+            tasks.write_text("".join(f"{json.dumps(task)}\n" for task in made), encoding="utf-8")
         if out.exists() and sum(1 for _ in out.open(encoding="utf-8")) == row.tasks:
             return out
-        engine = lragent.load(self.artifact(row.adapters), sharing=row.sharing, threads=self.threads)
+        engine = lragent.load(self.artifact(row.adapters), row.sharing, KV_MEMORY, threads=self.threads)
         print(f"rolling out {name}", flush=True)
         lragent.rollout(engine, WORKFLOW, tasks, out, existing="resume", concurrency=CONCURRENCY)
         return out
@@ -93,13 +113,13 @@ class Study:
         if path.exists():
             return path
         adapters: Mapping[str, Path] = self.adapters(name)
-        added = name != SHIPPED and next(tuning for tuning in TUNINGS if tuning.name == name).add_modules
-        if name == SHIPPED or added:
+        tuning = next((tuning for tuning in TUNINGS if tuning.name == name), None)
+        if tuning is None or tuning.add_modules:
             lragent.convert(self.model, adapters, path, dtype=self.dtype, layouts=("split", "dense"))
             return path
         scratch = path.with_suffix(".part")
         shutil.rmtree(scratch, ignore_errors=True)
-        shutil.copytree(self.artifact(SHIPPED), scratch, copy_function=os.link)
+        shutil.copytree(self.artifact(tuning.parent), scratch, copy_function=os.link)
         lragent.update(scratch, self.model, adapters)
         scratch.rename(path)
         return path
@@ -116,7 +136,8 @@ def table_row(row: Row, results: Path) -> str:
     right = exact_matches(results)
     low, high = wilson(sum(right.values()), len(right))
     share = sum(right.values()) / len(right)
-    return f"| {row.adapters} | `{row.sharing}` | {len(right)} | {share:.1%} | {low:.1%} to {high:.1%} |"
+    tasks = f"{len(right)}, padded" if row.padded else f"{len(right)}"
+    return f"| {row.adapters} | `{row.sharing}` | {tasks} | {share:.1%} | {low:.1%} to {high:.1%} |"
 
 
 def main() -> None:
@@ -137,7 +158,7 @@ def main() -> None:
     found: dict[Row, Path] = {}
     print("| adapters | scheme | tasks | exact match | 95% interval |\n|---|---|---|---|---|")
     for row in chosen:
-        fewer = Row(row.adapters, row.sharing, min(options.tasks or row.tasks, row.tasks))
+        fewer = replace(row, tasks=min(options.tasks or row.tasks, row.tasks))
         found[row] = study.results(fewer)
         print(table_row(row, found[row]), flush=True)
     print("\n| difference, paired by task | points | 95% interval |\n|---|---|---|")

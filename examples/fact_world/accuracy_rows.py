@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-SHIPPED = "as shipped"
-FULL, SHORT = 200, 60  # tasks
+SHIPPED, ORDINARY = "as shipped", "ordinary"
+FULL, ORDINARY_TASKS, SHORT, PADDED = 200, 100, 60, 40  # tasks
+PADDED_TOKENS = 4000  # of a padded trajectory
 
 
 @dataclass(frozen=True)
@@ -11,6 +12,7 @@ class Tuning:
     """One run of `lragent tune`.
 
     Args:
+        parent: the set that it tunes, `SHIPPED` or `ORDINARY`.
         sharing: the scheme that it tunes for; `non_shared` is the control.
         gold: True for cross-entropy on gold, False for KL to the agents' own distribution.
         add_modules: modules that get new adapters.
@@ -19,20 +21,28 @@ class Tuning:
     name: str
     sharing: str
     gold: bool
-    add_modules: str = ""
+    add_modules: tuple[str, ...] = ()
+    parent: str = SHIPPED
 
 
 @dataclass(frozen=True)
 class Row:
-    """One rollout of the table: adapters (`SHIPPED` or the name of a tuning), scheme, and number of held-out tasks."""
+    """One rollout of the table.
+
+    Args:
+        adapters: `SHIPPED`, `ORDINARY`, or the name of a tuning.
+        tasks: number of held-out tasks.
+        padded: True if notes before the question pad each trajectory to `PADDED_TOKENS`.
+    """
 
     adapters: str
     sharing: str
     tasks: int
+    padded: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.adapters.replace(' ', '-')}.{self.sharing}"
+        return f"{self.adapters.replace(' ', '-')}.{self.sharing}{'.padded' if self.padded else ''}"
 
 
 TUNINGS = (
@@ -40,9 +50,14 @@ TUNINGS = (
     Tuning("ce-base_lr", "base_lr_shared", gold=True),
     Tuning("kl-neutral", "neutral_shared", gold=False),
     Tuning("ce-neutral", "neutral_shared", gold=True),
-    Tuning("kl-neutral-all", "neutral_shared", gold=False, add_modules="all-linear"),
+    Tuning("kl-neutral-all", "neutral_shared", gold=False, add_modules=("all-linear",)),
     Tuning("kl-full", "full_shared", gold=False),
     Tuning("ce-control", "non_shared", gold=True),
+    Tuning("ordinary-kl-base_lr", "base_lr_shared", gold=False, parent=ORDINARY),
+    Tuning("ordinary-ce-base_lr", "base_lr_shared", gold=True, parent=ORDINARY),
+    Tuning("ordinary-kl-neutral", "neutral_shared", gold=False, parent=ORDINARY),
+    Tuning("ordinary-ce-neutral", "neutral_shared", gold=True, parent=ORDINARY),
+    Tuning("ordinary-kl-full", "full_shared", gold=False, parent=ORDINARY),
 )
 ROWS = (
     Row(SHIPPED, "non_shared", FULL),
@@ -64,6 +79,19 @@ ROWS = (
     Row("ce-base_lr", "non_shared", FULL),
     Row("ce-control", "non_shared", FULL),
     Row("ce-control", "base_lr_shared", FULL),
+    Row(SHIPPED, "non_shared", PADDED, padded=True),
+    Row("kl-base_lr", "base_lr_shared", PADDED, padded=True),
+    Row("kl-neutral", "neutral_shared", PADDED, padded=True),
+    Row(ORDINARY, "non_shared", ORDINARY_TASKS),
+    Row(ORDINARY, "base_lr_shared", ORDINARY_TASKS),
+    Row(ORDINARY, "neutral_shared", ORDINARY_TASKS),
+    Row("ordinary-kl-base_lr", "base_lr_shared", ORDINARY_TASKS),
+    Row("ordinary-ce-base_lr", "base_lr_shared", ORDINARY_TASKS),
+    Row("ordinary-kl-neutral", "neutral_shared", ORDINARY_TASKS),
+    Row("ordinary-ce-neutral", "neutral_shared", ORDINARY_TASKS),
+    Row("ordinary-kl-base_lr", "full_shared", ORDINARY_TASKS),
+    Row("ordinary-kl-full", "full_shared", ORDINARY_TASKS),
+    Row("ordinary-kl-base_lr", "non_shared", ORDINARY_TASKS),
 )
 
 
@@ -77,7 +105,7 @@ class Bar:
 
 
 def _row(adapters: str, sharing: str) -> Row:
-    return next(row for row in ROWS if (row.adapters, row.sharing) == (adapters, sharing))
+    return next(row for row in ROWS if (row.adapters, row.sharing, row.padded) == (adapters, sharing, False))
 
 
 BARS = (
@@ -94,5 +122,15 @@ BARS = (
         "neutral_shared, all linear layers, less as shipped",
         _row("kl-neutral-all", "neutral_shared"),
         _row(SHIPPED, "non_shared"),
+    ),
+    Bar(
+        "ordinary set, tuned by KL, less as trained",
+        _row("ordinary-kl-base_lr", "base_lr_shared"),
+        _row(ORDINARY, "non_shared"),
+    ),
+    Bar(
+        "ordinary set, neutral_shared tuned by KL, less as trained",
+        _row("ordinary-kl-neutral", "neutral_shared"),
+        _row(ORDINARY, "non_shared"),
     ),
 )

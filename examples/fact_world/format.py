@@ -38,9 +38,9 @@ class Piece:
     role: str | None = None
 
 
-def opening(question: str) -> Piece:
-    """The first piece: instructions and question."""
-    return Piece(f"{SYSTEM}Question: {question}\n")
+def opening(question: str, notes: str = "") -> Piece:
+    """The first piece: instructions, notes and question."""
+    return Piece(f"{SYSTEM}{f'Notes:{STOP}{notes}{STOP}' if notes else ''}Question: {question}\n")
 
 
 def header(role: str) -> Piece:

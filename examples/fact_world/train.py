@@ -1,11 +1,12 @@
-"""Trains the three role adapters with PEFT: one lora_A for all roles, one lora_B per role.
+"""Trains the three role adapters with PEFT, one role at a time.
 
     python -m examples.fact_world.train --model MODEL_DIR --role plan
     python -m examples.fact_world.train --model MODEL_DIR --role action
     python -m examples.fact_world.train --model MODEL_DIR --role reflect
 
 `plan` trains A and B. The other roles take plan's A from its saved adapter, keep it frozen and
-train B only. Every adapter reads whole trajectories; the loss is on its own role's tokens.
+train B only. With `--ordinary` each role has an A of its own, on all linear layers, as people train adapters. Every
+adapter reads whole trajectories; the loss is on its own role's tokens.
 """
 
 import argparse
@@ -51,6 +52,10 @@ class Recipe:
     freeze_a: bool = False
     seed: int = 0
     max_minutes: float = 60.0
+    rank: int = 8  # alpha is twice the rank
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    # Roles other than plan take plan's A.
+    shared_a: bool = True
 
 
 @dataclass
@@ -79,12 +84,17 @@ class Log:
 
 
 def attach_adapter(model: nn.Module, recipe: Recipe, adapters: Path) -> PeftModel:
-    """Adds a fresh adapter (or the saved one, to go on); for roles other than plan, with plan's A frozen."""
+    """Adds a fresh adapter (or the saved one, to go on); where A is shared, plan's A frozen for the other roles."""
     config = LoraConfig(
-        r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+        r=recipe.rank,
+        lora_alpha=2 * recipe.rank,
+        lora_dropout=0.0,
+        target_modules=list(recipe.targets),
+        task_type="CAUSAL_LM",
     )
     peft_model = get_peft_model(model, config)
-    shared = load_file(adapters / PLAN / WEIGHTS) if recipe.role != PLAN else {}
+    takes_a = recipe.shared_a and recipe.role != PLAN
+    shared = load_file(adapters / PLAN / WEIGHTS) if takes_a else {}
     saved = load_file(adapters / recipe.role / WEIGHTS) if recipe.resume else {}
     for name, parameter in peft_model.named_parameters():
         if ".lora_" not in name:
@@ -94,7 +104,7 @@ def attach_adapter(model: nn.Module, recipe: Recipe, adapters: Path) -> PeftMode
         source = shared if is_a and shared else saved
         if key in source:
             parameter.data.copy_(source[key])
-        parameter.requires_grad_(not (is_a and (recipe.freeze_a or recipe.role != PLAN)))
+        parameter.requires_grad_(not (is_a and (recipe.freeze_a or takes_a)))
     return peft_model
 
 
@@ -225,6 +235,20 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "action": lambda: Recipe("action", steps=80, learning_rate=3e-3),
     "reflect": lambda: Recipe("reflect", steps=150, learning_rate=3e-3),
 }
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def ordinary_recipe(role: str) -> Recipe:
+    """Rank 16 on all linear layers, an A for each role, from a seed of its own."""
+    return Recipe(
+        role,
+        steps=150,
+        learning_rate=7e-4,
+        seed=ROLES.index(role),
+        rank=16,
+        targets=ALL_LINEAR,
+        shared_a=False,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -232,6 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, required=True, help="directory of the base model")
     parser.add_argument("--role", choices=ROLES, required=True)
+    parser.add_argument("--ordinary", action="store_true", help="rank 16, all linear layers, an A of its own")
     parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="where adapters are kept")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--learning-rate", type=float)
@@ -244,11 +269,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    recipe = RECIPES[args.role]()
+    recipe = ordinary_recipe(args.role) if args.ordinary else RECIPES[args.role]()
     given = {name: value for name, value in vars(args).items() if value is not None}
     for name in set(given) & set(vars(recipe)):
         setattr(recipe, name, given[name])
-    options = {name: given[name] for name in given if name in vars(recipe)}
+    options = {name: given[name] for name in given if name in vars(recipe) or name == "ordinary"}
     command = "python -m examples.fact_world.train --model MODEL_DIR " + " ".join(
         f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
         for name, value in options.items()

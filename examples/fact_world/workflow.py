@@ -55,7 +55,7 @@ def same_answer(left: str, right: str) -> bool:
 async def workflow(task: Task, t: Trajectory) -> dict[str, Any]:
     """Answers one task; never raises because of an agent's text."""
     world = world_of(task)
-    t.append(fmt.opening(task["question"]).text, parse_special=False)
+    t.append(fmt.opening(task["question"], task.get("notes", "")).text, parse_special=False)
     answer = ""
     rounds = 0
     while rounds < MAX_ROUNDS:

@@ -182,7 +182,6 @@ def write_programs(
             fallbacks=dict(program.fallbacks),
             fingerprint=fingerprint(program.graph, program.schema),
         )
-    split = rewritten.programs.get("split")
     from_adapters = adapter_constants(loaded, tensors)
     weights, aliases = stages.run("write weights", lambda: write_weights(directory, tensors, from_adapters))
     return Manifest(
@@ -193,7 +192,7 @@ def write_programs(
         stop_token_ids=text.stop_token_ids,
         dtype=dtype_name(loaded.dtype),
         page_size=PAGE_SIZE,
-        agents=with_a_digests(with_stops(loaded.agents, text), loaded.lora, split.adapter_map if split else None),
+        agents=with_a_digests(with_stops(loaded.agents, text), loaded.lora, rewritten.split_map),
         layouts=layouts,
         refusal=rewritten.refusal,
         refused=rewritten.refused,

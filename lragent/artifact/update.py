@@ -60,7 +60,8 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
     )
     text = artifact_tokenizer(loaded)
     loaded = fit(loaded, assign(agent_slots, tuple(adapters)))
-    programs = rewrite(loaded, tuple(layout for layout in LAYOUTS if layout in manifest.layouts), stages).programs
+    rewritten = rewrite(loaded, tuple(layout for layout in LAYOUTS if layout in manifest.layouts), stages)
+    programs = rewritten.programs
     tensors: dict[str, Tensor] = {}
     for program in programs.values():
         tensors.update(tensors_of(program.graph))
@@ -78,8 +79,7 @@ def update(path: Path, model_dir: str | Path, adapters: Mapping[str, str | Path]
             raise ArtifactError(f"{path} was made from another base model: {name} differs", _AGAIN)
     base = tuple(entry for entry in manifest.weights if not entry.path.startswith(ADAPTER_FILES))
     acting = tuple(agent.name for agent in loaded.agents if not agent.spare)
-    split = programs.get("split")
-    agents = with_a_digests(with_stops(loaded.agents, text), loaded.lora, split.adapter_map if split else None)
+    agents = with_a_digests(with_stops(loaded.agents, text), loaded.lora, rewritten.split_map)
 
     def write(weights: dict[str, Tensor]) -> None:
         with directory_lock(path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 from lragent.compile.export import put_weights, tensors_of
 from lragent.errors import RequestError
 
+Name = TypeVar("Name", bound=Hashable)
 KINDS = ("cpu", "cuda")  # HIP devices are called cuda, too
 
 
@@ -40,7 +42,7 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def moved(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def moved(weights: Mapping[Name, Tensor], device: torch.device) -> dict[Name, Tensor]:
     """Moves weights to a device; tied weights stay tied."""
     on_device: dict[int, Tensor] = {}
     for tensor in weights.values():
@@ -58,11 +60,18 @@ def placed(graph: fx.GraphModule, device: torch.device) -> fx.GraphModule:
 
     Weights already on the device are not copied. Tied weights stay tied.
     """
-    if device.type == "cpu":
-        return graph
-    for node in graph.graph.nodes:
-        node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
-        node.kwargs = {name: device if isinstance(a, torch.device) else a for name, a in node.kwargs.items()}
-    put_weights(graph, moved(tensors_of(graph), device))
-    graph.recompile()
+    if device.type != "cpu":
+        place_together((graph,), device)
     return graph
+
+
+def place_together(graphs: Sequence[fx.GraphModule], device: torch.device) -> None:
+    """Moves graphs to a device, as `placed` does; weights that they share stay shared."""
+    weights = [tensors_of(graph) for graph in graphs]
+    on_device = moved({(number, name): w for number, by in enumerate(weights) for name, w in by.items()}, device)
+    for number, graph in enumerate(graphs):
+        for node in graph.graph.nodes:
+            node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
+            node.kwargs = {name: device if isinstance(a, torch.device) else a for name, a in node.kwargs.items()}
+        put_weights(graph, {name: on_device[number, name] for name in weights[number]})
+        graph.recompile()

@@ -69,6 +69,11 @@ class Rewritten:
     refusal: str = ""
     refused: tuple[Miss, ...] = ()
 
+    @property
+    def split_map(self) -> AdapterMap | None:
+        """The adapter map of the program in split layout; None if there is none."""
+        return self.programs["split"].adapter_map if "split" in self.programs else None
+
 
 @dataclass(frozen=True)
 class Lowered:

@@ -125,14 +125,13 @@ def inspect_model(model_dir: str | Path, adapters: Mapping[str, str | Path]) -> 
     loaded = load_directories(model_dir, adapters)
     rewritten = rewrite(loaded, (), Stages())
     programs = rewritten.programs
-    split = programs.get("split")
-    shown = split or programs["dense"]
+    shown = programs.get("split") or programs["dense"]
     return Inspection(
         source=str(model_dir),
         architecture=loaded.architecture,
         dtype=dtype_name(loaded.dtype),
         max_positions=loaded.max_positions,
-        agents=with_a_digests(loaded.agents, loaded.lora, split.adapter_map if split else None),
+        agents=with_a_digests(loaded.agents, loaded.lora, rewritten.split_map),
         layers=_groups(shown.schema, shown.layers),
         bytes_per_token=bytes_per_token(
             {name: p.schema for name, p in programs.items()},

@@ -5,7 +5,7 @@ A line of a gold file has `token_ids` and `generated` only, and its digests are 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from lragent.rollouts.jsonl import numbered_lines, parse_object
 from lragent.rollouts.result_lines import FORMAT
 
 _HINT = "Give a file that `lragent rollout` wrote, or lines with token_ids and generated (docs/results.md)."
+_OTHER_MODEL = "Give the model that rolled them out, or trajectories of this one."
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class RecordedTrajectory:
     turns: tuple[RecordedTurn, ...]
     logprobs: tuple[float | None, ...]
     line: Mapping[str, Any]
+
+    @property
+    def end(self) -> int:
+        """End of the last turn, 0 without turns: no agent has read its last token, nor those behind it."""
+        return self.turns[-1].end if self.turns else 0
 
 
 @dataclass(frozen=True)
@@ -85,12 +91,13 @@ def read_recorded(path: Path) -> Iterator[RecordedTrajectory | FailedLine]:
             yield _trajectory(place, entry, value)
 
 
-def require_fits(recorded: RecordedTrajectory, agents: Container[str], vocab_size: int, positions: int) -> None:
+def require_fits(recorded: RecordedTrajectory, agents: Collection[str], vocab_size: int, positions: int) -> None:
     """Checks a trajectory against a model and its agents.
 
     Args:
         agents: names besides `base`.
-        positions: most tokens of a trajectory.
+        vocab_size: ids of the model are below it.
+        positions: largest number of tokens that an agent can have read when it generated another one.
 
     Raises:
         TaskFileError: an unknown agent, a token outside the vocabulary, or too many tokens.
@@ -99,18 +106,18 @@ def require_fits(recorded: RecordedTrajectory, agents: Container[str], vocab_siz
         if turn.agent not in agents and turn.agent != BASE:
             raise TaskFileError(
                 f"{recorded.place}: a turn is of an unknown agent, {turn.agent!r}",
-                "Name all agents of the trajectories as they are named there.",
+                f"The agents here are {', '.join((*agents, BASE))}. Name them as the trajectories do.",
             )
     largest = max(recorded.token_ids, default=0)
     if largest >= vocab_size:
         raise TaskFileError(
             f"{recorded.place}: token id {largest} is outside the model's vocabulary of {vocab_size} tokens",
-            "The trajectories are of another tokenizer: give the model that rolled them out.",
+            f"The trajectories are of another tokenizer. {_OTHER_MODEL}",
         )
-    if len(recorded.token_ids) > positions:
+    if recorded.end - 1 > positions:
         raise TaskFileError(
-            f"{recorded.place}: {len(recorded.token_ids)} tokens, the model has {positions} positions",
-            "Give the model that rolled them out.",
+            f"{recorded.place}: its agents read {recorded.end - 1} tokens, the model has {positions} positions",
+            _OTHER_MODEL,
         )
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lragent.errors import RequestError, TaskFileError
-from lragent.program.agent import BASE
-from lragent.rollouts.read_trajectories import FailedLine, RecordedTrajectory, read_recorded
+from lragent.rollouts.read_trajectories import FailedLine, read_recorded, require_fits
 from lragent.runtime import TrajectoryRecord
 from lragent.training.turn_sequence import Turn, TurnSequence
 
@@ -57,18 +56,18 @@ class Trajectories:
         return replace(self, sequences=tuple(self.sequences[number] for number in taken))
 
 
-def read_turn_sequences(path: Path, agents: Mapping[str, str], vocab_size: int) -> Trajectories:
+def read_turn_sequences(path: Path, agents: Mapping[str, str], vocab_size: int, positions: int) -> Trajectories:
     """Reads all trajectories of a result file (docs/results.md), or of a file with `token_ids` and `generated` only.
 
-    Tokens count as written by the agent that the file names, whatever its adapter was.
+    Tokens count as written by the agent that the file names, whatever its adapter was. A sequence ends with its last
+    turn.
 
     Args:
         agents: name -> digest of its adapter.
-        vocab_size: ids of the model are below it.
+        vocab_size, positions: of the model.
 
     Raises:
-        TaskFileError: see `read_recorded`; a turn is of an unknown agent, a token id is outside the vocabulary, or no
-            trajectory is left.
+        TaskFileError: see `read_recorded` and `require_fits`; or no trajectory is left.
     """
     sequences: list[TurnSequence] = []
     failed = without_turns = others = 0
@@ -76,13 +75,13 @@ def read_turn_sequences(path: Path, agents: Mapping[str, str], vocab_size: int) 
         if isinstance(found, FailedLine):
             failed += 1
             continue
-        _require_fits(found, agents, vocab_size)
+        require_fits(found, agents, vocab_size, positions)
         if not found.turns:
             without_turns += 1
             continue
         others += sum(turn.digest not in (None, agents.get(turn.agent, "")) for turn in found.turns)
         turns = tuple(Turn(turn.agent, turn.start, turn.end) for turn in found.turns)
-        sequences.append(TurnSequence(found.token_ids, turns))
+        sequences.append(TurnSequence(found.token_ids[: found.end], turns))
     read = Trajectories(tuple(sequences), failed, without_turns, others, len(sequences))
     if not sequences:
         raise TaskFileError(
@@ -93,21 +92,6 @@ def read_turn_sequences(path: Path, agents: Mapping[str, str], vocab_size: int) 
 
 
 def sequence_of(record: TrajectoryRecord) -> TurnSequence | None:
-    """A trajectory of a run in progress; None if no agent has generated a token that is left."""
+    """A trajectory of a run in progress up to its last turn; None if no agent has generated a token that is left."""
     turns = tuple(Turn(span.agent, span.start, span.end) for span in record.generated if span.start < span.end)
-    return TurnSequence(tuple(record.token_ids), turns) if turns else None
-
-
-def _require_fits(found: RecordedTrajectory, agents: Mapping[str, str], vocab_size: int) -> None:
-    """Raises TaskFileError for an unknown agent or a token id outside the vocabulary."""
-    unknown = next((turn.agent for turn in found.turns if turn.agent != BASE and turn.agent not in agents), None)
-    if unknown is not None:
-        raise TaskFileError(
-            f"{found.place}: a turn is of the agent {unknown!r}", f"The agents are {', '.join((*agents, BASE))}."
-        )
-    wrong = next((token for token in found.token_ids if token >= vocab_size), None)
-    if wrong is not None:
-        raise TaskFileError(
-            f"{found.place}: token id {wrong}, the model has ids 0 to {vocab_size - 1}",
-            "The trajectories are of another tokenizer. Roll out with this model.",
-        )
+    return TurnSequence(tuple(record.token_ids[: turns[-1].end]), turns) if turns else None

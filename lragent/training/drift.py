@@ -1,7 +1,7 @@
 """Measures the drift of sharing schemes against `non_shared`: KL per token and agreement of the most likely token.
 
-Both sides read the same tokens (teacher forcing), so a number says what the cache changes and nothing of what follows
-from another token. Legend: R = generated tokens of a sequence, D = hidden size, V = vocabulary.
+The figures of each token are those of `lragent.training.token_figures`, with the agent under `non_shared` as teacher:
+they say what the cache changes. Legend: R = generated tokens of a sequence, D = hidden size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lragent.errors import ModelError, RequestError
 from lragent.loading.stages import Progress
@@ -20,10 +19,10 @@ from lragent.program.drift import SchemeDrift, Tally
 from lragent.runtime.schemes import EXACT, SCHEMES
 from lragent.training.schemes import rows_of
 from lragent.training.shared_model import SharedModel
+from lragent.training.token_figures import token_figures
 from lragent.training.turn_sequence import TurnSequence
 
 SHARED = tuple(name for name in SCHEMES if name != EXACT)
-ROWS = 64  # rows of logits [rows, V] held at a time, of each of two schemes
 
 DISTANCES = (16, 64, 256, 1024)  # first distance of each bin but the first
 CONTEXTS = (128, 512, 2048, 8192)
@@ -71,7 +70,7 @@ def measure_drift(
 ) -> Drift:
     """Runs each sequence once under `non_shared` and once under each scheme; no gradients.
 
-    Memory holds the hidden states of one sequence under every scheme, and logits of `ROWS` tokens of two.
+    Memory holds the hidden states of one sequence under every scheme, and logits of some tokens of two.
 
     Args:
         schemes: without `non_shared`.
@@ -99,35 +98,20 @@ def _of_sequence(
     model: SharedModel, sequence: TurnSequence, schemes: Sequence[str], number: int
 ) -> dict[str, SchemeDrift]:
     groups = list(groups_of(sequence))
-    kl: dict[str, list[float]] = {scheme: [] for scheme in schemes}
-    same: dict[str, list[bool]] = {scheme: [] for scheme in schemes}
     with torch.no_grad():
         rows = rows_of(EXACT, [sequence], model.agents)
-        agents_R = rows.target_agents_R
         teacher_RD = model.hidden(rows)
-        student_RD = {scheme: model.hidden(rows_of(scheme, [sequence], model.agents)) for scheme in schemes}
-        for part in torch.arange(len(agents_R)).split(ROWS):
-            teacher_RV = model.logits(teacher_RD[part], agents_R[part]).float().log_softmax(-1)
-            for scheme in schemes:
-                found_RV = model.logits(student_RD[scheme][part], agents_R[part]).float().log_softmax(-1)
-                kl[scheme] += _finite(kl_divergence(teacher_RV, found_RV), scheme, number).tolist()
-                same[scheme] += (teacher_RV.argmax(-1) == found_RV.argmax(-1)).tolist()
-    return {scheme: _grouped(scheme, groups, kl[scheme], same[scheme]) for scheme in schemes}
-
-
-def kl_divergence(teacher_RV: Tensor, student_RV: Tensor) -> Tensor:
-    """KL(teacher || student) of log-probabilities, `[R]`, in nats. Ids of probability 0 in both count nothing."""
-    parts_RV = teacher_RV.exp() * (teacher_RV - student_RV)
-    return torch.where(teacher_RV == -torch.inf, 0.0, parts_RV).sum(-1)
-
-
-def _finite(kl_R: Tensor, scheme: str, number: int) -> Tensor:
-    if not bool(kl_R.isfinite().all()):
-        raise ModelError(
-            f"trajectory {number}: logits under {EXACT} or {scheme} are infinite or NaN",
-            "Convert the model in another dtype, or leave the trajectory out.",
-        )
-    return kl_R
+        students_RD = [model.hidden(rows_of(scheme, [sequence], model.agents)) for scheme in schemes]
+    found = token_figures(model.logits, teacher_RD, students_RD, rows.target_agents_R, rows.targets_R)
+    drifts = {}
+    for scheme, figures in zip(schemes, found, strict=True):
+        if not bool(figures.kl_R.isfinite().all()):
+            raise ModelError(
+                f"trajectory {number}: logits under {EXACT} or {scheme} are infinite or NaN",
+                "Convert the model in another dtype, or leave the trajectory out.",
+            )
+        drifts[scheme] = _grouped(scheme, groups, figures.kl_R.tolist(), figures.same_R.tolist())
+    return drifts
 
 
 def groups_of(sequence: TurnSequence) -> Iterator[Groups]:

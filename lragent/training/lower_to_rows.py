@@ -70,7 +70,7 @@ class Segment:
         takes, gives: names of graph inputs and of values that cross cuts.
     """
 
-    call: Callable[..., tuple[object, ...]]
+    call: fx.GraphModule
     takes: tuple[str, ...]
     gives: tuple[str, ...]
 
@@ -80,14 +80,12 @@ class RowGraph:
     """A graph over rows.
 
     Args:
-        graph: holds the weights; its own forward is not used.
         layers: in order, from the embedding to the last hidden states.
         head: takes hidden states of wanted rows; gives logits `[R, vocab]`.
         hidden: name of the hidden states of the wanted rows, `[1, R, D]`, which the last layer gives.
         inputs: names of constants that are passed as inputs instead of being read from the graph.
     """
 
-    graph: fx.GraphModule
     layers: tuple[Segment, ...]
     head: Segment
     hidden: str
@@ -107,7 +105,7 @@ def lower_to_rows(graph: fx.GraphModule, schema: CacheSchema, inputs: tuple[str,
     graph.graph.eliminate_dead_code()
     selected = _selected(graph)
     segments = tuple(_segment(graph, part) for part in _parts(graph, selected))
-    return RowGraph(graph, segments[:-1], segments[-1], selected.name, inputs)
+    return RowGraph(segments[:-1], segments[-1], selected.name, inputs)
 
 
 def attend(

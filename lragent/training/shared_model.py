@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from lragent.compile.devices import place_together
 from lragent.errors import InternalError
 from lragent.loading.agent_slots import groups_of
 from lragent.loading.model import LoadedModel
@@ -29,7 +30,7 @@ class SharedModel(nn.Module):
     """A causal LM and its agents under any sharing scheme; the scheme is a property of the rows.
 
     `parameters()` are A and B of every agent in at least float32, and nothing else. The model's own weights are frozen
-    and keep their dtype.
+    and keep their dtype. In a forward they follow the parameters to their device; without parameters, the rows.
 
     Args:
         graph: a rewritten graph in split layout, not lowered; it is changed.
@@ -56,6 +57,7 @@ class SharedModel(nn.Module):
         inputs = tuple(name for name in self._constants() if name in held)
         self._rows: RowGraph = lower_to_rows(graph, schema, inputs)
         self._last_use = _last_use(self._rows.layers)
+        self._device = next((tensor.device for tensor in graph.buffers()), torch.device("cpu"))
         of_head = (entry for entry in self._map.routed if {entry.a, entry.b} & {*self._rows.head.takes})
         self._head_map = AdapterMap(tuple(of_head), ())
         unknown = set(self._rows.head.takes) - {self._rows.hidden, *ROW_INPUTS, *inputs}
@@ -88,6 +90,7 @@ class SharedModel(nn.Module):
         Args:
             observe: called with the streams of each attention op, in order; again when a layer is recomputed.
         """
+        self._place(rows.token_ids_N.device)
         values: dict[str, Any] = {
             "token_ids": rows.token_ids_N,
             "positions": rows.positions_N,
@@ -109,6 +112,7 @@ class SharedModel(nn.Module):
         Args:
             agent_ids_R: agent of each row, for adapters on the LM head.
         """
+        self._place(hidden_RD.device)
         values = {
             self._rows.hidden: hidden_RD[None],
             "agent_ids": agent_ids_R,
@@ -138,6 +142,13 @@ class SharedModel(nn.Module):
         else:
             gives = layer.call(*takes)
         return dict(zip(layer.gives, gives, strict=True))
+
+    def _place(self, given: torch.device) -> None:
+        """Moves the frozen weights to the device of the parameters, or without parameters to that of the input."""
+        device = next((parameter.device for parameter in self.parameters()), given)
+        if device != self._device:
+            place_together([segment.call for segment in (*self._rows.layers, self._rows.head)], device)
+            self._device = device
 
     def _constants(self) -> dict[str, Tensor]:
         """The graph's constants that follow from the parameters, in the dtype of the model."""

@@ -25,9 +25,9 @@ class Progress:
         step: optimizer steps done.
         steps: steps planned; the learning rate follows from both.
         seconds: time of the steps so far; seconds_allowed: after which the round ends.
-        best_step: step of the best evaluation, 0 if no step was better than the start, -1 before the first;
-            best: its value.
-        worse: evaluations since the best one.
+        kept_step: step of the weights that are kept; 0: those that the round began with, -1 before the first evaluation.
+        best: held-out loss of the best evaluation, as each held-out example's part of it.
+        worse: last evaluations that were worse than the best one.
         losses: (step, loss) of every step; held_out: (step, value) of every evaluation.
         stopped: reason for which the round ended before its last step; "" if it did not.
     """
@@ -36,8 +36,8 @@ class Progress:
     seconds_allowed: float
     step: int = 0
     seconds: float = 0.0
-    best_step: int = -1
-    best: float = 0.0
+    kept_step: int = -1
+    best: list[float] = field(default_factory=list)
     worse: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
@@ -54,20 +54,20 @@ class RoundState:
 
     Args:
         parameters: by name; trained ones only.
-        best: copies of the parameters at the best evaluation; empty before the first.
+        kept: copies of the parameters that are kept; empty before the first evaluation.
     """
 
     parameters: dict[str, nn.Parameter]
     optimizer: AdamW
     progress: Progress
-    best: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
-    def keep_best(self) -> None:
-        self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+    def keep(self) -> None:
+        self.kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
-    def use_best(self) -> None:
-        """Gives the parameters their values at the best evaluation, if there was one."""
-        for name, value in self.best.items():
+    def use_kept(self) -> None:
+        """Gives the parameters the values that were kept, if any were."""
+        for name, value in self.kept.items():
             self.parameters[name].data.copy_(value)
 
 
@@ -83,7 +83,7 @@ def save_checkpoint(path: Path, state: RoundState, facts: Mapping[str, Any]) -> 
     from safetensors.torch import save
 
     tensors = {f"now/{name}": parameter.detach() for name, parameter in state.parameters.items()}
-    tensors |= {f"best/{name}": value for name, value in state.best.items()}
+    tensors |= {f"kept/{name}": value for name, value in state.kept.items()}
     for name, parameter in state.parameters.items():
         for key, value in state.optimizer.state.get(parameter, {}).items():
             tensors[f"adam/{key}/{name}"] = value
@@ -113,8 +113,8 @@ class Checkpoint:
             kind, _, name = label.partition("/")
             if kind == "now":
                 state.parameters[name].data.copy_(tensor)
-            elif kind == "best":
-                state.best[name] = tensor.to(state.parameters[name].device)
+            elif kind == "kept":
+                state.kept[name] = tensor.to(state.parameters[name].device)
             else:
                 key, _, name = name.partition("/")
                 parameter = state.parameters[name]

@@ -6,7 +6,7 @@ logits are computed again in the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lragent.training.drift import kl_divergence
-
-Logits = Callable[[Tensor, Tensor], Tensor]  # hidden states [R, D], agent ids [R] -> float32 logits [R, V]
+from lragent.training.token_figures import Logits, kl_divergence
 
 CHUNK_NUMBERS = 1 << 24  # logits of a chunk: 64 MiB in float32
 

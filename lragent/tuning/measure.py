@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lragent.program.agent import BASE
-from lragent.training.drift import kl_divergence
-from lragent.tuning.loss import Scored
+from lragent.training.token_figures import TokenFigures, token_figures
 from lragent.tuning.material import Material
 
 
@@ -43,7 +42,12 @@ def measure(material: Material, scheme: str, indices: Sequence[int], batch_token
         rows = material.rows(scheme, [material.examples[index] for index in picked])
         with torch.no_grad():
             scored = material.scored(rows, material.hidden(rows), picked)
-            found_R5 = torch.cat([_figures(material, part) for part in scored.chunks(material.vocab_size)]).cpu()
+        assert scored.teacher_RD is not None
+        students_RD = [scored.student_RD]
+        (figures,) = token_figures(
+            material.model.logits, scored.teacher_RD, students_RD, scored.agents_R, scored.targets_R
+        )
+        found_R5 = _columns(scored.agents_R, figures).cpu()
         tokens.append(found_R5)
         number_R = rows.turns_R.cpu().unique_consecutive(return_inverse=True)[1]
         right = torch.ones(int(number_R[-1]) + 1, dtype=torch.float64)
@@ -73,19 +77,9 @@ def overall(by_agent: dict[str, Agreement]) -> Agreement:
     )
 
 
-def _figures(material: Material, part: Scored) -> Tensor:
+def _columns(agents_R: Tensor, figures: TokenFigures) -> Tensor:
     """Float64 `[R, 5]`, the columns of `measure`'s `tokens`."""
-    assert part.teacher_RD is not None
-    student_RV = material.model.logits(part.student_RD, part.agents_R).log_softmax(-1)
-    teacher_RV = material.model.logits(part.teacher_RD, part.agents_R).log_softmax(-1)
-    likely_R = student_RV.argmax(-1)
-    columns = (
-        part.agents_R,
-        kl_divergence(teacher_RV, student_RV),
-        likely_R == teacher_RV.argmax(-1),
-        -student_RV.gather(1, part.targets_R[:, None])[:, 0],
-        likely_R == part.targets_R,
-    )
+    columns = (agents_R, figures.kl_R, figures.same_R, figures.cross_entropy_R, figures.right_R)
     return torch.stack([column.double() for column in columns], 1)
 
 

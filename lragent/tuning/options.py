@@ -27,7 +27,8 @@ class TuneOptions:
         learning_rate: peak of the cosine schedule; None: by scheme.
         batch_tokens: tokens of whole trajectories that a step takes; a longer trajectory is a step of its own.
         held_out: share of the trajectories that no step sees; at least one unless it is 0.
-        patience: evaluations on held-out trajectories without improvement after which a round ends; 0: it goes on.
+        patience: evaluations in a row that are worse than the best one, beyond noise, after which a round ends; 0: it
+            goes on.
         evaluations: number of evaluations on held-out trajectories in a round, besides the one before its first step.
         kl: weight of KL(teacher || student), teacher: the adapters as given, under `non_shared`; None: 1 for what
             agents rolled out, 0 for gold.
@@ -48,7 +49,7 @@ class TuneOptions:
         checkpoint_seconds: time between two checkpoints.
     """
 
-    steps: int = 100
+    steps: int = 200
     minutes: float = 30.0
     learning_rate: float | None = None
     batch_tokens: int = 1200
@@ -89,6 +90,10 @@ class TuneOptions:
             (
                 self.arithmetic in get_args(Arithmetic),
                 f"arithmetic is {self.arithmetic!r}, must be auto, float32 or bfloat16",
+            ),
+            (
+                not isinstance(self.add_modules, str),
+                f"add_modules is the text {self.add_modules!r}, must be a tuple of names",
             ),
             (self.add_rank is None or self.add_rank >= 1, f"add_rank is {self.add_rank}, must be at least 1"),
         )

@@ -103,7 +103,7 @@ class Accepted:
         return frozenset(("",)) if agent == BASE else self.digests[agent]
 
 
-def read_turn_sequences(files: Iterable[Path], accepted: Accepted) -> tuple[tuple[ReadSequence, ...], Skipped]:
+def read_scored_sequences(files: Iterable[Path], accepted: Accepted) -> tuple[tuple[ReadSequence, ...], Skipped]:
     """Reads files of results or gold.
 
     Raises:

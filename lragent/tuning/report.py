@@ -23,7 +23,7 @@ class RoundReport:
 
     Args:
         steps, planned: optimizer steps taken and planned.
-        best_step: the step whose weights were kept; 0: those that the round began with.
+        kept_step: the step whose weights were kept; 0: those that the round began with.
         stopped: "time" or "no improvement"; "" if all planned steps were taken.
         seconds: time of the steps.
         losses: (step, loss) of every step; held_out: (step, value) of every evaluation.
@@ -31,7 +31,7 @@ class RoundReport:
 
     steps: int
     planned: int
-    best_step: int
+    kept_step: int
     stopped: str
     seconds: float
     losses: tuple[tuple[int, float], ...]

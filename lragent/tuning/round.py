@@ -142,7 +142,7 @@ def ended_round(given: RoundInput) -> RoundReport | None:
         return None
     _require_same(given.checkpoint, saved.facts, given.facts)
     state = saved.put_into(given.parameters, adamw(given.parameters.values(), 1.0))
-    state.use_best()
+    state.use_kept()
     return _report(state.progress)
 
 
@@ -150,7 +150,7 @@ def _report(progress: Progress) -> RoundReport:
     return RoundReport(
         steps=progress.step,
         planned=progress.steps,
-        best_step=progress.step if progress.best_step < 0 else progress.best_step,
+        kept_step=progress.step if progress.kept_step < 0 else progress.kept_step,
         stopped=progress.stopped,
         seconds=progress.seconds,
         losses=tuple(progress.losses),

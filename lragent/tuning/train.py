@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,9 +79,10 @@ _WEIGHTS = ("kl", "cross_entropy")  # of an `Example`
 
 
 def train(this: Round, state: RoundState, on_step: Callable[[TuneStep], None] | None = None) -> None:
-    """Takes the steps that are left; afterwards the parameters are those of the best evaluation.
+    """Takes the steps that are left; afterwards the parameters are those that the evaluations kept.
 
-    The first evaluation is before the first step, so that parameters which no step improves stay as they are. A checkpoint is written after the loss of its parameters was found finite.
+    The first evaluation is before the first step, so that parameters which every step makes worse stay as they are. A
+    checkpoint is written after the loss of its parameters was found finite.
 
     Raises:
         TuneError: a loss or a gradient is NaN or infinite; the last checkpoint is a good one.
@@ -125,30 +127,53 @@ def train(this: Round, state: RoundState, on_step: Callable[[TuneStep], None] | 
     if not all_finite(state.parameters):
         raise _diverged("a weight", this, state)
     this.save(state)
-    state.use_best()
+    state.use_kept()
 
 
 def _evaluate(this: Round, state: RoundState) -> None:
-    """Measures the loss on the held-out examples; keeps the parameters if it is the best so far."""
+    """Measures the loss on the held-out examples; keeps the parameters unless they are worse than the best so far.
+
+    A few trajectories tell two sets of weights apart only if they differ much. Of weights that are not told apart, the
+    later ones have learned from more.
+    """
     progress = state.progress
-    value = held_out_loss(this.material, this.scheme, this.held_out, this.options.batch_tokens)
+    parts = held_out_loss(this.material, this.scheme, this.held_out, this.options.batch_tokens)
+    value = sum(parts)
     _require_finite("held-out loss", value, this, state)
     progress.held_out.append((progress.step, value))
-    if progress.best_step < 0 or value < progress.best:
-        progress.best, progress.best_step, progress.worse = value, progress.step, 0
-        state.keep_best()
+    if progress.best and is_worse(parts, progress.best):
+        progress.worse += 1
+        if progress.worse == this.options.patience and not progress.ended:
+            progress.stopped = "no improvement"
         return
-    progress.worse += 1
-    if progress.worse == this.options.patience and not progress.ended:
-        progress.stopped = "no improvement"
+    if not progress.best or value < sum(progress.best):
+        progress.best = parts
+    progress.kept_step, progress.worse = progress.step, 0
+    state.keep()
 
 
-def held_out_loss(material: Material, scheme: str, held_out: Sequence[int], batch_tokens: int) -> float:
-    """The loss under the scheme, with the mean weights of the examples; KL alone by default."""
-    found = overall(measure(material, scheme, held_out, batch_tokens))
+def is_worse(parts: Sequence[float], best: Sequence[float]) -> bool:
+    """True if a loss is larger than another by more than twice the standard error of the difference.
+
+    Args:
+        parts, best: the same examples' parts of the two losses; of one example, any larger loss is worse.
+    """
+    differences = [part - other for part, other in zip(parts, best, strict=True)]
+    if len(differences) == 1:
+        return differences[0] > 0
+    error = math.sqrt(len(differences)) * statistics.stdev(differences)
+    return sum(differences) > 2 * error
+
+
+def held_out_loss(material: Material, scheme: str, held_out: Sequence[int], batch_tokens: int) -> list[float]:
+    """Each example's part of the mean loss of a token under the scheme; the sum is the loss. KL alone by default."""
+    found = [overall(measure(material, scheme, (index,), batch_tokens)) for index in held_out]
+    tokens = sum(row.tokens for row in found)
     examples = [material.examples[index] for index in held_out]
-    kl, cross_entropy = (float(per_token(examples, [getattr(e, n) for e in examples]).mean()) for n in _WEIGHTS)
-    return kl * found.kl + cross_entropy * found.cross_entropy
+    return [
+        (example.kl * row.kl + example.cross_entropy * row.cross_entropy) * row.tokens / tokens
+        for example, row in zip(examples, found, strict=True)
+    ]
 
 
 def _require_finite(what: str, value: float, this: Round, state: RoundState) -> None:

@@ -27,7 +27,7 @@ from lragent.tuning.material import Material, use_bfloat16
 from lragent.tuning.memory import sizes_of
 from lragent.tuning.options import RESUMED_WITH_OTHERS, TuneOptions
 from lragent.tuning.prepare import Prepared, prepare
-from lragent.tuning.read_sequences import Accepted, Skipped, read_turn_sequences
+from lragent.tuning.read_sequences import Accepted, Skipped, read_scored_sequences
 from lragent.tuning.report import RoundReport, TuneReport, read_report, write_report
 from lragent.tuning.round import RoundInput, RoundResult, ended_round, measured_under, run_round
 from lragent.tuning.save_adapters import round_as_saved, save_adapter, trained_matrices
@@ -149,7 +149,7 @@ def _round_input(
         tuned = open_artifact(folder.artifact(number)).manifest.agents
         digests = {agent.name: frozenset((agent.digest,)) for agent in tuned}
     loaded = prepared.loaded
-    read, skipped = read_turn_sequences(files, Accepted(digests, loaded.vocab_size, loaded.max_positions))
+    read, skipped = read_scored_sequences(files, Accepted(digests, loaded.vocab_size, loaded.max_positions))
     start = _copies(prepared.parameters) if parents else {}
     for name, value in parents.items():
         prepared.parameters[name].data.copy_(value)
@@ -193,7 +193,7 @@ def _save(request: TuneRequest, prepared: Prepared, reports: Sequence[RoundRepor
             agent=agent,
             parents=prepared.digest_of,
             dtype=dtype_name(prepared.loaded.dtype),
-            steps=sum(report.best_step for report in reports),
+            steps=sum(report.kept_step for report in reports),
             version=version("lragent"),
         )
         save_adapter(parent, trained_matrices(prepared.model, agent), out / agent, tuned)
@@ -225,8 +225,8 @@ def _round_notes(reports: Sequence[RoundReport], options: TuneOptions) -> tuple[
         if report.stopped:
             reason = "the time was over" if report.stopped == "time" else "held-out trajectories showed no improvement"
             notes.append(f"{where}ended after {report.steps} of {report.planned} steps: {reason}")
-        if report.best_step == 0:
-            notes.append(f"{where}no step improved held-out trajectories: the adapters stay as they were")
-        elif report.best_step < report.steps:
-            notes.append(f"{where}kept the weights of step {report.best_step}, the best on held-out trajectories")
+        if report.kept_step == 0:
+            notes.append(f"{where}every step made the adapters worse on held-out trajectories: they stay as they were")
+        elif report.kept_step < report.steps:
+            notes.append(f"{where}kept the weights of step {report.kept_step}: later ones are worse on those held out")
     return tuple(notes)

@@ -6,10 +6,13 @@ import random
 
 import pytest
 
-from examples.fact_world.accuracy_rows import BARS, ROWS, SHIPPED, TUNINGS
+from examples.fact_world import format
+from examples.fact_world.accuracy_rows import BARS, ORDINARY, ROWS, SHIPPED, TUNINGS
 from examples.fact_world.gold_file import gold_lines
 from examples.fact_world.intervals import paired_difference, wilson
+from examples.fact_world.padding import padded
 from examples.fact_world.world import make_tasks
+from lragent.tuning.options import TuneOptions
 
 
 def test_wilson() -> None:
@@ -52,7 +55,25 @@ def test_gold_spans_are_the_texts_of_the_agents() -> None:
 
 
 def test_every_row_and_bar_can_be_made() -> None:
-    sets = {SHIPPED, *(tuning.name for tuning in TUNINGS)}
+    sets = {SHIPPED, ORDINARY, *(tuning.name for tuning in TUNINGS)}
     assert {row.adapters for row in ROWS} <= sets
     assert len({row.name for row in ROWS}) == len(ROWS)
     assert all(bar.left in ROWS and bar.right in ROWS for bar in BARS)
+    for tuning in TUNINGS:
+        TuneOptions(add_modules=tuning.add_modules)
+        assert isinstance(tuning.add_modules, tuple) and tuning.parent in (SHIPPED, ORDINARY)
+
+
+def test_padded_tasks_are_longer_by_entries_that_do_not_answer_them() -> None:
+    def tokenize(text: str) -> list[int]:
+        return list(range(len(text.split())))
+
+    for task in make_tasks("test", 3):
+        longer = padded(task, 1500, tokenize)
+        assert 700 < len(tokenize(longer["notes"])) <= 950
+        assert task["answer"] not in longer["notes"]
+        assert longer == {**task, "notes": longer["notes"]}
+        assert padded(task, 1500, tokenize) == longer
+        opening = format.opening(longer["question"], longer["notes"]).text
+        assert opening.index(longer["notes"]) < opening.index(task["question"])
+        assert format.opening(task["question"]).text == opening.replace(f"Notes:\n{longer['notes']}\n", "")

@@ -102,6 +102,23 @@ def test_bad_input_is_refused_before_the_model_is_opened(artifact: Path, traject
         lragent.drift(tmp_path / "none.lragent", trajectories)
 
 
+def test_the_last_position_of_the_model_is_the_limit(artifact: Path, tmp_path: Path) -> None:
+    """The longest trajectory that the engine can write is measured; a longer one is refused with its line."""
+
+    def gold(read: int) -> Path:
+        """One turn whose agent has read so many tokens when it generated the last one."""
+        file = tmp_path / f"{read}.jsonl"
+        span = ["plan", None, read - 4, read + 1]
+        file.write_text(json.dumps({"token_ids": [i % 120 for i in range(read + 1)], "generated": [span]}) + "\n")
+        return file
+
+    positions = open_artifact(artifact).manifest.max_positions
+    found = lragent.drift(artifact, gold(positions), ["base_lr_shared"])
+    assert found.drift.tokens == 5
+    with pytest.raises(TaskFileError, match=f"1: its agents read {positions + 1} tokens, the model has {positions} "):
+        lragent.drift(artifact, gold(positions + 1), ["base_lr_shared"])
+
+
 def test_scheme_drift_adds_up() -> None:
     one = SchemeDrift("s", Tally(1, 1.0, 0), {"a": Tally(1, 1.0, 0)}, {}, {"0-127": Tally(1, 1.0, 0)})
     two = SchemeDrift("s", Tally(3, 1.0, 3), {"b": Tally(3, 1.0, 3)}, {}, {"0-127": Tally(3, 1.0, 3)})

@@ -73,7 +73,7 @@ def test_the_first_finished_trajectories_are_rescored(
     assert (found.trajectories, found.error) == (FIRST, "") and found.seconds > 0
     artifact = open_artifact(eager_artifact)
     digests = {agent.name: agent.digest for agent in artifact.manifest.agents}
-    finished = read_turn_sequences(tmp_path / "full_shared.jsonl", digests, 128).sequences[:FIRST]
+    finished = read_turn_sequences(tmp_path / "full_shared.jsonl", digests, 128, 256).sequences[:FIRST]
     (expected,) = measure_drift(shared_model_of_artifact(artifact), finished, ["full_shared"]).schemes
     assert found.drift.total.tokens == expected.total.tokens == FIRST * 15
     assert found.drift.total.kl == pytest.approx(expected.total.kl, rel=1e-3)

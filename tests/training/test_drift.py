@@ -11,8 +11,8 @@ import torch
 from lragent.artifact.directory import open_artifact
 from lragent.errors import ModelError, RequestError
 from lragent.program.drift import Tally
-from lragent.training import drift
-from lragent.training.drift import NO_SWITCH, SHARED, bin_of, groups_of, kl_divergence, measure_drift
+from lragent.training import token_figures
+from lragent.training.drift import DISTANCES, NO_SWITCH, SHARED, bin_of, groups_of, measure_drift
 from lragent.training.open_model import shared_model_of_artifact
 from lragent.training.schemes import rows_of
 from lragent.training.shared_model import SharedModel
@@ -37,7 +37,7 @@ def test_nothing_drifts_before_another_agent_has_written(model: SharedModel) -> 
 
 def test_drift_is_the_kl_of_whole_distributions(model: SharedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against one forward for each scheme, without chunks, in float64."""
-    monkeypatch.setattr(drift, "ROWS", 7)
+    monkeypatch.setattr(token_figures, "ROWS", 7)
     found = measure_drift(model, [MIXED, ALONE], SHARED)
     assert [one.scheme for one in found.schemes] == list(SHARED)
     with torch.no_grad():
@@ -83,15 +83,7 @@ def test_distance_begins_at_the_end_of_another_agents_turn() -> None:
     ("value", "name"), [(0, "0-15"), (15, "0-15"), (16, "16-63"), (1023, "256-1023"), (1024, "1024+")]
 )
 def test_bins(value: int, name: str) -> None:
-    assert bin_of(value, drift.DISTANCES) == name
-
-
-def test_ids_of_probability_0_count_nothing() -> None:
-    masked = torch.tensor([[0.5, 0.5, 0.0]]).log()
-    assert kl_divergence(masked, masked).tolist() == [0.0]
-    other = torch.tensor([[0.25, 0.5, 0.25]]).log()
-    assert kl_divergence(masked, other).item() == pytest.approx(0.5 * torch.tensor(2.0).log().item())
-    assert kl_divergence(other, masked).item() == torch.inf
+    assert bin_of(value, DISTANCES) == name
 
 
 def test_an_empty_tally_is_no_loss() -> None:

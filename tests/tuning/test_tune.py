@@ -48,8 +48,7 @@ def test_agents_come_nearer_to_their_own_distribution(tuned: TuneReport) -> None
         assert after < 0.6 * before, agent
     assert kl(tuned, "before", "base_lr_shared", "plan") < 1e-9  # it reads nothing that others wrote
     assert all(kl(tuned, "before", "non_shared", agent) < 1e-9 for agent in tuned.agents)
-    values = dict(tuned.rounds[0].held_out)
-    assert values[tuned.rounds[0].best_step] == min(values.values())
+    assert tuned.rounds[0].kept_step in dict(tuned.rounds[0].held_out)
 
 
 @pytest.mark.parametrize("scheme", ["neutral_shared", "rebase_shared"])
@@ -93,11 +92,11 @@ def test_peft_computes_what_was_tuned(tuned: TuneReport, rolled_out: RolledOut) 
         torch.testing.assert_close(found, logits(peft, ids, agent)[3:7], atol=1e-3, rtol=1e-3)
 
 
-def test_adapters_that_no_step_improves_stay(rolled_out: RolledOut, tmp_path: Path) -> None:
+def test_adapters_that_every_step_makes_worse_stay(rolled_out: RolledOut, tmp_path: Path) -> None:
     options = replace(OPTIONS, steps=2, learning_rate=1.0)
     report = tune(rolled_out, tmp_path / "out", options)
-    assert report.rounds[0].best_step == 0 and report.after == report.before
-    assert "the adapters stay as they were" in " ".join(report.notes)
+    assert report.rounds[0].kept_step == 0 and report.after == report.before
+    assert "they stay as they were" in " ".join(report.notes)
     for agent, parent in rolled_out.adapters.items():
         before, after = (load_file(path / WEIGHTS) for path in (parent, report.out / agent))
         assert all(torch.equal(before[key], after[key]) for key in before)
