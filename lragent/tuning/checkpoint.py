@@ -25,7 +25,8 @@ class Progress:
         step: optimizer steps done.
         steps: steps planned; the learning rate follows from both.
         seconds: time of the steps so far; seconds_allowed: after which the round ends.
-        kept_step: step of the weights that are kept; 0: those that the round began with, -1 before the first evaluation.
+        kept_step: step of the weights that are kept; 0: those that the round began with; -1 before the first
+            evaluation.
         best: held-out loss of the best evaluation, as each held-out example's part of it.
         worse: last evaluations that were worse than the best one.
         losses: (step, loss) of every step; held_out: (step, value) of every evaluation.
