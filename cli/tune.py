@@ -12,15 +12,16 @@ import lragent
 from lragent.files.user_path import user_path
 from lragent.program.defaults import TUNED_SHARING
 from lragent.tuning.options import Arithmetic, TuneOptions
+from lragent.tuning.report_text import COLUMNS, change_rows, convert_command, measured_on
 
 from .adapter_arguments import parse_adapters
 from .engine_options import Adapters, AsJson, ModelArgument, Scheme, Threads, parse_schemes
+from .html_file import require_page_place, write_page
 from .output import print_json, results
 from .quantities import show_seconds
 from .tune_progress import TuneProgress
 
 if TYPE_CHECKING:
-    from lragent.tuning.measure import Agreement
     from lragent.tuning.report import TuneReport
 
 DEFAULTS = TuneOptions()
@@ -104,6 +105,15 @@ def tune(
         Arithmetic, typer.Option(help="Of a float32 model; auto: bfloat16 where the processor has it.")
     ] = "auto",
     threads: Threads = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            parser=user_path,
+            help="Also write the report as a page; with --resume, that of a run that has ended.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run: the steps that are left.")
     ] = False,
@@ -119,6 +129,8 @@ def tune(
         raise typer.BadParameter("--resume and --overwrite exclude each other")
     if rounds > 1 and (workflow is None or tasks is None):
         raise typer.BadParameter("--rounds above 1 needs --workflow and --tasks")
+    if html is not None and html.parent.resolve() != out.resolve():
+        require_page_place(html)
     options = TuneOptions(
         steps=steps,
         minutes=minutes,
@@ -162,32 +174,24 @@ def tune(
         raise
     if as_json:
         print_json(report.to_dict())
-        return
-    results.print(report_table(report))
-    for line in report_lines(report):
-        results.print(line, markup=False, soft_wrap=True)
+    else:
+        results.print(report_table(report))
+        for line in report_lines(report):
+            results.print(line, markup=False, soft_wrap=True)
+    if html is not None:
+        from lragent.tuning.tune_page import tune_page
+
+        write_page(html, tune_page(report))
 
 
 def report_table(report: TuneReport) -> Table:
     """One row for each scheme and agent, with figures before and after."""
-    kind = "held-out trajectories" if report.held_out else "trajectories that it learned from"
-    table = Table(title=f"tuned for {report.sharing}; {report.measured} {kind}", title_justify="left")
-    table.add_column("sharing")
-    table.add_column("agent")
-    for column in ("tokens", "KL a token", "same top token", "turns all right"):
-        table.add_column(column, justify="right")
-    for scheme, rows in report.before.items():
-        for agent, before in rows.items():
-            table.add_row(scheme, agent, str(before.tokens), *_changes(before, report.after[scheme][agent]))
+    table = Table(title=f"tuned for {report.sharing}; {measured_on(report)}", title_justify="left")
+    for number, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if number < 2 else "right")
+    for row in change_rows(report):
+        table.add_row(*row)
     return table
-
-
-def _changes(before: Agreement, after: Agreement) -> tuple[str, str, str]:
-    return (
-        f"{before.kl:.4f} -> {after.kl:.4f}",
-        f"{before.top1:.1%} -> {after.top1:.1%}",
-        f"{before.turn_accuracy:.0%} -> {after.turn_accuracy:.0%} of {before.turns}",
-    )
 
 
 def report_lines(report: TuneReport) -> list[str]:
@@ -196,5 +200,4 @@ def report_lines(report: TuneReport) -> list[str]:
     steps = sum(one.steps for one in report.rounds)
     lines = [f"{steps} steps on {report.trajectories} trajectories in {show_seconds(seconds)}"]
     lines += [f"note: {note}" for note in report.notes]
-    tuned = ",".join(f"{agent}={report.out / agent}" for agent in report.agents)
-    return [*lines, f"next: lragent convert MODEL --adapters {tuned} -o NAME.lragent"]
+    return [*lines, f"next: {convert_command(report)}"]

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 import lragent
-from lragent.errors import RequestError, TaskFileError
+from lragent.errors import TaskFileError
 from lragent.files.user_path import user_path
 from lragent.program.defaults import ATTENTION, BACKEND, MAX_KL
 
@@ -27,6 +27,7 @@ from .engine_options import (
     Threads,
     parse_schemes,
 )
+from .html_file import require_page_place, write_page
 from .output import print_json, results, stages
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def verify(
         raise typer.BadParameter("--model and --adapters go together")
     if html is not None and trajectories is None:
         raise typer.BadParameter("--html shows the drift: give --trajectories")
+    if html is not None:
+        require_page_place(html)
     texts = read_prompts(prompts)
     found: Verification | None = None
     drift: DriftReport | None = None
@@ -136,8 +139,6 @@ def verify(
         if trajectories is not None:
             shared = None if chosen is None else tuple(name for name in chosen if name != "non_shared")
             drift = lragent.drift(artifact, trajectories, shared, max_kl, most, show)
-    if html is not None and drift is not None:
-        write_page(html, drift)
     if as_json:
         facts: dict[str, Any] = {} if found is None else found.to_dict()
         print_json(facts if drift is None else {**facts, "drift": drift.to_dict()})
@@ -146,22 +147,12 @@ def verify(
             print_comparison(found, artifact)
         if drift is not None:
             print_drift(drift, results)
+    if html is not None and drift is not None:
+        from lragent.reports.drift_page import drift_page
+
+        write_page(html, drift_page(drift))
     if found is not None and not found.equal:
         raise typer.Exit(1)
-
-
-def write_page(file: Path, drift: DriftReport) -> None:
-    """Writes the HTML page of a drift report.
-
-    Raises:
-        RequestError: the file can't be written.
-    """
-    from lragent.reports.drift_page import drift_page
-
-    try:
-        file.write_text(drift_page(drift), encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"{file} can't be written: {error.strerror}", "Choose another file (--html).") from error
 
 
 def print_comparison(found: Verification, artifact: Path) -> None:

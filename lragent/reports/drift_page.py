@@ -24,7 +24,7 @@ def drift_page(report: DriftReport) -> str:
     schemes = found.schemes
     chosen = report.recommendation
     subtitle = f"{found.sequences} trajectories, {found.tokens} generated tokens, teacher-forced against non_shared"
-    chosen_row = next((n for n, drift in enumerate(schemes) if drift.scheme == chosen.scheme), None)
+    chosen_rows = [number for number, drift in enumerate(schemes) if drift.scheme == chosen.scheme]
     overview = [
         verdict(f"Recommended: {chosen.reason}."),
         dot_chart(
@@ -38,7 +38,7 @@ def drift_page(report: DriftReport) -> str:
             ["sharing", "cache a token", "KL a token", "top-1", "largest KL", "of agent"],
             [_row(drift, report.bytes_per_token) for drift in schemes],
             "Mean over all generated tokens, and the agent that drifts most",
-            chosen_row,
+            chosen_rows,
         ),
         _groups_table("KL a token (top-1, tokens), by agent", {d.scheme: d.by_agent for d in schemes}),
     ]
@@ -79,7 +79,7 @@ def _by_agent(schemes: Sequence[SchemeDrift]) -> list[Series]:
 def _binned(heading: str, axis: str, tallies: Mapping[str, Mapping[str, Tally]], limit: float) -> Section:
     columns = list(next(iter(tallies.values())))
     series = [Series(scheme, {name: tally.mean_kl for name, tally in bins.items()}) for scheme, bins in tallies.items()]
-    chart = line_chart(f"KL {heading[0].lower()}{heading[1:]}", columns, series, axis, limit)
+    chart = line_chart(f"KL {heading[0].lower()}{heading[1:]}, nats per token", columns, series, axis, limit)
     return Section(heading, [chart, _groups_table("KL a token (top-1, tokens)", tallies)])
 
 
@@ -110,7 +110,7 @@ def _streams(streams: Sequence[StreamDistance]) -> list[Section]:
         "is at least 2 cos. The errors are relative to the reader's own adapter part: what it finds in low-rank "
         "streams of the writer (base_lr_shared), and in the writer's whole K and V (full_shared)."
     )
-    return [Section("Why: streams of the agents", [paragraph(text), table(columns, rows)])]
+    return [Section("Why: streams of the agents", [paragraph(text), table(columns, rows, names=2)])]
 
 
 def _adapters(report: DriftReport) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from lragent.errors import TuneError
 from lragent.files.replace_file import replacing
 from lragent.tuning.measure import Agreement
+from lragent.tuning.options import TuneOptions
 
 REPORT = "tune_report.json"
 Figures = Mapping[str, Mapping[str, Agreement]]  # scheme -> agent -> figures
@@ -39,6 +40,22 @@ class RoundReport:
 
 
 @dataclass(frozen=True)
+class Given:
+    """Input of a run, as JSON gives it back.
+
+    Args:
+        model: directory or hub id; adapters: agent -> directory or hub id.
+        trajectories: files.
+        options: see `options_as_used`.
+    """
+
+    model: str
+    adapters: Mapping[str, str]
+    trajectories: tuple[str, ...]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class TuneReport:
     """A tuning run.
 
@@ -50,6 +67,7 @@ class TuneReport:
         held_out: True if no step learned from those measured.
         before, after: figures of the adapters as given and as saved, on the same trajectories of the last round.
         notes: sentences on what was skipped and on what is unusual.
+        given: input of the run; None in a file of an older version.
     """
 
     out: Path
@@ -62,10 +80,19 @@ class TuneReport:
     before: Figures
     after: Figures
     notes: tuple[str, ...]
+    given: Given | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
         return {**dataclasses.asdict(self), "out": str(self.out)}
+
+
+def options_as_used(options: TuneOptions, scheme: str) -> dict[str, Any]:
+    """Options as JSON gives them back, with the learning rate that was used."""
+    used: dict[str, Any] = json.loads(
+        json.dumps({**dataclasses.asdict(options), "learning_rate": options.peak_rate(scheme)})
+    )
+    return used
 
 
 def write_report(report: TuneReport) -> None:
@@ -105,6 +132,7 @@ def read_report(out: Path) -> TuneReport | None:
                 ),
                 "before": figures_from_json(raw["before"]),
                 "after": figures_from_json(raw["after"]),
+                "given": _given(raw.get("given")),
             }
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -116,6 +144,10 @@ def read_report(out: Path) -> TuneReport | None:
 def figures_from_json(raw: Mapping[str, Mapping[str, Any]]) -> Figures:
     """Figures as `dataclasses.asdict` and JSON gave them."""
     return {scheme: {name: Agreement(**row) for name, row in rows.items()} for scheme, rows in raw.items()}
+
+
+def _given(raw: Mapping[str, Any] | None) -> Given | None:
+    return None if raw is None else Given(**{**raw, "trajectories": tuple(raw["trajectories"])})
 
 
 def _pairs(values: Any) -> tuple[tuple[int, float], ...]:

@@ -28,7 +28,7 @@ from lragent.tuning.memory import sizes_of
 from lragent.tuning.options import RESUMED_WITH_OTHERS, TuneOptions
 from lragent.tuning.prepare import Prepared, prepare
 from lragent.tuning.read_sequences import Accepted, Skipped, read_scored_sequences
-from lragent.tuning.report import RoundReport, TuneReport, read_report, write_report
+from lragent.tuning.report import Given, RoundReport, TuneReport, options_as_used, read_report, write_report
 from lragent.tuning.round import RoundInput, RoundResult, ended_round, measured_under, run_round
 from lragent.tuning.save_adapters import round_as_saved, save_adapter, trained_matrices
 from lragent.tuning.source_runs import SourceRun, source_runs
@@ -130,6 +130,7 @@ def _tune(
         before=result.before,
         after=after,
         notes=(*prepared.notes, *_run_notes(runs, request.sharing), *notes, *_round_notes(reports, request.options)),
+        given=_given(request),
     )
 
 
@@ -183,6 +184,12 @@ def _facts(request: TuneRequest, prepared: Prepared, files: Sequence[Path], numb
     }
     found: dict[str, Any] = json.loads(json.dumps(facts))
     return found
+
+
+def _given(request: TuneRequest) -> Given:
+    adapters = {agent: str(source) for agent, source in request.adapters.items()}
+    options = options_as_used(request.options, request.sharing)
+    return Given(str(request.model_dir), adapters, tuple(map(str, request.trajectories)), options)
 
 
 def _save(request: TuneRequest, prepared: Prepared, reports: Sequence[RoundReport], out: Path) -> None:

@@ -37,7 +37,7 @@ def test_a_table_says_what_changed(written: WrittenModel, gold: Path, tmp_path: 
     assert done.code == 0
     for text in ("tuned for base_lr_shared; 1 held-out", "non_shared", "reflect", " -> ", "2 steps on 5 trajectories"):
         assert text in done.out
-    assert f"--adapters plan={tmp_path / 'out' / 'plan'},action=" in done.out
+    assert f"lragent convert {written.model_dir} --adapters plan={tmp_path / 'out' / 'plan'},action=" in done.out
     assert "tuning: load" in done.err and "tuning: 2 steps, about" in done.err and "step 2 of 2, loss" in done.err
     again = tune(written, gold, tmp_path / "out")
     assert again.code == 1 and "hint: Go on with it (--resume)" in again.err
@@ -49,6 +49,26 @@ def test_the_report_is_json(written: WrittenModel, gold: Path, tmp_path: Path) -
     assert found["sharing"] == "full_shared" and found["agents"] == ["plan", "action", "reflect"]
     assert set(found["after"]) == {"non_shared", "full_shared", "base_lr_shared"}
     assert found == json.loads((tmp_path / "out" / "tune_report.json").read_text())
+
+
+def test_the_report_is_a_page_at_once_or_later(written: WrittenModel, gold: Path, tmp_path: Path) -> None:
+    """A run that has ended gets its page with --resume; nothing is computed then."""
+    out = tmp_path / "out"
+    assert tune(written, gold, out, "--html", out / "report.html").code == 0  # the folder is made by the run
+    at_once = (out / "report.html").read_text()
+    assert at_once.startswith("<!doctype html>") and f"model: {written.model_dir}" in at_once
+    later = tune(written, gold, out, "--resume", "--html", tmp_path / "later.html")
+    assert later.code == 0 and "tuning:" not in later.err
+    assert (tmp_path / "later.html").read_text() == at_once
+
+
+def test_a_page_without_place_is_refused_before_the_first_step(
+    written: WrittenModel, gold: Path, tmp_path: Path
+) -> None:
+    for page, reason in ((tmp_path / "no" / "x.html", "there is no folder"), (tmp_path, "it is a folder")):
+        done = tune(written, gold, tmp_path / "out", "--html", page)
+        assert done.code == 1 and f"{page} can't be written: {reason}" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

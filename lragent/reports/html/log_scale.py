@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-LEAST = 1e-6  # smaller values, and 0, are drawn here
+LEAST = 1e-5  # smaller values, and 0, are drawn here: rounding gives as much
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LogScale:
     def ticks(self) -> list[float]:
         return [10.0**power for power in range(self.low, self.high + 1)]
 
-
-def tick_label(value: float) -> str:
-    """`0.01`, `1`, `100`; powers below 0.001 as `1e-5`."""
-    return f"{value:g}" if value >= 1e-3 else f"1e{round(math.log10(value))}"
+    def label(self, tick: float) -> str:
+        """`0.01`, `1`, `100`; powers below 0.001 as `1e-5`; the least one, where 0 is drawn too, with a sign."""
+        text = f"{tick:g}" if tick >= 1e-3 else f"1e{round(math.log10(tick))}"
+        return f"≤ {text}" if tick <= LEAST else text

@@ -26,16 +26,21 @@ p { margin: .5rem 0; max-width: 46rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; margin: .75rem 0; font-variant-numeric: tabular-nums; font-size: .92rem; }
 caption { text-align: left; padding-bottom: .3rem; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th.name, td.name { text-align: left; }
 thead th { color: var(--soft); font-weight: 600; }
 tr.chosen td { font-weight: 600; }
 figure { margin: 1rem 0; }
-svg { width: 100%%; height: auto; display: block; font: 12px system-ui, sans-serif; }
+svg { width: 100%%; min-width: 40rem; height: auto; display: block; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--ink); }
 svg text.soft { fill: var(--soft); }
 .grid { stroke: var(--line); }
 .limit { stroke: var(--limit); stroke-dasharray: 4 3; fill: none; }
 svg text.limit { fill: var(--limit); stroke: none; }
+.link { stroke: var(--soft); stroke-width: 2; }
+.ring { fill: var(--back); }
+figcaption { font-size: .92rem; }
+pre { background: var(--panel); padding: .75rem 1rem; font: .88rem/1.5 ui-monospace, monospace;
+ white-space: pre-wrap; overflow-wrap: anywhere; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .4rem 0; padding: 0; list-style: none;
  font-size: .88rem; }
 .key { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%%; margin-right: .4rem; }
@@ -73,6 +78,11 @@ def paragraph(*content: Content) -> Markup:
 def verdict(text: str) -> Markup:
     """The one sentence that a reader should take away."""
     return element("p", text, class_="verdict")
+
+
+def code(lines: Sequence[str]) -> Markup:
+    """Commands, one a line."""
+    return element("pre", "\n".join(lines))
 
 
 def bullets(items: Sequence[Content]) -> Markup:

@@ -24,10 +24,12 @@ class Series:
 
     Args:
         values: by name of the row or column of the chart; a place without value is left out.
+        ring: True draws rings in place of dots, where a chart of dots shows something before a change.
     """
 
     name: str
     values: Mapping[str, float]
+    ring: bool = False
 
 
 def colour(number: int) -> str:
@@ -36,8 +38,17 @@ def colour(number: int) -> str:
 
 
 def legend(series: Sequence[Series]) -> Markup:
+    return keys([(one.name, one.ring) for one in series])
+
+
+def keys(named: Sequence[tuple[str, bool]]) -> Markup:
+    """A list of series by name; True draws the key as a ring."""
     items = [
-        element("li", element("span", class_="key", style=f"background: {colour(number)}"), one.name)
-        for number, one in enumerate(series)
+        element("li", element("span", class_="key", style=_key(number, ring)), name)
+        for number, (name, ring) in enumerate(named)
     ]
     return element("ul", *items, class_="legend")
+
+
+def _key(number: int, ring: bool) -> str:
+    return f"border: 2px solid {colour(number)}" if ring else f"background: {colour(number)}"
