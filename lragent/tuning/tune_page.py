@@ -101,7 +101,7 @@ def _rounds(report: TuneReport) -> Iterator[Section]:
         mark = None
         if one.held_out:
             curves.append(Curve("held-out trajectories", one.held_out, line=True))
-            mark = Mark(f"kept: step {one.best_step}", one.best_step)
+            mark = Mark(f"kept: step {one.kept_step}", one.kept_step)
         yield Section(heading, [paragraph(_of_round(one)), step_chart(LOSS_AXIS, curves, one.planned, mark)])
 
 

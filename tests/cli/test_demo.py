@@ -3,14 +3,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from transformers.utils import logging
 
 from lragent.errors import ModelError, TaskFileError
+from lragent.loading.tuned_metadata import tuned_for
 from lragent_cli import demo_model
-from lragent_cli.demo import DEMO_SCHEMES, FACT_WORLD, open_world
-from lragent_cli.demo_artifact import ensure_artifact, ingredients
+from lragent_cli.demo import DEMO_SCHEMES, FACT_WORLD, TUNED, Column, columns_of, open_world
+from lragent_cli.demo_artifact import AGENTS, ensure_artifact, ingredients
 from lragent_cli.demo_model import find_gguf, write_model
-from lragent_cli.engine_options import SCHEMES, parse_schemes
+from lragent_cli.engine_options import parse_schemes
 from tests.models import WrittenModel
 
 
@@ -72,5 +74,31 @@ def test_a_model_that_cannot_be_read_leaves_no_directory(monkeypatch: pytest.Mon
     assert logging.get_verbosity() == verbosity
 
 
-def test_the_demo_runs_the_schemes_that_its_adapters_were_made_for() -> None:
-    assert set(parse_schemes(DEMO_SCHEMES)) == set(SCHEMES) - {"neutral_shared"}
+def test_a_scheme_runs_with_adapters_as_shipped_and_with_those_tuned_for_it(tmp_path: Path) -> None:
+    for name in ("base_lr_shared", "neutral_shared"):
+        (tmp_path / "tuned" / name).mkdir(parents=True)
+    found = [(column.sharing, column.adapters) for column in columns_of(tmp_path, parse_schemes("all"))]
+    assert found == [
+        ("non_shared", "as shipped"),
+        ("full_shared", "as shipped"),
+        ("base_shared", "as shipped"),
+        ("base_lr_shared", "as shipped"),
+        ("base_lr_shared", "tuned"),
+        ("rebase_shared", "as shipped"),
+        ("neutral_shared", "tuned"),
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["base_lr_shared", "neutral_shared"])
+def test_tuned_adapters_fit_in_the_places_of_the_shipped_ones(scheme: str) -> None:
+    tuned = FACT_WORLD / "tuned" / scheme
+    assert Column(scheme, TUNED, tuned) in columns_of(FACT_WORLD, parse_schemes(DEMO_SCHEMES))
+    shared_a = set()
+    for agent in AGENTS:
+        assert tuned_for(agent, tuned / agent) == scheme
+        shipped, given = (
+            load_file(folder / agent / "adapter_model.safetensors") for folder in (FACT_WORLD / "adapters", tuned)
+        )
+        assert {name: value.shape for name, value in given.items()} == {n: v.shape for n, v in shipped.items()}
+        shared_a.add(hash(tuple(value.sum().item() for name, value in sorted(given.items()) if "lora_A" in name)))
+    assert len(shared_a) == 1

@@ -37,7 +37,7 @@ def test_only_turns_after_another_agent_count_as_switches() -> None:
 
 
 def run(sharing: str, **changes: Any) -> SchemeRun:
-    figures: dict[str, Any] = dict.fromkeys(SchemeRun.__dataclass_fields__, 0)
+    figures: dict[str, Any] = dict.fromkeys(SchemeRun.__dataclass_fields__, 0) | {"adapters": ""}
     return SchemeRun(**figures | {"sharing": sharing, "exact_match": None, "seconds": 2.0} | changes)
 
 
@@ -53,3 +53,10 @@ def test_rows_appear_when_one_scheme_has_something_to_say() -> None:
     shown = text_of(comparison_table(runs, "title"))
     for present in ("87.5%", "tasks failed", "computed: again", "7"):
         assert present in shown
+
+
+def test_the_head_of_a_column_names_the_adapters_where_sets_are_compared() -> None:
+    shown = text_of(
+        comparison_table([run("full_shared", adapters="as shipped"), run("full_shared", adapters="tuned")], "")
+    )
+    assert "as shipped" in shown and "tuned" in shown

@@ -81,7 +81,7 @@ def test_dots_tell_before_from_after(tmp_path: Path) -> None:
 
 
 def test_rounds_without_held_out_trajectories_have_a_chart_each(tmp_path: Path) -> None:
-    bare = dataclasses.replace(ONE, held_out=(), best_step=40, stopped="")
+    bare = dataclasses.replace(ONE, held_out=(), kept_step=40, stopped="")
     source = tune_page(dataclasses.replace(report_in(tmp_path), rounds=(bare, bare), held_out=False, notes=()))
     shown = " ".join(require_self_contained(source).texts)
     assert "Loss over steps, round 2" in shown and "No trajectory was held out" in shown and "kept: step" not in shown
