@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lragent.files.checked_file import FileEntry, describe_file
+from lragent.files.tensor_file import write_tensors
 
 BASE_WEIGHTS = "weights/base.safetensors"
 ADAPTER_FILES = "weights/adapters"  # prefix of the names of adapter weight files
@@ -62,12 +63,5 @@ def save_tensors(
     Raises:
         OSError: it can't be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, directory / relative, metadata)
-    except SafetensorError as error:
-        raise OSError(f"{relative}: {error}") from error
-    (directory / relative).chmod(0o644)
+    write_tensors(tensors, directory / relative, metadata)
     return describe_file(directory, relative)

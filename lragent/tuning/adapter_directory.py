@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lragent.errors import TuneError
 from lragent.files.replace_directory import put_in_place
+from lragent.files.tensor_file import write_tensors
 from lragent.loading.adapter_config import CONFIG
 from lragent.loading.adapter_files import WEIGHTS
 from lragent.loading.hub import ADAPTER_FILES
@@ -34,8 +35,6 @@ def write_adapter(
     Raises:
         TuneError: it can't be written.
     """
-    from safetensors.torch import save_file
-
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished-", dir=out.parent))
@@ -48,10 +47,11 @@ def write_adapter(
             if config is not None:
                 (scratch / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
             plain = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}  # none shares memory
-            save_file(plain, scratch / WEIGHTS, metadata=dict(metadata))
+            write_tensors(plain, scratch / WEIGHTS, metadata)
             scratch.chmod(0o755)
             put_in_place(scratch, out)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        raise TuneError(f"{out} can't be written: {error.strerror}", "Make room, then go on with --resume.") from error
+        reason = error.strerror or error
+        raise TuneError(f"{out} can't be written: {reason}", "Make room, then go on with --resume.") from error
