@@ -58,6 +58,7 @@ def drift_page(report: DriftReport) -> str:
         ),
         *_streams(report.streams),
         Section("Adapters", [bullets(_adapters(report))]),
+        *([Section("Notes", [bullets(report.notes)])] if report.notes else []),
         Section("How to read this", _help(report)),
     ]
     return page(f"Sharing drift of {report.artifact}", subtitle, sections)
@@ -118,7 +119,7 @@ def _adapters(report: DriftReport) -> list[str]:
         f"{name}: sha256 {digest[:12]}, "
         + (f"tuned for {report.tuned_for[name]}" if name in report.tuned_for else "not tuned for a shared cache")
         for name, digest in report.agents.items()
-    ] + list(report.notes)
+    ]
 
 
 def _help(report: DriftReport) -> list[Markup]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -63,10 +64,13 @@ def test_drift_is_measured_shown_and_kept(artifact: Path, trajectories: Path) ->
 
 def test_the_page_needs_nothing_and_shows_all_numbers(artifact: Path, trajectories: Path) -> None:
     report = lragent.drift(artifact, trajectories)
+    assert "Notes" not in require_self_contained(drift_page(report)).texts
+    report = dataclasses.replace(report, notes=("1 of 2 trajectories were taken",))
     source = drift_page(report)
     page = require_self_contained(source)
     assert len(source) < 200_000
     shown = " ".join(page.texts)
+    assert "Notes 1 of 2 trajectories were taken" in shown
     assert f"Sharing drift of {artifact}" in shown and "<b>" not in source
     for one in report.drift.schemes:
         assert one.scheme in page.texts and f"{one.total.agreement:.1%}" in page.texts
