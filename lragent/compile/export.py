@@ -1,7 +1,7 @@
 """Exports a lowered graph as an `ExportedProgram` with dynamic shapes, the form that AOTInductor compiles.
 
-Legend: T = packed tokens of a step, S = sequences,
-M = pages per sequence, R = logits rows. The page count and the LR lengths depend on the cache memory set at load.
+Legend: T = packed tokens of a step, S = sequences, M = pages per sequence, R = logits rows. The page count and the LR
+lengths depend on the cache memory set at load.
 """
 
 from __future__ import annotations
