@@ -12,7 +12,6 @@ import json
 import math
 import operator
 from collections.abc import Callable, Mapping
-from functools import reduce
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,11 @@ def write_graph(graph: fx.GraphModule, path: Path) -> None:
 
 
 def read_graph(path: Path, weights: Mapping[str, Tensor]) -> fx.GraphModule:
-    """Reads a graph and binds `weights` by name, without a copy. Tied weights stay tied."""
+    """Reads a graph and binds `weights` by name, without a copy. Tied weights stay tied.
+
+    Raises:
+        InternalError: it calls something that is no op and no function of sizes.
+    """
     stored = json.loads(path.read_text(encoding="utf-8"))
     root = _built(stored)
     parameters: dict[int, nn.Parameter] = {}
@@ -146,8 +149,10 @@ def _function(name: str) -> Any:
     if found is None and namespace == _HIGHER_ORDER:
         found = getattr(torch.ops.higher_order, rest, None)
     elif found is None:
-        op = reduce(lambda held, part: getattr(held, part, None), name.split("."), torch.ops)
-        found = op if isinstance(op, OpOverload) else None
+        held: Any = torch.ops
+        for part in name.split("."):
+            held = getattr(held, part, None)
+        found = held if isinstance(held, OpOverload) else None
     if found is None:
         raise InternalError(f"a stored graph calls {name}, which is no op")
     return found

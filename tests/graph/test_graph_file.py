@@ -59,7 +59,9 @@ def arguments_graph() -> fx.GraphModule:
     rows = graph.call_function(aten.sym_size.int, (x, 0))
     more = graph.call_function(operator.add, (rows, 1))
     several = graph.call_function(torch.sym_max, (rows, more))
-    wide = graph.call_function(aten.full.default, ([several, 4], -math.inf), {"dtype": torch.float32, "pin_memory": None})
+    wide = graph.call_function(
+        aten.full.default, ([several, 4], -math.inf), {"dtype": torch.float32, "pin_memory": None}
+    )
     cast = graph.call_function(aten.to.device, (wide, torch.device("cpu"), torch.float64, False, True))
     same = graph.call_function(aten.clone.default, (cast,), {"memory_format": torch.contiguous_format})
     pieces = graph.call_function(aten.split.Tensor, (same, 2, -1))
@@ -117,7 +119,9 @@ def test_near_misses(graph: fx.GraphModule, reason: str, tmp_path: Path) -> None
         write_graph(graph, tmp_path / "graph.json")
 
 
-@pytest.mark.parametrize("name", ["torch.load", "operator.attrgetter", "builtins.eval", "__class__.__init__", "aten.relu"])
+@pytest.mark.parametrize(
+    "name", ["torch.load", "operator.attrgetter", "builtins.eval", "__class__.__init__", "aten.relu"]
+)
 def test_a_file_can_not_name_other_functions(name: str, tmp_path: Path) -> None:
     file = tmp_path / "graph.json"
     write_graph(calling(aten.relu.default), file)

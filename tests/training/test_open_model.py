@@ -38,5 +38,7 @@ def test_a_model_that_can_not_be_split_has_none(tmp_path: Path) -> None:
     peft = load_peft(written.model_dir, written.adapters, torch.float32)
     engine = lragent.optimize(peft, "full_shared", backend="eager", kv_memory="4MiB")
     assert engine.evidence.open_model is not None
-    with pytest.raises(SplitRefused, match="LlamaForCausalLM has no split program, which a forward under other schemes"):
+    with pytest.raises(
+        SplitRefused, match="LlamaForCausalLM has no split program, which a forward under other schemes"
+    ):
         engine.evidence.open_model()
