@@ -23,9 +23,7 @@ from lragent.compat.torch import OpOverload
 from lragent.errors import InternalError
 from lragent.kernels import ops
 
-assert ops.attention_marker is not None  # the import registers the project's ops, which stored graphs call
-
-# The functions other than ops that a graph may call: those of sizes. A file can't name others.
+# The functions other than ops that a graph may call: those of sizes, and one of ours. A file can't name others.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{
         f"operator.{name}": getattr(operator, name)
@@ -34,6 +32,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     },
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt", "pow")},
     **{f"torch.{name}": getattr(torch, name) for name in dir(torch) if name.lstrip("_").startswith("sym_")},
+    "lragent.with_slopes": ops.with_slopes,  # its module registers the project's ops
 }  # fmt: skip
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _HIGHER_ORDER = "higher_order"  # the namespace of ops that take graphs
@@ -58,7 +57,7 @@ def read_graph(path: Path, weights: Mapping[str, Tensor]) -> fx.GraphModule:
     """Reads a graph and binds `weights` by name, without a copy. Tied weights stay tied.
 
     Raises:
-        InternalError: it calls something that is no op and no function of sizes.
+        InternalError: it calls something that is no op and not in `_FUNCTIONS`.
     """
     stored = json.loads(path.read_text(encoding="utf-8"))
     root = _built(stored)
