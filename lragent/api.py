@@ -268,7 +268,7 @@ def optimize(
     from lragent.runtime.engine import Engine
     from lragent.runtime.evidence import Evidence
     from lragent.runtime.schemes import scheme_named
-    from lragent.training.shared_model import SharedModel
+    from lragent.training.open_model import shared_model_of_rewritten
 
     require_sharing(sharing)
     backend = resolve_backend(backend, CPU)
@@ -298,7 +298,7 @@ def optimize(
         replace(config, kv_dtype=loaded.dtype, stop_token_ids=text.stop_token_ids),
         reader,
         save,
-        Evidence(choice.reason, max_kl, partial(SharedModel.of_model, loaded)),
+        Evidence(choice.reason, max_kl, partial(shared_model_of_rewritten, loaded, rewritten)),
     )
 
 

@@ -10,7 +10,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lragent.artifact.adapter_map_file import write_map
@@ -21,11 +20,12 @@ from lragent.artifact.misses import misses_by_layout
 from lragent.artifact.tokenizer import artifact_tokenizer, with_stops, write_tokenizer
 from lragent.artifact.weights import write_weights
 from lragent.compile.compile import compile_graph, require_compiler, target_name
-from lragent.compile.export import export_graph, save_without_weights, tensors_of
+from lragent.compile.export import tensors_of
 from lragent.compile.fingerprint import fingerprint
 from lragent.compile.live_adapters.a_digest import with_a_digests
 from lragent.errors import ArtifactError, Miss
 from lragent.files.checked_file import FileEntry, describe_file
+from lragent.graph.graph_file import write_graph
 from lragent.kernels.dispatch import graphs, resolve
 from lragent.loading.agent_slots import agent_slots_of
 from lragent.loading.model import LoadedModel
@@ -170,8 +170,8 @@ def write_programs(
     layouts: dict[str, LayoutEntry] = {}
     (directory / "programs").mkdir()
     for layout, program in rewritten.programs.items():
-        relative = f"programs/{layout}.pt2"
-        stages.run(f"export {layout}", partial(_export, program, loaded.dtype, directory / relative))
+        relative = f"programs/{layout}.json"
+        write_graph(program.graph, directory / relative)
         tensors.update(tensors_of(program.graph))
         layouts[layout] = LayoutEntry(
             program=describe_file(directory, relative),
@@ -233,10 +233,6 @@ def _keep_packages(old: Path, manifest: Manifest, directory: Path) -> None:
                     manifest.compiled.setdefault(target, {})[key] = kept
     except ArtifactError as error:
         log.warning("packages of the artifact that is replaced are not kept: %s", error.message)
-
-
-def _export(program: Transformed, dtype: torch.dtype, path: Path) -> None:
-    save_without_weights(export_graph(program.graph, program.schema, dtype), path)
 
 
 def _compile(program: Transformed, directory: Path, key: CompiledKey, unit: str) -> tuple[FileEntry, str]:

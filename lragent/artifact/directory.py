@@ -2,7 +2,7 @@
 
 NAME.lragent/
   manifest.json                      versions, agents, schemas, files
-  programs/{split,dense}.pt2         rewritten programs, not lowered, no weights
+  programs/{split,dense}.json        rewritten programs, not lowered, no weights
   programs/{split,dense}-adapters.safetensors   how their constants follow from adapters
   compiled/TARGET/KEY.pt2            unit "model"; KEY: see `lragent.artifact.compiled_files.CompiledKey`
   compiled/TARGET/KEY-HASH/          unit "layer": plan.json and its packages

@@ -17,7 +17,7 @@ from lragent.program.agent import Agent
 from lragent.program.cache_schema import BaseStreams, CacheSchema, Layout, LowRankStream
 from lragent.program.layer_facts import LayerFacts
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "manifest.json"
 SEAL = "seal"  # sha256 of the other entries
 LONGEST = 60  # characters of an entry that `identity` gives as it is

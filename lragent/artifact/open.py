@@ -20,9 +20,9 @@ from lragent.artifact.manifest import LayoutEntry, identity
 from lragent.artifact.package_probe import Probe, require_runs
 from lragent.compile.compile import ProgramFacts, compile_graph, eager_call, join, load_compiled, program, target_name
 from lragent.compile.devices import moved, placed
-from lragent.compile.export import load_with_weights
 from lragent.compile.live_adapters.slots import ConstantSlots
 from lragent.errors import Miss, RequestError
+from lragent.graph.graph_file import read_graph
 from lragent.kernels.dispatch import graphs
 from lragent.program.dtypes import dtype_name, dtype_named
 from lragent.program.program import Program
@@ -143,7 +143,7 @@ def _lower(wanted: _Wanted) -> Lowered:
     """Lowers the artifact's program for the graph, with its weights on the device."""
     from lragent.passes.pipeline import lower
 
-    source = load_with_weights(wanted.artifact.file(wanted.entry.program), wanted.weights)
+    source = read_graph(wanted.artifact.file(wanted.entry.program), wanted.weights)
     lowered = lower(source, wanted.key.graph)
     return replace(lowered, graph=placed(lowered.graph, wanted.device))
 

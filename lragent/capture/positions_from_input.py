@@ -52,9 +52,9 @@ def _run(graph: fx.GraphModule, context: CaptureContext) -> PassReport:
             continue
         with graph.graph.inserting_after(node):
             shape = node.meta["val"].shape
-            given = positions if len(shape) == 2 else emit(graph, torch.select, positions, 0, 0)
+            given = positions if len(shape) == 2 else emit(graph, torch.ops.aten.select.int, positions, 0, 0)
         with graph.graph.inserting_after(node if given is positions else given):
-            moved = emit(graph, torch.add, given, first)
+            moved = emit(graph, torch.ops.aten.add.Tensor, given, first)
         node.replace_all_uses_with(moved)
         moved.meta["val"] = node.meta["val"]
     graph.graph.eliminate_dead_code()

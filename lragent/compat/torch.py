@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -100,24 +100,6 @@ def as_fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     Private API: `FakeTensorMode.from_tensor`, seen in torch 2.13.
     """
     return mode.from_tensor(tensor, static_shapes=True)
-
-
-@contextmanager
-def tensors_replaced(
-    program: torch.export.ExportedProgram, replacement: Callable[[Any], Any]
-) -> Iterator[torch.export.ExportedProgram]:
-    """Replaces all weights and constants of an exported program and removes its example inputs, inside the context.
-
-    Private API: `ExportedProgram._state_dict`, `._constants` and `._example_inputs`, seen in torch 2.13.
-    """
-    weights, constants, inputs = program.state_dict, program.constants, program.example_inputs
-    program._state_dict = {name: replacement(value) for name, value in weights.items()}
-    program._constants = {name: replacement(value) for name, value in constants.items()}
-    program._example_inputs = None
-    try:
-        yield program
-    finally:
-        program._state_dict, program._constants, program._example_inputs = weights, constants, inputs
 
 
 def find_cpp_compiler() -> str | None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx
 
-from lragent.compile.export import put_weights, tensors_of
+from lragent.compile.export import tensors_of
 from lragent.errors import RequestError
 
 Name = TypeVar("Name", bound=Hashable)
@@ -73,5 +73,21 @@ def place_together(graphs: Sequence[fx.GraphModule], device: torch.device) -> No
         for node in graph.graph.nodes:
             node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
             node.kwargs = {name: device if isinstance(a, torch.device) else a for name, a in node.kwargs.items()}
-        put_weights(graph, {name: on_device[number, name] for name in weights[number]})
+        _put_weights(graph, {name: on_device[number, name] for name in weights[number]})
         graph.recompile()
+
+
+def _put_weights(graph: fx.GraphModule, weights: Mapping[str, Tensor]) -> None:
+    """Replaces a graph's weights by `weights`, by name and in place. Tied weights stay tied."""
+    parameters: dict[int, torch.nn.Parameter] = {}
+    for name in tensors_of(graph):
+        owner_name, _, leaf = name.rpartition(".")
+        owner = graph.get_submodule(owner_name)
+        weight = weights[name]
+        if not isinstance(getattr(owner, leaf), torch.nn.Parameter):
+            # A parameter would be registered as one.
+            setattr(owner, leaf, weight.detach() if isinstance(weight, torch.nn.Parameter) else weight)
+            continue
+        if id(weight) not in parameters:
+            parameters[id(weight)] = torch.nn.Parameter(weight, requires_grad=False)
+        setattr(owner, leaf, parameters[id(weight)])

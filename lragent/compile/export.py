@@ -1,23 +1,18 @@
-"""Exports a transformed graph as an `ExportedProgram` with dynamic shapes, with or without its weights.
+"""Exports a lowered graph as an `ExportedProgram` with dynamic shapes, the form that AOTInductor compiles.
 
-AOTInductor compiles the exported form, and artifacts store it. Legend: T = packed tokens of a step, S = sequences,
-M = pages per sequence, R = logits rows. The page count and the LR lengths depend on the cache memory set at load.
+Legend: T = packed tokens of a step, S = sequences, M = pages per sequence, R = logits rows. The page count and the LR
+lengths depend on the cache memory set at load.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from lragent.compat.torch import tensors_replaced
-from lragent.graph.plain_graph import plain_graph
 from lragent.graph.quiet_export import without_exporter_noise
-from lragent.kernels import ops  # registers the ops that exported programs call
 from lragent.program.cache_schema import CacheSchema
 from lragent.program.step import (
     ELEMENTS,
@@ -39,7 +34,6 @@ _LIMITS = {
     "pages": (2, 1 << 30),
 }
 _ELEMENT_LIMITS = (2, 1 << 40)
-assert ops.flash_lora_attention is not None
 
 
 def example_step(agents: int, seqs: int = 2, tokens: int = 3) -> StepInputs:
@@ -110,7 +104,7 @@ def export_graph(
     """Exports a graph with the dynamic shapes of `input_sizes`.
 
     Args:
-        graph: a transformed or lowered graph whose weights are on `device`.
+        graph: a lowered graph whose weights are on `device`.
         kv_dtype: dtype of the cache tensors.
         steps: kind of step that the exported program accepts.
     """
@@ -128,47 +122,3 @@ def tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
         **dict(graph.named_parameters(remove_duplicate=False)),
         **dict(graph.named_buffers(remove_duplicate=False)),
     }
-
-
-def save_without_weights(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Saves the graph without its weights: each is replaced by a tensor of the same shape with one stored number.
-
-    Raises:
-        OSError: the file can't be written.
-    """
-    with tensors_replaced(program, _hollow), without_exporter_noise():
-        archive = io.BytesIO()  # PyTorch's file writer aborts the process if the disk is full
-        torch.export.save(program, archive)
-    path.write_bytes(archive.getbuffer())
-
-
-def _hollow(value: Any) -> Any:
-    """Returns a tensor of the same shape, dtype and type that stores a single number."""
-    if not isinstance(value, Tensor):
-        return value
-    hollow = torch.zeros((), dtype=value.dtype).expand(value.shape)
-    return torch.nn.Parameter(hollow, requires_grad=False) if isinstance(value, torch.nn.Parameter) else hollow
-
-
-def load_with_weights(path: Path, weights: Mapping[str, Tensor]) -> fx.GraphModule:
-    """Loads a graph saved by `save_without_weights` and binds `weights` by name, without a copy."""
-    with without_exporter_noise():
-        graph = plain_graph(torch.export.load(path))
-    put_weights(graph, weights)
-    return graph
-
-
-def put_weights(graph: fx.GraphModule, weights: Mapping[str, Tensor]) -> None:
-    """Replaces a graph's weights by `weights`, by name and in place. Tied weights stay tied."""
-    parameters: dict[int, torch.nn.Parameter] = {}
-    for name in tensors_of(graph):
-        owner_name, _, leaf = name.rpartition(".")
-        owner = graph.get_submodule(owner_name)
-        weight = weights[name]
-        if not isinstance(getattr(owner, leaf), torch.nn.Parameter):
-            # A parameter would be registered as one.
-            setattr(owner, leaf, weight.detach() if isinstance(weight, torch.nn.Parameter) else weight)
-            continue
-        if id(weight) not in parameters:
-            parameters[id(weight)] = torch.nn.Parameter(weight, requires_grad=False)
-        setattr(owner, leaf, parameters[id(weight)])

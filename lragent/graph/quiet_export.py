@@ -11,6 +11,4 @@ from contextlib import contextmanager
 def without_exporter_noise() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        # Programs are saved without the data of their tensors on purpose.
-        warnings.filterwarnings("ignore", message="No complete tensor found in the group")
         yield

@@ -113,7 +113,7 @@ def transform(captured: Captured, layout: Layout) -> Transformed:
     Raises:
         SplitRefused: an adapter's computation or a K/V stream was not recognised; holds every layer, node and reason.
     """
-    graph = _copy(captured.graph)
+    graph = copied(captured.graph)
     context = rewrite_context(captured.loaded, layout)
     reports = _run_all(REWRITE, graph, context, captured.loaded.architecture)
     _drop_unused(graph)
@@ -135,7 +135,7 @@ def lower(graph: fx.GraphModule, attention: str) -> Lowered:
     Args:
         attention: name of one of the implementation's graphs (`dispatch.graphs`).
     """
-    lowered = _copy(graph)
+    lowered = copied(graph)
     reports = _run_all(LOWER, lowered, LowerContext(attention), "the graph")
     lowered.recompile()
     return Lowered(lowered, reports)
@@ -168,7 +168,8 @@ def adapter(weights: LoraWeights) -> Adapter:
     return Adapter(torch.cat([a, a.new_zeros(1, a.shape[1])]), torch.cat([b, column[:, None]], 1), ones, weights.gain)
 
 
-def _copy(graph: fx.GraphModule) -> fx.GraphModule:
+def copied(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph that can be rewritten; tensors are shared."""
     shared = {id(t): t for t in (*graph.parameters(), *graph.buffers())}
     with without_exporter_noise():
         return copy.deepcopy(graph, shared)

@@ -7,7 +7,7 @@ are the agents' A and B. Legend: N = rows, R = rows whose logits are wanted, D =
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +24,9 @@ from lragent.program.cache_schema import CacheSchema
 from lragent.training.adapter_parameters import AdapterParameters
 from lragent.training.lower_to_rows import ROW_INPUTS, ROWS, Observer, RowGraph, RowsInput, Segment, lower_to_rows
 from lragent.training.rows import Rows
+
+if TYPE_CHECKING:
+    from lragent.passes.pipeline import Transformed
 
 
 class SharedModel(nn.Module):
@@ -77,6 +80,11 @@ class SharedModel(nn.Module):
         stages = stages or Stages()
         captured = stages.run("capture", lambda: capture(loaded))
         split = stages.run("rewrite split", lambda: transform(captured, "split"))
+        return cls.of_program(loaded, split, checkpointing)
+
+    @classmethod
+    def of_program(cls, loaded: LoadedModel, split: Transformed, checkpointing: bool = True) -> SharedModel:
+        """From a loaded model's program in split layout, whose graph is changed."""
         parameters = AdapterParameters(loaded.lora, split.schema.agents, groups_of(loaded))
         return cls(split.graph, split.schema, (parameters, split.adapter_map), checkpointing)
 

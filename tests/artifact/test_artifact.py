@@ -15,9 +15,12 @@ import lragent
 from lragent.artifact.directory import new_directory, open_artifact
 from lragent.artifact.manifest import FORMAT, SEAL, read_manifest, seal_of
 from lragent.compile.compile import target_name
+from lragent.compile.fingerprint import fingerprint
 from lragent.errors import ArtifactError, CompilerMissing, ModelError, RequestError
 from lragent.files.locks import directory_lock
+from lragent.graph.graph_file import read_graph
 from lragent.kernels import cpp_library
+from lragent.program.dtypes import LAYOUTS
 from tests.models import WrittenModel
 
 
@@ -64,6 +67,22 @@ def test_every_weight_is_stored_once_and_as_it_was(tiny_artifact: Path, tiny_lla
     stored = sum(f.stat().st_size for f in (tiny_artifact / "weights").iterdir())
     unique = {t.data_ptr(): t.numel() * t.element_size() for t in weights.values()}
     assert stored < sum(unique.values()) + 200 * len(weights) + 4096
+
+
+def test_the_model_is_exported_once_for_both_layouts(
+    tiny_llama: WrittenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The programs that are read are those that were rewritten, to the code and to the constants."""
+    exported: list[Any] = []
+    real = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *given, **more: exported.append(given) or real(*given, **more))
+    lragent.convert(tiny_llama.model_dir, tiny_llama.adapters, tmp_path / "m.lragent", compiled=False)
+    assert len(exported) == 1
+    artifact = open_artifact(tmp_path / "m.lragent")
+    assert set(artifact.manifest.layouts) == set(LAYOUTS)
+    for entry in artifact.manifest.layouts.values():
+        graph = read_graph(artifact.file(entry.program), artifact.weights())
+        assert fingerprint(graph, entry.schema) == entry.fingerprint
 
 
 def test_a_tokenizer_file_is_kept_as_it_is(tiny_artifact: Path, tiny_llama: WrittenModel) -> None:

@@ -29,7 +29,7 @@ try:
 except lragent.errors.ArtifactError as error:
     print(error)
 """
-CONVERT = 'model, adapter, out = sys.argv[1:]; limit_files(1 << 16); lragent.convert(model, {"a": adapter}, out)'
+CONVERT = 'model, adapter, out = sys.argv[1:]; limit_files(1 << 12); lragent.convert(model, {"a": adapter}, out)'
 WEIGHTS = """
     with new_directory(Path(sys.argv[1]), False) as directory:
         limit_files(1 << 16); save_tensors(directory, "base.safetensors", {"w": torch.zeros(1 << 16)})

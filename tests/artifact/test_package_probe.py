@@ -22,8 +22,8 @@ from lragent.artifact.manifest import read_manifest, write_manifest
 from lragent.artifact.open import resolve_backend
 from lragent.artifact.package_probe import Probe, require_runs
 from lragent.compile.compile import Compiled, eager_call, target_name
-from lragent.compile.export import load_with_weights
 from lragent.errors import ArtifactError, RequestError
+from lragent.graph.graph_file import read_graph
 from lragent.kernels.dispatch import resolve
 from lragent.passes.pipeline import lower
 from lragent.program.cache_schema import CacheSchema
@@ -94,7 +94,7 @@ def test_every_kind_of_graph_gets_a_step_that_it_can_run(
         file: Path, schema: CacheSchema, weights: Mapping[str, Tensor], device: torch.device
     ) -> Callable[..., None]:
         opened = open_artifact(tiny_artifact)
-        program = load_with_weights(opened.file(opened.manifest.layouts["split"].program), weights)
+        program = read_graph(opened.file(opened.manifest.layouts["split"].program), weights)
         call = eager_call(lower(program, graph).graph)
         return lambda *inputs: found.append(call(*inputs))
 

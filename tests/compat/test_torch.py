@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import sys
 import zipfile
@@ -123,34 +122,6 @@ def test_fake_tensor_exceptions(op: compat.OpOverload) -> None:
     """torch._subclasses.fake_tensor.DataDependentOutputException, DynamicOutputShapeException"""
     with compat.fake_mode(), pytest.raises(compat.SHAPE_DEPENDS_ON_VALUES):
         op(torch.ones(1))
-
-
-def test_state_dict_constants_example_inputs() -> None:
-    """ExportedProgram._state_dict, ._constants, ._example_inputs"""
-    layer = nn.Linear(64, 64)
-    constant = torch.ones(64, 64)
-    program = torch.export.export(nn.Sequential(layer, Function(lambda x: x @ constant)), (torch.ones(1, 64),))
-    before = program.state_dict, program.constants, program.example_inputs
-    assert set(before[0]) == {"0.weight", "0.bias"} and len(before[1]) == 1 and before[2] is not None
-
-    def saved() -> int:
-        archive = io.BytesIO()
-        torch.export.save(program, archive)
-        return len(archive.getbuffer())
-
-    def hollow(value: Any) -> Any:
-        empty = torch.zeros(()).expand(value.shape)
-        return nn.Parameter(empty, requires_grad=False) if isinstance(value, nn.Parameter) else empty
-
-    whole = saved()
-    with compat.tensors_replaced(program, hollow):
-        assert program.state_dict["0.weight"].untyped_storage().nbytes() == 4
-        assert next(iter(program.constants.values())).untyped_storage().nbytes() == 4
-        assert program.example_inputs is None
-        # Weight and constant, 16 KiB each, are not in the file.
-        assert saved() <= whole - 2 * 64 * 64 * 4
-    after = program.state_dict, program.constants, program.example_inputs
-    assert all(a is b for a, b in zip(before, after, strict=True))
 
 
 def test_cpp_builder_get_cpp_compiler() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +176,17 @@ class SharingOracle:
 
 
 def new_oracle(model_dir: Path, adapters: Mapping[str, Path], scheme: str, dtype: torch.dtype) -> SharingOracle:
-    """Loads the model and takes its K/V projections apart."""
-    model = load_peft(model_dir, adapters, dtype)
+    """An oracle whose model is that of the last oracles of the same files and dtype; files are taken to stay."""
+    model, projections = _taken_apart(model_dir, tuple(adapters.items()), dtype)
+    return SharingOracle(model, projections, tuple(adapters), scheme, dtype)
+
+
+@lru_cache(maxsize=2)  # a script is run in two dtypes
+def _taken_apart(
+    model_dir: Path, adapters: tuple[tuple[str, Path], ...], dtype: torch.dtype
+) -> tuple[Any, list[KvProjection]]:
+    """Loads the model and takes its K/V projections apart. They keep nothing from pass to pass."""
+    model = load_peft(model_dir, dict(adapters), dtype)
     projections = []
     for name, module in list(model.get_base_model().named_modules()):
         leaf = name.rpartition(".")[2]
@@ -189,7 +199,7 @@ def new_oracle(model_dir: Path, adapters: Mapping[str, Path], scheme: str, dtype
     # A name that kv_outputs doesn't know would leave its layer unshared: every scheme would be PEFT there.
     streams = sum(1 if projection.kv.all() else 2 for projection in projections)
     assert streams == 2 * model.config.num_hidden_layers, f"{streams} of the model's K and V streams found"
-    return SharingOracle(model, projections, tuple(adapters), scheme, dtype)
+    return model, projections
 
 
 def run_script(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +107,29 @@ class Killed(Exception):
     pass
 
 
+class KilledRuns:
+    """Folders of runs that were killed after a step, each made when it is first asked for; read only."""
+
+    def __init__(self, given: RolledOut, folder: Path) -> None:
+        self._given, self._folder = given, folder
+
+    def after(self, step: int) -> Path:
+        def kill(now: TuneStep) -> None:
+            if now.step == step:
+                raise Killed
+
+        out = self._folder / str(step)
+        if not out.exists():
+            with pytest.raises(Killed):
+                tune(self._given, out, FEW, on_step=kill)
+        return out
+
+
+@pytest.fixture(scope="module")
+def killed(rolled_out_qv: RolledOut, tmp_path_factory: pytest.TempPathFactory) -> KilledRuns:
+    return KilledRuns(rolled_out_qv, tmp_path_factory.mktemp("killed"))
+
+
 @pytest.fixture(scope="module")
 def whole(rolled_out_qv: RolledOut, tmp_path_factory: pytest.TempPathFactory) -> TuneReport:
     return tune(rolled_out_qv, tmp_path_factory.mktemp("whole") / "out", FEW)
@@ -113,14 +137,9 @@ def whole(rolled_out_qv: RolledOut, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.parametrize("killed_after", [0, 1, 3])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    rolled_out_qv: RolledOut, whole: TuneReport, tmp_path: Path, killed_after: int
+    rolled_out_qv: RolledOut, whole: TuneReport, killed: KilledRuns, tmp_path: Path, killed_after: int
 ) -> None:
-    def kill(step: TuneStep) -> None:
-        if step.step == killed_after:
-            raise Killed
-
-    with pytest.raises(Killed):
-        tune(rolled_out_qv, tmp_path / "out", FEW, on_step=kill)
+    shutil.copytree(killed.after(killed_after), tmp_path / "out")
     assert not (tmp_path / "out" / "plan").exists()
     with pytest.raises(TuneError, match="exists"):
         tune(rolled_out_qv, tmp_path / "out", FEW)
@@ -134,12 +153,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert tune(rolled_out_qv, tmp_path / "out", FEW, existing="resume") == resumed  # nothing is left to do
 
 
-def test_a_run_is_not_resumed_with_other_options_or_trajectories(rolled_out_qv: RolledOut, tmp_path: Path) -> None:
-    def kill(step: TuneStep) -> None:
-        raise Killed
-
-    with pytest.raises(Killed):
-        tune(rolled_out_qv, tmp_path / "out", FEW, on_step=kill)
+def test_a_run_is_not_resumed_with_other_options_or_trajectories(
+    rolled_out_qv: RolledOut, killed: KilledRuns, tmp_path: Path
+) -> None:
+    shutil.copytree(killed.after(0), tmp_path / "out")
     with pytest.raises(TuneError, match="is of another run: options steps was 4 and is 5"):
         tune(rolled_out_qv, tmp_path / "out", replace(FEW, steps=5), existing="resume")
     fewer = tmp_path / "fewer.jsonl"
@@ -148,9 +165,11 @@ def test_a_run_is_not_resumed_with_other_options_or_trajectories(rolled_out_qv: 
         tune(replace(rolled_out_qv, results=fewer), tmp_path / "out", FEW, existing="resume")
 
 
-def test_a_shared_a_stays_shared_unless_it_is_untied(rolled_out_qv: RolledOut, tmp_path: Path) -> None:
-    for tie in (True, False):
-        report = tune(rolled_out_qv, tmp_path / str(tie), replace(FEW, tie_a=tie))
+def test_a_shared_a_stays_shared_unless_it_is_untied(
+    rolled_out_qv: RolledOut, whole: TuneReport, tmp_path: Path
+) -> None:
+    assert FEW.tie_a
+    for report, tie in ((whole, True), (tune(rolled_out_qv, tmp_path / "out", replace(FEW, tie_a=False)), False)):
         files = [load_file(report.out / agent / WEIGHTS) for agent in ("action", "reflect")]
         equal = [torch.equal(files[0][key], files[1][key]) for key in files[0] if "lora_A" in key]
         assert all(equal) is tie
