@@ -11,10 +11,12 @@ from typing import Any
 
 from lragent.errors import TuneError
 from lragent.files.replace_file import replacing
+from lragent.program.defaults import MAX_KL
 from lragent.tuning.measure import Agreement
 from lragent.tuning.options import TuneOptions
 
 REPORT = "tune_report.json"
+GAP = 2.0  # held-out loss over that of the last steps, above which trajectories were learned by heart
 Figures = Mapping[str, Mapping[str, Agreement]]  # scheme -> agent -> figures
 
 
@@ -148,6 +150,26 @@ def figures_from_json(raw: Mapping[str, Mapping[str, Any]]) -> Figures:
 
 def _given(raw: Mapping[str, Any] | None) -> Given | None:
     return None if raw is None else Given(**{**raw, "trajectories": tuple(raw["trajectories"])})
+
+
+def too_few_trajectories(report: RoundReport, after: Mapping[str, Agreement]) -> str:
+    """A sentence if an agent is apart on held-out trajectories and the trajectories of the steps are learned; else "".
+
+    Args:
+        after: figures on held-out trajectories under the target scheme, by agent.
+    """
+    values = dict(report.held_out)
+    losses = [loss for step, loss in report.losses if 3 * report.kept_step // 4 <= step < report.kept_step]
+    if not losses or report.kept_step not in values:
+        return ""
+    learned, value = sum(losses) / len(losses), values[report.kept_step]
+    agent = max(after, key=lambda name: after[name].kl)
+    if after[agent].kl <= MAX_KL or value <= GAP * learned:
+        return ""
+    return (
+        f"{agent} is still {after[agent].kl:.3f} nats a token apart, and the loss on held-out trajectories is "
+        f"{value / learned:.1f} times that of the last steps: more trajectories would help"
+    )
 
 
 def _pairs(values: Any) -> tuple[tuple[int, float], ...]:

@@ -28,7 +28,15 @@ from lragent.tuning.memory import sizes_of
 from lragent.tuning.options import RESUMED_WITH_OTHERS, TuneOptions
 from lragent.tuning.prepare import Prepared, prepare
 from lragent.tuning.read_sequences import Accepted, Skipped, read_scored_sequences
-from lragent.tuning.report import Given, RoundReport, TuneReport, options_as_used, read_report, write_report
+from lragent.tuning.report import (
+    Given,
+    RoundReport,
+    TuneReport,
+    options_as_used,
+    read_report,
+    too_few_trajectories,
+    write_report,
+)
 from lragent.tuning.round import RoundInput, RoundResult, ended_round, measured_under, run_round
 from lragent.tuning.save_adapters import round_as_saved, save_adapter, trained_matrices
 from lragent.tuning.source_runs import SourceRun, source_runs
@@ -129,7 +137,13 @@ def _tune(
         rounds=tuple(reports),
         before=result.before,
         after=after,
-        notes=(*prepared.notes, *_run_notes(runs, request.sharing), *notes, *_round_notes(reports, request.options)),
+        notes=(
+            *prepared.notes,
+            *_run_notes(runs, request.sharing),
+            *notes,
+            *_round_notes(reports, request.options),
+            *filter(None, (too_few_trajectories(reports[-1], after[request.sharing]),)),
+        ),
         given=_given(request),
     )
 
