@@ -71,7 +71,7 @@ def test_the_deviation_is_that_of_the_second_layer(shared_models: SharedModels) 
 
 def test_the_most_recent_tokens_are_recomputed(shared_models: SharedModels) -> None:
     _, model = shared_models.get("llama")
-    # plan processes 0 to 14, then action 15 to 19, then plan the rest: action finds 15 tokens of plan, plan 5 of action.
+    # plan processes 0 to 14, then action 15 to 19, then plan the rest: action finds 15 tokens, plan 5.
     found = refreshed_rows(sequence_of(SCRIPT[:5]), model.agents, 0.5, most_recent)
     assert (found.candidates, found.recomputed) == (20, 10)
     rows = list(zip(found.rows.agent_ids_N.tolist(), found.rows.positions_N.tolist(), strict=True))

@@ -12,6 +12,7 @@ from lragent.reports.html.line_chart import line_chart
 from lragent.reports.html.log_scale import LogScale, tick_label
 from lragent.reports.html.markup import Markup, element
 from lragent.reports.html.page import Section, bullets, page, paragraph, verdict
+from lragent.reports.html.scatter_chart import scatter_chart
 from lragent.reports.html.series import COLOURS, Series
 from lragent.reports.html.table import table
 
@@ -71,6 +72,7 @@ def test_a_whole_page_is_self_contained_and_its_text_is_escaped() -> None:
     charts = (
         dot_chart(NASTY, ["a", NASTY], SERIES, NASTY, 0.05),
         line_chart(NASTY, ["a", NASTY], SERIES, NASTY, 0.05),
+        scatter_chart(NASTY, {"a": 1.0, NASTY: 2.5}, SERIES, NASTY, NASTY),
     )
     parts = (*charts, table([NASTY, "b"], [[NASTY, "1"]], NASTY, 0), paragraph(NASTY), verdict(NASTY), bullets([NASTY]))
     source = page(NASTY, NASTY, [Section(NASTY, parts)])
