@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from examples.fact_world.curve_points import (
-    REFRESH,
     RULES,
     AdapterSet,
     AgentSums,
@@ -33,7 +32,7 @@ from examples.fact_world.curve_points import (
 from examples.fact_world.curve_report import CurveRow, Measured, curve_page, curve_rows, markdown
 from lragent.errors import UserError
 from lragent.rollouts.turn_sequences import read_turn_sequences
-from lragent.runtime.schemes import EXACT
+from lragent.runtime.schemes import EXACT, SCHEMES
 from lragent.training.schemes import rows_of
 from lragent.training.turn_sequence import TurnSequence
 from lragent.tuning.source_runs import run_dtype, source_runs
@@ -128,23 +127,24 @@ def curve(
     rules: Sequence[str] = RULES,
     most: int = 16,
     dtype: str = "auto",
+    schemes: Sequence[str] = tuple(SCHEMES),
 ) -> tuple[list[CurveRow], str]:
     """The rows, and a sentence on what was measured.
 
     Args:
         sets: name -> folder with one adapter directory a role; the first is the teacher.
         dtype: of the weights; "auto": that of the run that wrote the trajectories.
+        schemes: measured with the sets after the first.
     """
     dtype = run_dtype(source_runs([trajectories]), dtype)
     names = list(sets)
     teacher = open_set(names[0], model, sets[names[0]], dtype)
     sequences = sequences_of(trajectories, teacher, most)
-    points = points_of(shares, rules)
-    schemes = [point for point in points if point.sharing != REFRESH]
+    points, others = points_of(shares, rules), [Point(scheme) for scheme in schemes]
     found: list[Measured] = []
     for name in names:
         measured = teacher if name == teacher.name else open_set(name, model, sets[name], dtype)
-        found += measure_set(teacher, measured, sequences, points if measured is teacher else schemes, work)
+        found += measure_set(teacher, measured, sequences, points if measured is teacher else others, work)
     total = found[0].sums.total
     note = (
         f"{len(sequences)} trajectories, {total.tokens} generated tokens, {total.turns} turns, {teacher.dtype}; "
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=16, help="trajectories, spread over the file")
     parser.add_argument("--shares", default="0.1,0.25,0.5", help="of tokens that the acting agent recomputes")
     parser.add_argument("--rules", default=",".join(RULES), help="rules that choose them")
+    parser.add_argument("--schemes", default=",".join(SCHEMES), help="measured with the sets after the first")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="writes the rows")
@@ -178,16 +179,18 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    rules = options.rules.split(",")
-    if set(rules) - set(RULES):
-        parser.error(f"--rules is {options.rules}; the rules are {', '.join(RULES)}")
+    rules, schemes = options.rules.split(","), options.schemes.split(",")
+    for name, given, known in (("--rules", rules, RULES), ("--schemes", schemes, SCHEMES)):
+        if set(given) - set(known):
+            parser.error(f"{name} is {','.join(given)}; known are {', '.join(known)}")
     sets = dict(options.adapters_set)
     if len(sets) < len(options.adapters_set):
         parser.error("two adapter sets have the same name")
     shares = [float(share) for share in options.shares.split(",")]
     try:
+        work = Work(options.work)
         rows, note = curve(
-            options.model, sets, options.trajectories, Work(options.work), shares, rules, options.most, options.dtype
+            options.model, sets, options.trajectories, work, shares, rules, options.most, options.dtype, schemes
         )
     except (UserError, ValueError) as error:
         parser.error(str(error))
