@@ -39,7 +39,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        return self.sharing if self.sharing != REFRESH else f"{self.share:.0%} recomputed, {self.rule}"
+        return self.sharing if self.sharing != REFRESH else f"{100 * self.share:g}% recomputed, {self.rule}"
 
 
 @dataclass(frozen=True)

@@ -141,4 +141,4 @@ def curve_page(rows: Sequence[CurveRow], subtitle: str) -> str:
 
 
 def _recovered(value: float, worst: float, exact: float) -> float:
-    return 1.0 if worst == exact else (worst - value) / (worst - exact)
+    return 1.0 if worst == exact else (value - worst) / (exact - worst) + 0.0  # no -0
