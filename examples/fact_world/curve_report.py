@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from examples.fact_world.curve_points import Point, Sums
+from examples.fact_world.curve_points import AgentSums, Point, Sums
 from lragent.reports.html.page import Section, page, paragraph
 from lragent.reports.html.scatter_chart import scatter_chart
 from lragent.reports.html.series import Series
@@ -38,6 +38,7 @@ class CurveRow:
         top1: share of tokens with the teacher's most likely token.
         turns_right: share of turns in which every token is the most likely one.
         recovered_kl, recovered_turns: share of the gap, 0: the worst scheme of the teacher's set, 1: its `non_shared`.
+        agents: sums of each agent.
     """
 
     adapters: str
@@ -52,6 +53,7 @@ class CurveRow:
     turns_right: float
     recovered_kl: float
     recovered_turns: float
+    agents: Mapping[str, AgentSums]
 
     def cells(self) -> list[str]:
         return [
@@ -109,6 +111,7 @@ def curve_rows(measured: Sequence[Measured], computed: Mapping[str, int], teache
                 turns_right=total.right / total.turns,
                 recovered_kl=_recovered(total.kl, most_kl, exact.kl),
                 recovered_turns=_recovered(total.right, fewest_right, exact.right),
+                agents=one.sums.agents,
             )
         )
     return rows
