@@ -13,69 +13,12 @@ The writer of a token is the agent that processes it first (`turn_sequence.Actin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-
-import torch
+from collections.abc import Callable, Mapping, Sequence
 
 from lragent.errors import RequestError
-from lragent.training.rows import Read, Rows
+from lragent.training.rows import Rows
+from lragent.training.rows_builder import RowsBuilder
 from lragent.training.turn_sequence import ActingTurn, TurnSequence, acting_turns
-
-
-@dataclass
-class _Builder:
-    """Rows as they are collected; `base` and `low_rank` of a read are lists by position that may still grow."""
-
-    tokens: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    agents: list[int] = field(default_factory=list)
-    reads: list[tuple[int, list[int], list[int], list[int]]] = field(default_factory=list)
-    logits: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    target_agents: list[int] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)
-    turn: int = 0
-
-    def add(self, sequence: TurnSequence, positions: Iterable[int], agent: int) -> list[int]:
-        """Adds rows of one agent and returns them."""
-        first = len(self.tokens)
-        for position in positions:
-            self.tokens.append(sequence.token_ids[position])
-            self.positions.append(position)
-            self.agents.append(agent)
-        return list(range(first, len(self.tokens)))
-
-    def read(self, agent: int, queries: list[int], base: list[int], low_rank: list[int]) -> None:
-        """Adds a read; positions behind the last query's are cut off."""
-        if queries:
-            end = self.positions[queries[-1]] + 1
-            self.reads.append((agent, queries, base[:end], low_rank[:end]))
-
-    def want(self, sequence: TurnSequence, acting: ActingTurn, rows: Sequence[int]) -> None:
-        """Marks the rows whose logits predict the tokens of a turn, in order."""
-        self.logits += rows
-        generated = sequence.token_ids[acting.turn.start : acting.turn.end]
-        self.targets += generated
-        self.target_agents += [acting.agent] * len(generated)
-        self.turns += [self.turn] * len(generated)
-        self.turn += 1
-
-    def rows(self, whole: bool) -> Rows:
-        def tensor(values: Sequence[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int64)
-
-        return Rows(
-            token_ids_N=tensor(self.tokens),
-            positions_N=tensor(self.positions),
-            agent_ids_N=tensor(self.agents),
-            reads=tuple(Read(agent, *map(tensor, rows)) for agent, *rows in self.reads),
-            whole=whole,
-            logits_rows_R=tensor(self.logits),
-            targets_R=tensor(self.targets),
-            target_agents_R=tensor(self.target_agents),
-            turns_R=tensor(self.turns),
-        )
 
 
 def rows_of(scheme: str, sequences: Sequence[TurnSequence], agents: Sequence[str]) -> Rows:
@@ -90,7 +33,7 @@ def rows_of(scheme: str, sequences: Sequence[TurnSequence], agents: Sequence[str
     """
     if scheme not in SCHEME_ROWS:
         raise RequestError(f"unknown sharing scheme {scheme!r}", f"Choose one of: {', '.join(SCHEME_ROWS)}.")
-    builder = _Builder()
+    builder = RowsBuilder()
     for sequence in sequences:
         turns = list(acting_turns(sequence, tuple(agents)))
         if turns:
@@ -100,7 +43,7 @@ def rows_of(scheme: str, sequences: Sequence[TurnSequence], agents: Sequence[str
     return builder.rows(whole=scheme in _WHOLE)
 
 
-def _non_shared(builder: _Builder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
+def _non_shared(builder: RowsBuilder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
     last = {acting.agent: acting for acting in turns}
     rows = {agent: builder.add(sequence, range(acting.end), agent) for agent, acting in last.items()}
     for agent, own in rows.items():
@@ -109,7 +52,7 @@ def _non_shared(builder: _Builder, sequence: TurnSequence, turns: list[ActingTur
         builder.want(sequence, acting, [rows[acting.agent][position] for position in acting.wanted])
 
 
-def _written_once(builder: _Builder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
+def _written_once(builder: RowsBuilder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
     written: list[int] = []
     queries: dict[int, list[int]] = {}
     for acting in turns:
@@ -121,7 +64,7 @@ def _written_once(builder: _Builder, sequence: TurnSequence, turns: list[ActingT
         builder.read(agent, own, written, written)
 
 
-def _base_shared(builder: _Builder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
+def _base_shared(builder: RowsBuilder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
     written: list[int] = []
     own: dict[int, list[int]] = {}  # by agent, the row of each position that it has processed
     for acting in turns:
@@ -135,7 +78,7 @@ def _base_shared(builder: _Builder, sequence: TurnSequence, turns: list[ActingTu
         builder.read(agent, [row for row in rows if builder.agents[row] == agent], written, rows)
 
 
-def _rebase(builder: _Builder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
+def _rebase(builder: RowsBuilder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
     free: list[int] = []  # adapter-free rows by position
     kept: dict[int, list[int]] = {}  # by agent, the rows whose low-rank numbers of this agent are kept
     for number, acting in enumerate(turns):
@@ -155,7 +98,7 @@ def _rebase(builder: _Builder, sequence: TurnSequence, turns: list[ActingTurn]) 
             builder.read(0, settled, free, free)
 
 
-def _neutral(builder: _Builder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
+def _neutral(builder: RowsBuilder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
     free = builder.add(sequence, range(turns[-1].end), 0)
     builder.read(0, free, free, free)
     for acting in turns:
@@ -168,7 +111,7 @@ def _neutral(builder: _Builder, sequence: TurnSequence, turns: list[ActingTurn])
 
 
 _WHOLE = frozenset(("non_shared", "full_shared"))
-SCHEME_ROWS: Mapping[str, Callable[[_Builder, TurnSequence, list[ActingTurn]], None]] = {
+SCHEME_ROWS: Mapping[str, Callable[[RowsBuilder, TurnSequence, list[ActingTurn]], None]] = {
     "non_shared": _non_shared,
     "full_shared": _written_once,
     "base_shared": _base_shared,

@@ -13,6 +13,7 @@ from lragent.reports.html.linear_scale import MOST_TICKS, LinearScale
 from lragent.reports.html.log_scale import LogScale
 from lragent.reports.html.markup import Markup, element
 from lragent.reports.html.page import Section, bullets, code, page, paragraph, verdict
+from lragent.reports.html.scatter_chart import scatter_chart
 from lragent.reports.html.series import COLOURS, Series
 from lragent.reports.html.step_chart import MOST_DOTS, Curve, Mark, step_chart, thinned
 from lragent.reports.html.table import table
@@ -74,6 +75,7 @@ def test_a_whole_page_is_self_contained_and_its_text_is_escaped() -> None:
         dot_chart(NASTY, ["a", NASTY], SERIES, NASTY, 0.05),
         line_chart(NASTY, ["a", NASTY], SERIES, NASTY, 0.05),
         step_chart(NASTY, [Curve(NASTY, [(0, 0.3), (1, 0.1)], line=True)], 2, Mark(NASTY, 1)),
+        scatter_chart(NASTY, {"a": 1.0, NASTY: 2.5}, SERIES, NASTY, NASTY),
     )
     texts = (paragraph(NASTY), verdict(NASTY), bullets([NASTY]), code([NASTY]))
     parts = (*charts, table([NASTY, "b"], [[NASTY, "1"]], NASTY, [0]), *texts)

@@ -1,0 +1,68 @@
+"""Collects rows and reads of sequences, one token after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lragent.training.rows import Read, Rows
+from lragent.training.turn_sequence import ActingTurn, TurnSequence
+
+
+@dataclass
+class RowsBuilder:
+    """Rows as they are collected; `base` and `low_rank` of a read are lists by position that may still grow."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    agents: list[int] = field(default_factory=list)
+    reads: list[tuple[int, list[int], list[int], list[int]]] = field(default_factory=list)
+    logits: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    target_agents: list[int] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    turn: int = 0
+
+    def add(self, sequence: TurnSequence, positions: Iterable[int], agent: int) -> list[int]:
+        """Adds rows of one agent and returns them."""
+        first = len(self.tokens)
+        for position in positions:
+            self.tokens.append(sequence.token_ids[position])
+            self.positions.append(position)
+            self.agents.append(agent)
+        return list(range(first, len(self.tokens)))
+
+    def read(self, agent: int, queries: list[int], base: list[int], low_rank: list[int]) -> None:
+        """Adds a read; positions behind the last query's are cut off."""
+        if queries:
+            end = self.positions[queries[-1]] + 1
+            self.reads.append((agent, queries, base[:end], low_rank[:end]))
+
+    def want(self, sequence: TurnSequence, acting: ActingTurn, rows: Sequence[int]) -> None:
+        """Marks the rows whose logits predict the tokens of a turn, in order."""
+        self.logits += rows
+        generated = sequence.token_ids[acting.turn.start : acting.turn.end]
+        self.targets += generated
+        self.target_agents += [acting.agent] * len(generated)
+        self.turns += [self.turn] * len(generated)
+        self.turn += 1
+
+    def rows(self, whole: bool) -> Rows:
+        """The rows collected so far; see `Rows.whole`."""
+
+        def tensor(values: Sequence[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64)
+
+        return Rows(
+            token_ids_N=tensor(self.tokens),
+            positions_N=tensor(self.positions),
+            agent_ids_N=tensor(self.agents),
+            reads=tuple(Read(agent, *map(tensor, rows)) for agent, *rows in self.reads),
+            whole=whole,
+            logits_rows_R=tensor(self.logits),
+            targets_R=tensor(self.targets),
+            target_agents_R=tensor(self.target_agents),
+            turns_R=tensor(self.turns),
+        )
