@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,9 +20,8 @@ from lragent.rollouts.run_facts import run_of_engine, start_of
 from lragent.rollouts.tasks import task_digest
 from lragent.rollouts.workflow_loading import open_workflow
 
-from .demo_artifact import ensure_artifact, ensure_model
+from .demo_artifact import AGENTS, ensure_artifact, ensure_model
 from .engine_options import (
-    SCHEMES,
     AsJson,
     Backend,
     Concurrency,
@@ -39,8 +39,22 @@ if TYPE_CHECKING:
     from lragent.runtime import RolloutResult, Workflow
 
 FACT_WORLD = Path(__file__).resolve().parent.parent / "examples" / "fact_world"
-# The example's adapters are not tuned for `neutral_shared`.
-DEMO_SCHEMES = ",".join(name for name in SCHEMES if name != "neutral_shared")
+DEMO_SCHEMES = "non_shared,base_lr_shared"
+SHIPPED, TUNED = "as shipped", "tuned"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One run of the demo.
+
+    Args:
+        adapters: `SHIPPED` or `TUNED`.
+        tuned: folder of the tuned adapters, one directory an agent; None as shipped.
+    """
+
+    sharing: str
+    adapters: str
+    tuned: Path | None = None
 
 
 def demo(
@@ -59,30 +73,45 @@ def demo(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer multi-hop questions with three real agents, once for each sharing scheme."""
-    chosen = parse_schemes(schemes)
+    """Answer multi-hop questions with three real agents under sharing schemes, adapters as shipped and tuned."""
+    columns = columns_of(world, parse_schemes(schemes))
     with open_world(world, tasks) as (workflow, questions):
         work.mkdir(parents=True, exist_ok=True)
         model = model or ensure_model(work / "model")
         artifact = ensure_artifact(model, world / "adapters", work / "fact_world.lragent", compiled=backend != "eager")
         options = EngineOptions(kv_memory, backend=backend, threads=threads)
         runs: list[SchemeRun] = []
-        for sharing in chosen:
-            engine = options.load(artifact, sharing)
-            run, out = run_of_engine(engine, workflow, seed=0), work / f"results-{sharing}.jsonl"
+        for column in columns:
+            engine = options.load(artifact, column.sharing)
+            if column.tuned is not None:
+                engine.update_adapters({agent: column.tuned / agent for agent in AGENTS})
+            name = f"{column.sharing}-{TUNED}" if column.tuned else column.sharing
+            run, out = run_of_engine(engine, workflow, seed=0), work / f"results-{name}.jsonl"
             with open_results(out, "overwrite", run, start_of(engine, concurrency), tasks={}) as file:
 
                 def keep(outcome: RolloutResult, file: ResultFile = file, digest: str = run.digest) -> None:
                     place = LinePlace(digest, outcome.index, task_digest(questions[outcome.index]))
                     file.write(result_line(with_json_result(outcome), place))
 
-                runs.append(run_scheme(engine, workflow, questions, concurrency, keep))
+                found = run_scheme(engine, workflow, questions, concurrency, keep, column.adapters)
+                runs.append(found)
             del engine
     if as_json:
         print_json({"tasks": tasks, "runs": [run.to_dict() for run in runs]})
         return
     results.print(comparison_table(runs, f"fact_world: {tasks} held-out questions, plan, action and reflect agents"))
     results.print(f"trajectories are in {work}/results-*.jsonl", markup=False)
+
+
+def columns_of(world: Path, schemes: Sequence[str]) -> tuple[Column, ...]:
+    """The runs of the demo: each scheme with the adapters as shipped, and with those that were tuned for it."""
+    columns = []
+    for sharing in schemes:
+        columns.append(Column(sharing, SHIPPED))
+        tuned = world / "tuned" / sharing
+        if tuned.is_dir():
+            columns.append(Column(sharing, TUNED, tuned))
+    return tuple(columns)
 
 
 @contextmanager

@@ -110,11 +110,13 @@ class EngineOptions:
 
 
 def parse_schemes(text: str) -> tuple[str, ...]:
-    """Names of a comma-separated list, each known and given once.
+    """Names of a comma-separated list, each known and given once; "all" is every scheme.
 
     Raises:
         typer.BadParameter: an unknown name, or one given twice.
     """
+    if text.strip() == "all":
+        return SCHEMES
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in SCHEMES:

@@ -31,6 +31,7 @@ class SchemeRun:
         peak_cache_bytes: largest number of bytes in pages that trajectories held.
         switch_ttft: seconds to the first token, summed over turns that follow a turn of another agent.
         seconds: from the first task to the last result.
+        adapters: name of the adapter set, where several are compared; else empty.
     """
 
     sharing: str
@@ -49,6 +50,7 @@ class SchemeRun:
     peak_cache_bytes: int
     switch_ttft: float
     seconds: float
+    adapters: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -93,13 +95,14 @@ def run_scheme(
     tasks: Sequence[Task],
     concurrency: int,
     keep: Callable[[RolloutResult], None] | None = None,
+    adapters: str = "",
 ) -> SchemeRun:
     """Runs all tasks and measures; `keep` is called with every result."""
     before = dataclasses.asdict(engine.stats().tokens)
     times = SwitchTimes()
     generated = 0
     matches: list[bool] = []
-    with RolloutProgress(engine, len(tasks), engine.sharing) as bar:
+    with RolloutProgress(engine, len(tasks), f"{engine.sharing} {adapters}".rstrip()) as bar:
         for outcome in engine.run(times.watch(workflow), tasks, concurrency=concurrency):
             bar.count(outcome)
             generated += generated_tokens(outcome)
@@ -118,16 +121,17 @@ def run_scheme(
         peak_cache_bytes=stats.peak_held_bytes,
         switch_ttft=times.seconds,
         seconds=bar.seconds,
+        adapters=adapters,
         **{kind: after[kind] - before[kind] for kind in after if kind != "ttft"},
     )
 
 
 def comparison_table(runs: Sequence[SchemeRun], title: str) -> Table:
-    """One column a scheme. Rows without information are left out: matches, failures and repeated passes."""
+    """One column a run. Rows without information are left out: matches, failures and repeated passes."""
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for run in runs:
-        table.add_column(run.sharing, justify="right", no_wrap=True)
+        table.add_column(f"{run.sharing}\n{run.adapters}".rstrip(), justify="right", no_wrap=True)
     for label, cells in _rows(runs):
         table.add_row(label, *cells)
     return table
