@@ -11,6 +11,7 @@ from lragent.errors import RequestError
 Trained = Literal["both", "a", "b"]
 Arithmetic = Literal["auto", "float32", "bfloat16"]
 
+WIDTH = 576  # hidden size of the model for which these rates were found
 LEARNING_RATE = 4e-4
 LEARNING_RATE_OF_ACTING_ROWS = 1e-3  # of neutral_shared: gradients pass through few rows
 # Options that may change when a run is resumed.
@@ -24,7 +25,7 @@ class TuneOptions:
     Args:
         steps: most optimizer steps a round; fewer if they don't fit into `minutes`.
         minutes: time of a round in all, reports included.
-        learning_rate: peak of the cosine schedule; None: by scheme.
+        learning_rate: peak of the cosine schedule; None: by scheme and hidden size (`peak_rate`).
         batch_tokens: tokens of whole trajectories that a step takes; a longer trajectory is a step of its own.
         held_out: share of the trajectories that no step sees; at least one unless it is 0.
         patience: evaluations in a row that are worse than the best one, beyond noise, after which a round ends; 0: it
@@ -101,11 +102,16 @@ class TuneOptions:
             if not holds:
                 raise RequestError(message)
 
-    def peak_rate(self, scheme: str) -> float:
-        """The learning rate after warm-up."""
+    def peak_rate(self, scheme: str, width: int) -> float:
+        """The learning rate after warm-up. By default it falls with the square root of the hidden size.
+
+        Args:
+            width: hidden size of the model.
+        """
         if self.learning_rate is not None:
             return self.learning_rate
-        return LEARNING_RATE_OF_ACTING_ROWS if scheme == "neutral_shared" else LEARNING_RATE
+        rate = LEARNING_RATE_OF_ACTING_ROWS if scheme == "neutral_shared" else LEARNING_RATE
+        return rate * math.sqrt(WIDTH / width)
 
     def loss_weights(self, gold: bool) -> tuple[float, float]:
         """Weights of KL and cross-entropy for a trajectory that is gold, or that agents rolled out."""

@@ -48,7 +48,7 @@ class Given:
     Args:
         model: directory or hub id; adapters: agent -> directory or hub id.
         trajectories: files.
-        options: see `options_as_used`.
+        options: see `options_as_json`.
     """
 
     model: str
@@ -89,11 +89,9 @@ class TuneReport:
         return {**dataclasses.asdict(self), "out": str(self.out)}
 
 
-def options_as_used(options: TuneOptions, scheme: str) -> dict[str, Any]:
-    """Options as JSON gives them back, with the learning rate that was used."""
-    used: dict[str, Any] = json.loads(
-        json.dumps({**dataclasses.asdict(options), "learning_rate": options.peak_rate(scheme)})
-    )
+def options_as_json(options: TuneOptions) -> dict[str, Any]:
+    """Options as JSON gives them back."""
+    used: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options)))
     return used
 
 

@@ -90,7 +90,8 @@ def run_round(
     require_memory(given.material, batches, given.scheme, given.sizes)
     material = _with_teacher(given, split, measured, show)
     require_own_tokens(material)
-    optimizer = adamw(given.parameters.values(), options.peak_rate(given.scheme))
+    rate = options.peak_rate(given.scheme, given.sizes.hidden)
+    optimizer = adamw(given.parameters.values(), rate)
     if saved is not None:
         before = figures_from_json(saved.facts["before"])
         facts, times = dict(saved.facts), saved.facts["times"]
@@ -120,6 +121,7 @@ def run_round(
         options,
         batches,
         split.held_out,
+        rate,
         given.checkpoint,
         facts,
         times["step"],

@@ -48,6 +48,7 @@ class Round:
     Args:
         batches: one for each step.
         held_out: indices of held-out examples.
+        peak_rate: learning rate after warm-up.
         checkpoint: file; facts: see `save_checkpoint`.
         seconds_a_step, seconds_of_report: estimates.
     """
@@ -57,6 +58,7 @@ class Round:
     options: TuneOptions
     batches: Sequence[Batch]
     held_out: tuple[int, ...]
+    peak_rate: float
     checkpoint: Path
     facts: dict[str, Any]
     seconds_a_step: float
@@ -110,7 +112,7 @@ def train(this: Round, state: RoundState, on_step: Callable[[TuneStep], None] | 
             saved = time.monotonic()
         loss.backward()
         _require_finite("gradient", clip(state.optimizer), this, state)
-        set_rate(state.optimizer, options.peak_rate(this.scheme), progress.step, progress.steps)
+        set_rate(state.optimizer, this.peak_rate, progress.step, progress.steps)
         state.optimizer.step()
         state.optimizer.zero_grad()
         progress.losses.append((progress.step, float(loss.detach())))
@@ -183,7 +185,7 @@ def _require_finite(what: str, value: float, this: Round, state: RoundState) -> 
 
 def _diverged(what: str, this: Round, state: RoundState) -> TuneError:
     kept = f"{this.checkpoint} keeps the last good weights" if this.checkpoint.exists() else "no checkpoint was written"
-    rate = this.options.peak_rate(this.scheme)
+    rate = this.peak_rate
     return TuneError(
         f"{what} of step {state.progress.step + 1} is NaN or infinite; {kept}",
         f"Go on from there with a lower rate (--resume --learning-rate {rate / 3:.1g}), or use --dtype float32.",

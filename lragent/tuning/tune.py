@@ -32,7 +32,7 @@ from lragent.tuning.report import (
     Given,
     RoundReport,
     TuneReport,
-    options_as_used,
+    options_as_json,
     read_report,
     too_few_trajectories,
     write_report,
@@ -202,7 +202,7 @@ def _facts(request: TuneRequest, prepared: Prepared, files: Sequence[Path], numb
 
 def _given(request: TuneRequest) -> Given:
     adapters = {agent: str(source) for agent, source in request.adapters.items()}
-    options = options_as_used(request.options, request.sharing)
+    options = options_as_json(request.options)
     return Given(str(request.model_dir), adapters, tuple(map(str, request.trajectories)), options)
 
 

@@ -15,7 +15,7 @@ from lragent.reports.html.step_chart import Curve, Mark, step_chart
 from lragent.reports.html.table import table
 from lragent.tuning.measure import Agreement, overall
 from lragent.tuning.options import TuneOptions
-from lragent.tuning.report import Figures, Given, RoundReport, TuneReport, options_as_used
+from lragent.tuning.report import Figures, Given, RoundReport, TuneReport, options_as_json
 from lragent.tuning.report_text import COLUMNS, change_rows, convert_command, measured_on
 
 ARTIFACT = "tuned.lragent"
@@ -24,6 +24,7 @@ LEAST_SHARE = 0.9  # axes of shares begin here, or below
 
 # Values of options that are None.
 BY_DEFAULT = {
+    "learning_rate": "by scheme and hidden size",
     "kl": "1, for gold 0",
     "cross_entropy": "0, for gold 1",
     "weight_field": "the reward, if any",
@@ -45,7 +46,7 @@ def tune_page(report: TuneReport) -> str:
         *_rounds(report),
         Section("Notes", [notes]),
         Section("Next", [advice, code(_commands(report))]),
-        *([] if report.given is None else [_input(report.given, report.sharing)]),
+        *([] if report.given is None else [_input(report.given)]),
         Section("How to read this", _help(report)),
     ]
     return page(f"Adapters tuned for {report.sharing}: {report.out}", subtitle, sections)
@@ -117,11 +118,11 @@ def _commands(report: TuneReport) -> list[str]:
     ]
 
 
-def _input(given: Given, scheme: str) -> Section:
+def _input(given: Given) -> Section:
     """Files, and the options; those that are not the default stand out."""
     adapters = [f"{agent}: {source}" for agent, source in given.adapters.items()]
     files = [f"trajectories: {file}" for file in given.trajectories]
-    usual = options_as_used(TuneOptions(), scheme)
+    usual = options_as_json(TuneOptions())
     rows = [[name, _value(name, value), _value(name, usual.get(name))] for name, value in given.options.items()]
     changed = [number for number, (_, value, default) in enumerate(rows) if value != default]
     caption = "Options; those that differ from the default in bold"

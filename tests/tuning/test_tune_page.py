@@ -12,7 +12,7 @@ import pytest
 from lragent.errors import TuneError
 from lragent.tuning.measure import Agreement
 from lragent.tuning.options import TuneOptions
-from lragent.tuning.report import Given, RoundReport, TuneReport, options_as_used, read_report, write_report
+from lragent.tuning.report import Given, RoundReport, TuneReport, options_as_json, read_report, write_report
 from lragent.tuning.report_text import change_rows, convert_command
 from lragent.tuning.tune_page import tune_page
 from tests.reports.html.test_page import require_self_contained
@@ -28,7 +28,7 @@ def figures(kl: float, turns: float) -> dict[str, Agreement]:
 
 
 def report_in(out: Path) -> TuneReport:
-    options = options_as_used(TuneOptions(steps=50), "base_lr_shared")
+    options = options_as_json(TuneOptions(steps=50))
     return TuneReport(
         out=out,
         sharing="base_lr_shared",
