@@ -22,12 +22,12 @@ from lragent.rollouts.workflow_loading import open_workflow
 
 from .demo_artifact import AGENTS, ensure_artifact, ensure_model
 from .engine_options import (
+    SCHEMES,
     AsJson,
     Backend,
     Concurrency,
     EngineOptions,
     KvMemory,
-    Schemes,
     Threads,
     parse_schemes,
 )
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from lragent.runtime import RolloutResult, Workflow
 
 FACT_WORLD = Path(__file__).resolve().parent.parent / "examples" / "fact_world"
-DEMO_SCHEMES = "non_shared,base_lr_shared"
+DEMO_SCHEMES, ALL = "non_shared,base_lr_shared", "all"
 SHIPPED, TUNED = "as shipped", "tuned"
 
 
@@ -59,7 +59,9 @@ class Column:
 
 def demo(
     tasks: Annotated[int, typer.Option(min=1, help="Held-out questions for each scheme.")] = 12,
-    schemes: Schemes = DEMO_SCHEMES,
+    schemes: Annotated[
+        str, typer.Option(metavar="A,B,...", help=f"Sharing schemes to compare, or {ALL}.")
+    ] = DEMO_SCHEMES,
     work: Annotated[
         Path, typer.Option(metavar="DIR", parser=user_path, help="Folder for model, artifact and results.")
     ] = Path(".demo"),
@@ -74,7 +76,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Answer multi-hop questions with three real agents under sharing schemes, adapters as shipped and tuned."""
-    columns = columns_of(world, parse_schemes(schemes))
+    columns = columns_of(world, SCHEMES if schemes == ALL else parse_schemes(schemes))
     with open_world(world, tasks) as (workflow, questions):
         work.mkdir(parents=True, exist_ok=True)
         model = model or ensure_model(work / "model")

@@ -110,13 +110,11 @@ class EngineOptions:
 
 
 def parse_schemes(text: str) -> tuple[str, ...]:
-    """Names of a comma-separated list, each known and given once; "all" is every scheme.
+    """Names of a comma-separated list, each known and given once.
 
     Raises:
         typer.BadParameter: an unknown name, or one given twice.
     """
-    if text.strip() == "all":
-        return SCHEMES
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in SCHEMES:

@@ -81,7 +81,7 @@ def sequences_of(file: Path, teacher: AdapterSet, most: int) -> tuple[TurnSequen
         TaskFileError: the file can't be read, or is of other agents.
         ValueError: they were rolled out by other adapters, or under another scheme.
     """
-    read = read_turn_sequences(file, teacher.digests, teacher.vocab_size)
+    read = read_turn_sequences(file, teacher.digests, teacher.vocab_size, teacher.max_positions)
     if read.other_adapters:
         raise ValueError(f"{file}: {read.other_adapters} turns are of other adapters than the first set")
     schemes = {run.sharing for run in source_runs([file])} - {EXACT}

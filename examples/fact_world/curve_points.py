@@ -17,12 +17,12 @@ from lragent.program.cache_schema import CacheSchema
 from lragent.program.dtypes import dtype_name
 from lragent.runtime.cache_cost import bytes_per_token
 from lragent.runtime.schemes import EXACT, SCHEMES
-from lragent.training.drift import kl_divergence
 from lragent.training.early_deviation import LAYER, Deviation, own_forward
 from lragent.training.refresh import Refreshed, most_recent, refreshed_rows
 from lragent.training.rows import Rows
 from lragent.training.schemes import rows_of
 from lragent.training.shared_model import SharedModel
+from lragent.training.token_figures import kl_divergence
 from lragent.training.turn_sequence import TurnSequence
 
 REFRESH = "refresh"
@@ -113,6 +113,7 @@ class AdapterSet:
     digests: dict[str, str]
     dtype: str
     vocab_size: int
+    max_positions: int
 
     def bytes_per_token(self, sums: Sums, point: Point) -> float:
         """Bytes of cache of a token that all agents have seen; recomputed tokens have K/V of the agent's own."""
@@ -130,7 +131,9 @@ def open_set(name: str, model_dir: Path, folder: Path, dtype: str) -> AdapterSet
     split = transform(capture(loaded), "split")
     digests = {agent.name: agent.digest for agent in loaded.agents}
     model = SharedModel(split.graph, split.schema)
-    return AdapterSet(name, model, split.schema, digests, dtype_name(loaded.dtype), loaded.vocab_size)
+    return AdapterSet(
+        name, model, split.schema, digests, dtype_name(loaded.dtype), loaded.vocab_size, loaded.max_positions
+    )
 
 
 def points_of(shares: Sequence[float], rules: Sequence[str]) -> list[Point]:

@@ -12,7 +12,7 @@ from lragent_cli import demo_model
 from lragent_cli.demo import DEMO_SCHEMES, FACT_WORLD, TUNED, Column, columns_of, open_world
 from lragent_cli.demo_artifact import AGENTS, ensure_artifact, ingredients
 from lragent_cli.demo_model import find_gguf, write_model
-from lragent_cli.engine_options import parse_schemes
+from lragent_cli.engine_options import SCHEMES, parse_schemes
 from tests.models import WrittenModel
 
 
@@ -77,7 +77,7 @@ def test_a_model_that_cannot_be_read_leaves_no_directory(monkeypatch: pytest.Mon
 def test_a_scheme_runs_with_adapters_as_shipped_and_with_those_tuned_for_it(tmp_path: Path) -> None:
     for name in ("base_lr_shared", "neutral_shared"):
         (tmp_path / "tuned" / name).mkdir(parents=True)
-    found = [(column.sharing, column.adapters) for column in columns_of(tmp_path, parse_schemes("all"))]
+    found = [(column.sharing, column.adapters) for column in columns_of(tmp_path, SCHEMES)]
     assert found == [
         ("non_shared", "as shipped"),
         ("full_shared", "as shipped"),
