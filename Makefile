@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TASKS ?= 12
-SCHEMES ?= non_shared,base_lr_shared
+SCHEMES ?=
 # Two processes of one thread each: most tests are too small for two threads, and threads of one process that wait for
 # each other on busy cores are slow.
 PYTEST_ARGS ?= -n 2 --dist loadfile
@@ -50,7 +50,7 @@ $(DEMO_INSTALLED): $(INSTALLED)
 install: $(INSTALLED)  ## Set up the virtual environment
 
 demo: $(DEMO_INSTALLED)  ## Real agents on a real model (TASKS=100 for a real accuracy, SCHEMES=all for all schemes)
-	$(BIN)/lragent demo --tasks $(TASKS) --schemes $(SCHEMES)
+	$(BIN)/lragent demo --tasks $(TASKS) $(if $(SCHEMES),--schemes $(SCHEMES))
 
 test: $(INSTALLED)  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

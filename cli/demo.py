@@ -48,13 +48,16 @@ class Column:
     """One run of the demo.
 
     Args:
-        adapters: `SHIPPED` or `TUNED`.
         tuned: folder of the tuned adapters, one directory an agent; None as shipped.
     """
 
     sharing: str
-    adapters: str
     tuned: Path | None = None
+
+    @property
+    def adapters(self) -> str:
+        """Name of the adapter set."""
+        return SHIPPED if self.tuned is None else TUNED
 
 
 def demo(
@@ -95,8 +98,7 @@ def demo(
                     place = LinePlace(digest, outcome.index, task_digest(questions[outcome.index]))
                     file.write(result_line(with_json_result(outcome), place))
 
-                found = run_scheme(engine, workflow, questions, concurrency, keep, column.adapters)
-                runs.append(found)
+                runs.append(run_scheme(engine, workflow, questions, concurrency, keep, column.adapters))
             del engine
     if as_json:
         print_json({"tasks": tasks, "runs": [run.to_dict() for run in runs]})
@@ -109,10 +111,10 @@ def columns_of(world: Path, schemes: Sequence[str]) -> tuple[Column, ...]:
     """The runs of the demo: each scheme with the adapters as shipped, and with those that were tuned for it."""
     columns = []
     for sharing in schemes:
-        columns.append(Column(sharing, SHIPPED))
+        columns.append(Column(sharing))
         tuned = world / "tuned" / sharing
         if tuned.is_dir():
-            columns.append(Column(sharing, TUNED, tuned))
+            columns.append(Column(sharing, tuned))
     return tuple(columns)
 
 

@@ -30,6 +30,7 @@ WORKFLOW = f"{HERE / 'workflow.py'}:workflow"
 TRAIN_TASKS = 90
 CONCURRENCY = 8
 KV_MEMORY = "4GiB"
+TUNING_NAMED = {tuning.name: tuning for tuning in TUNINGS}
 
 
 class Study:
@@ -45,10 +46,9 @@ class Study:
             return {role: HERE / "adapters" / role for role in ROLES}
         if name == ORDINARY:
             return {role: self._trained(role) for role in ROLES}
-        tuning = next(tuning for tuning in TUNINGS if tuning.name == name)
         out = self.work / "tuned" / name
         if not (out / "tune_report.json").exists():
-            self._tune(tuning, out)
+            self._tune(TUNING_NAMED[name], out)
         return {role: out / role for role in ROLES}
 
     def _trained(self, role: str) -> Path:
@@ -113,7 +113,7 @@ class Study:
         if path.exists():
             return path
         adapters: Mapping[str, Path] = self.adapters(name)
-        tuning = next((tuning for tuning in TUNINGS if tuning.name == name), None)
+        tuning = TUNING_NAMED.get(name)
         if tuning is None or tuning.add_modules:
             lragent.convert(self.model, adapters, path, dtype=self.dtype, layouts=("split", "dense"))
             return path

@@ -22,7 +22,7 @@ from lragent.training.refresh import Refreshed, most_recent, refreshed_rows
 from lragent.training.rows import Rows
 from lragent.training.schemes import rows_of
 from lragent.training.shared_model import SharedModel
-from lragent.training.token_figures import kl_divergence
+from lragent.training.token_figures import compared
 from lragent.training.turn_sequence import TurnSequence
 
 REFRESH = "refresh"
@@ -191,17 +191,19 @@ def _sums(point: Point, rows: Rows, refreshed: Refreshed | None, agents: dict[st
 
 
 def _by_agent(rows: Rows, teacher_RV: Tensor, found_RV: Tensor, agents: Sequence[str]) -> dict[str, AgentSums]:
-    likely_R = found_RV.argmax(-1)
-    kl_R = kl_divergence(teacher_RV, found_RV).double()
-    same_R = likely_R == teacher_RV.argmax(-1)
-    hit_R = likely_R == rows.targets_R
+    figures = compared(teacher_RV, found_RV, rows.targets_R)
+    kl_R = figures.kl_R.double()
     sums: dict[str, AgentSums] = {}
     for turn in rows.turns_R.unique():
         mine_R = rows.turns_R == turn
         agent = int(rows.target_agents_R[mine_R][0])
         name = ("base", *agents)[agent]
         one = AgentSums(
-            int(mine_R.sum()), float(kl_R[mine_R].sum()), int(same_R[mine_R].sum()), 1, int(hit_R[mine_R].all())
+            tokens=int(mine_R.sum()),
+            kl=float(kl_R[mine_R].sum()),
+            same=int(figures.same_R[mine_R].sum()),
+            turns=1,
+            right=int(figures.right_R[mine_R].all()),
         )
         sums[name] = sums.get(name, AgentSums()).plus(one)
     return sums

@@ -50,7 +50,7 @@ def token_figures(
             teacher_RV = logits(teacher_RD[part], agents_R[part]).log_softmax(-1)
             for chunks, student_RD in zip(found, students_RD, strict=True):
                 student_RV = logits(student_RD[part], agents_R[part]).log_softmax(-1)
-                chunks.append(_compared(teacher_RV, student_RV, targets_R[part]))
+                chunks.append(compared(teacher_RV, student_RV, targets_R[part]))
     return [_joined(chunks) for chunks in found]
 
 
@@ -60,7 +60,8 @@ def kl_divergence(teacher_RV: Tensor, student_RV: Tensor) -> Tensor:
     return torch.where(teacher_RV == -torch.inf, 0.0, parts_RV).sum(-1)
 
 
-def _compared(teacher_RV: Tensor, student_RV: Tensor, targets_R: Tensor) -> TokenFigures:
+def compared(teacher_RV: Tensor, student_RV: Tensor, targets_R: Tensor) -> TokenFigures:
+    """Compares log-probabilities."""
     likely_R = student_RV.argmax(-1)
     return TokenFigures(
         kl_R=kl_divergence(teacher_RV, student_RV),

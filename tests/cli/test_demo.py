@@ -9,7 +9,7 @@ from transformers.utils import logging
 from lragent.errors import ModelError, TaskFileError
 from lragent.loading.tuned_metadata import tuned_for
 from lragent_cli import demo_model
-from lragent_cli.demo import DEMO_SCHEMES, FACT_WORLD, TUNED, Column, columns_of, open_world
+from lragent_cli.demo import DEMO_SCHEMES, FACT_WORLD, Column, columns_of, open_world
 from lragent_cli.demo_artifact import AGENTS, ensure_artifact, ingredients
 from lragent_cli.demo_model import find_gguf, write_model
 from lragent_cli.engine_options import SCHEMES, parse_schemes
@@ -93,7 +93,7 @@ def test_a_scheme_runs_with_adapters_as_shipped_and_with_those_tuned_for_it(tmp_
 def test_tuned_adapters_fit_in_the_places_of_the_shipped_ones() -> None:
     scheme = "base_lr_shared"
     tuned = FACT_WORLD / "tuned" / scheme
-    assert Column(scheme, TUNED, tuned) in columns_of(FACT_WORLD, parse_schemes(DEMO_SCHEMES))
+    assert Column(scheme, tuned) in columns_of(FACT_WORLD, parse_schemes(DEMO_SCHEMES))
     shared_a = set()
     for agent in AGENTS:
         assert tuned_for(agent, tuned / agent) == scheme
