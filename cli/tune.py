@@ -59,6 +59,9 @@ def tune(
         float | None,
         typer.Option(help="Weight of KL to the agents' own distribution. Default: 1, for gold 0.", show_default=False),
     ] = None,
+    appended_kl: Annotated[
+        float, typer.Option(help="Weight of KL of appended tokens, beside that of generated ones.")
+    ] = DEFAULTS.appended_kl,
     cross_entropy: Annotated[
         float | None,
         typer.Option(help="Weight of the generated tokens' cross-entropy. Default: 0, for gold 1.", show_default=False),
@@ -139,6 +142,7 @@ def tune(
         held_out=held_out,
         patience=patience,
         kl=kl,
+        appended_kl=appended_kl,
         cross_entropy=cross_entropy,
         weight_field=weight_field,
         non_shared_share=non_shared_share,

@@ -91,7 +91,7 @@ def with_other_writers(example: Example, agents: Sequence[str], rng: random.Rand
     """Lets agents drawn at random process appended tokens first, all but the last one before a turn.
 
     Each piece of appended tokens becomes a turn that is not scored. The last token before a turn stays with the turn's
-    agent, whose logits it gives.
+    agent, whose logits it gives. Appended tokens are not in the loss: the teacher's states are of their own agent.
     """
     turns: list[Turn] = []
     scored: list[bool] = []
@@ -104,9 +104,8 @@ def with_other_writers(example: Example, agents: Sequence[str], rng: random.Rand
         turns.append(turn)
         scored.append(flag)
         end = turn.end
-    return dataclasses.replace(
-        example, sequence=dataclasses.replace(example.sequence, turns=tuple(turns)), scored=tuple(scored)
-    )
+    sequence = dataclasses.replace(example.sequence, turns=tuple(turns))
+    return dataclasses.replace(example.without_appended(), sequence=sequence, scored=tuple(scored))
 
 
 def _epochs(train: Sequence[int], seed: int) -> Iterator[int]:

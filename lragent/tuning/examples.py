@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lragent.errors import TaskFileError
-from lragent.training.turn_sequence import TurnSequence
+from lragent.training.turn_sequence import Turn, TurnSequence
 from lragent.tuning.options import TuneOptions
 from lragent.tuning.read_sequences import ReadSequence
 
@@ -18,24 +18,50 @@ class Example:
 
     Args:
         scored: by turn of the sequence, True if its tokens are in the loss. The others are only read.
-        scored_tokens: their number.
         kl, cross_entropy: weights of its tokens in the loss.
-        logprobs: recorded log-probabilities of the scored tokens, in order; empty if there are none.
+        logprobs: recorded log-probabilities of the generated tokens of scored turns, in order; empty if there are none.
         place: file and line, for messages.
+        appended_kl: weight of KL of the tokens that were appended before scored turns, each as the turn's agent
+            predicts it; 0 leaves them out of the loss.
     """
 
     sequence: TurnSequence
     scored: tuple[bool, ...]
-    scored_tokens: int
     kl: float
     cross_entropy: float
     logprobs: tuple[float, ...]
     place: str
+    appended_kl: float = 0.0
 
     @property
     def tokens(self) -> int:
         """Tokens that run through the model."""
         return self.sequence.turns[-1].end
+
+    @property
+    def predicted(self) -> TurnSequence:
+        """The sequence with turns that hold all tokens in the loss: appended ones lead the turn before which they
+        stand. Rows of a forward are those of the sequence itself; more of them predict.
+        """
+        turns = tuple(replace(turn, start=first) for first, turn in self._spans())
+        return replace(self.sequence, turns=turns)
+
+    @property
+    def generated(self) -> tuple[bool, ...]:
+        """For each token in the loss, in order, True if it was generated, False if it was appended."""
+        scored = [span for span, flag in zip(self._spans(), self.scored, strict=True) if flag]
+        return tuple(at >= turn.start for first, turn in scored for at in range(first, turn.end))
+
+    def without_appended(self) -> Example:
+        """The example with generated tokens alone in the loss."""
+        return replace(self, appended_kl=0.0)
+
+    def _spans(self) -> Iterator[tuple[int, Turn]]:
+        """Each turn with its first token in the loss; the first token of a sequence is predicted by none."""
+        end = 1
+        for turn, flag in zip(self.sequence.turns, self.scored, strict=True):
+            yield (end if flag and self.appended_kl else turn.start), turn
+            end = turn.end
 
 
 def examples_of(sequences: Sequence[ReadSequence], options: TuneOptions) -> tuple[Example, ...]:
@@ -50,8 +76,9 @@ def examples_of(sequences: Sequence[ReadSequence], options: TuneOptions) -> tupl
         if cross_entropy:
             cross_entropy *= _line_weight(read, options.weight_field)
         if kl or cross_entropy:
+            appended_kl = options.appended_kl if kl else 0.0
             examples.append(
-                Example(read.sequence, read.scored, read.scored_tokens, kl, cross_entropy, read.logprobs, read.place)
+                Example(read.sequence, read.scored, kl, cross_entropy, read.logprobs, read.place, appended_kl)
             )
     if not examples:
         raise TaskFileError(

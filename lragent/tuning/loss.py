@@ -1,7 +1,7 @@
-"""The loss on the wanted rows of a forward: KL to the teacher's distribution, and cross-entropy.
+"""The losses of the wanted rows of a forward: KL to the teacher's distribution, and cross-entropy.
 
-Legend: R = scored tokens, D = hidden size, V = vocabulary. `[R, V]` never exists whole: rows are taken in chunks, whose
-logits are computed again in the backward pass.
+Legend: R = tokens in the loss, D = hidden size, V = vocabulary. `[R, V]` never exists whole: rows are taken in chunks,
+whose logits are computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHUNK_NUMBERS = 1 << 24  # logits of a chunk: 64 MiB in float32
 
 @dataclass(frozen=True)
 class Scored:
-    """Scored tokens of a forward.
+    """Tokens in the loss of a forward.
 
     Args:
         student_RD: last hidden states.
@@ -55,24 +55,15 @@ def kl_and_cross_entropy(logits: Logits, scored: Scored) -> tuple[Tensor, Tensor
     return kl_divergence(teacher_RV, student_RV), cross_entropy_R
 
 
-def weighted_loss(logits: Logits, scored: Scored, kl_R: Tensor, cross_entropy_R: Tensor, vocab_size: int) -> Tensor:
-    """Sum over tokens of weight times KL and weight times cross-entropy; gradients reach the hidden states and the
-    parameters of `logits`.
-
-    Args:
-        kl_R, cross_entropy_R: weights of each token.
-    """
-    sums = []
-    at = 0
-    for part in scored.chunks(vocab_size):
-        weights = slice(at, at + part.targets_R.shape[0])
-        at = weights.stop
-        work = partial(_weighted_sum, logits, part, kl_R[weights], cross_entropy_R[weights])
-        sums.append(checkpoint(work, part.student_RD, use_reentrant=False))
-    return torch.stack(sums).sum()
+def token_losses(logits: Logits, scored: Scored, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """`kl_and_cross_entropy` chunk by chunk; gradients reach the hidden states and the parameters of `logits`."""
+    parts = [
+        checkpoint(partial(_of_chunk, logits, part), part.student_RD, use_reentrant=False)
+        for part in scored.chunks(vocab_size)
+    ]
+    kl, cross_entropy = zip(*parts, strict=True)
+    return torch.cat(kl), torch.cat(cross_entropy)
 
 
-def _weighted_sum(logits: Logits, part: Scored, kl_R: Tensor, cross_entropy_R: Tensor, student_RD: Tensor) -> Tensor:
-    found = Scored(student_RD, part.teacher_RD, part.agents_R, part.targets_R)
-    kl, cross_entropy = kl_and_cross_entropy(logits, found)
-    return (kl * kl_R + cross_entropy * cross_entropy_R).sum()
+def _of_chunk(logits: Logits, part: Scored, student_RD: Tensor) -> tuple[Tensor, Tensor]:
+    return kl_and_cross_entropy(logits, Scored(student_RD, part.teacher_RD, part.agents_R, part.targets_R))

@@ -24,8 +24,8 @@ class Material:
     """Contents of a round.
 
     Args:
-        teacher: by index of an example, the teacher's last hidden states `[R, D]` of its tokens in the loss, in memory
-            of the CPU. Examples that nothing is compared on are missing.
+        teacher: by index of an example, the teacher's last hidden states `[R, D]` of its tokens in the loss, appended
+            ones included, in memory of the CPU. Examples that nothing is compared on are missing.
         bfloat16: True multiplies in bfloat16 though weights are float32 (autocast). Logits are float32 in any case.
     """
 
@@ -49,16 +49,24 @@ class Material:
             hidden_RD = self.model.hidden(rows)
         return hidden_RD.float() if self.bfloat16 else hidden_RD
 
-    def scored(self, rows: Rows, student_RD: Tensor, indices: Sequence[int]) -> Scored:
+    def scored(self, rows: Rows, student_RD: Tensor, indices: Sequence[int], examples: Sequence[Example]) -> Scored:
         """Hidden states of rows beside the teacher's, if it has those of all examples.
 
         Args:
-            indices: of the examples of the rows.
+            examples: those of the rows, as they are or without appended tokens in the loss; indices: theirs.
         """
         teacher = None
         if all(index in self.teacher for index in indices):
-            teacher = torch.cat([self.teacher[index] for index in indices]).to(student_RD)
+            pairs = zip(indices, examples, strict=True)
+            teacher = torch.cat([self.teacher_of(index, example) for index, example in pairs]).to(student_RD)
         return Scored(student_RD, teacher, rows.target_agents_R, rows.targets_R)
+
+    def teacher_of(self, index: int, example: Example) -> Tensor:
+        """The teacher's states `[R, D]` of an example, as it is or without appended tokens in the loss."""
+        whole = self.examples[index]
+        if example.appended_kl == whole.appended_kl:
+            return self.teacher[index]
+        return self.teacher[index][torch.tensor(whole.generated)]
 
     def packed(self, indices: Sequence[int], budget: int) -> list[tuple[int, ...]]:
         """Indices in batches for forwards without gradients."""

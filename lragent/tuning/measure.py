@@ -34,14 +34,19 @@ class Agreement:
 
 
 def measure(material: Material, scheme: str, indices: Sequence[int], batch_tokens: int) -> dict[str, Agreement]:
-    """Agreement by agent under a scheme; agents without a turn are left out. The teacher has all examples."""
+    """Agreement on generated tokens by agent under a scheme; agents without a turn are left out.
+
+    Args:
+        indices: of examples; the teacher has all of them.
+    """
     names = (BASE, *material.model.agents)
     tokens: list[Tensor] = []  # [R, 5]: agent id, KL, same most likely token, cross-entropy, target is most likely
     turns: list[Tensor] = []  # [turns, 2]: agent id, all targets are most likely
     for picked in material.packed(indices, batch_tokens):
-        rows = material.rows(scheme, [material.examples[index] for index in picked])
+        examples = [material.examples[index].without_appended() for index in picked]
+        rows = material.rows(scheme, examples)
         with torch.no_grad():
-            scored = material.scored(rows, material.hidden(rows), picked)
+            scored = material.scored(rows, material.hidden(rows), picked, examples)
         assert scored.teacher_RD is not None
         students_RD = [scored.student_RD]
         (figures,) = token_figures(

@@ -33,6 +33,9 @@ class TuneOptions:
         evaluations: number of evaluations on held-out trajectories in a round, besides the one before its first step.
         kl: weight of KL(teacher || student), teacher: the adapters as given, under `non_shared`; None: 1 for what
             agents rolled out, 0 for gold.
+        appended_kl: weight of the mean KL of appended tokens, each as predicted by the agent that processes it, beside
+            that of generated ones. Nobody samples these predictions, but they show at many more tokens how a shared
+            cache changes an agent.
         cross_entropy: weight of the cross-entropy of the generated tokens; None: 1 for gold, else 0.
         weight_field: entry of a line, such as "result.score", by which the cross-entropy of its tokens is multiplied;
             None: the line's reward if it has one, else 1.
@@ -58,6 +61,7 @@ class TuneOptions:
     patience: int = 3
     evaluations: int = 8
     kl: float | None = None
+    appended_kl: float = 0.1
     cross_entropy: float | None = None
     weight_field: str | None = None
     non_shared_share: float = 0.0
@@ -84,6 +88,7 @@ class TuneOptions:
             (self.patience >= 0, f"patience is {self.patience}, must not be negative"),
             (self.evaluations >= 1, f"evaluations is {self.evaluations}, must be at least 1"),
             (all(w >= 0 for w in weights), f"kl is {self.kl} and cross_entropy {self.cross_entropy}: below 0"),
+            (self.appended_kl >= 0, f"appended_kl is {self.appended_kl}, must not be negative"),
             (len(weights) < 2 or sum(weights) > 0, "kl and cross_entropy are 0: there is no loss"),
             (_is_share(self.non_shared_share), f"non_shared_share is {self.non_shared_share}, must be from 0 to 1"),
             (_is_share(self.permuted_writers), f"permuted_writers is {self.permuted_writers}, must be from 0 to 1"),

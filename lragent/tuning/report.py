@@ -29,7 +29,7 @@ class RoundReport:
         kept_step: the step whose weights were kept; 0: those that the round began with.
         stopped: "time" or "no improvement"; "" if all planned steps were taken.
         seconds: time of the steps.
-        losses: (step, loss) of every step; held_out: (step, value) of every evaluation.
+        losses: (step, mean loss of a generated token) of every step; held_out: (step, value) of every evaluation.
     """
 
     steps: int

@@ -180,7 +180,7 @@ def _with_teacher(given: RoundInput, split: Split, measured: Sequence[int], show
 
 def _trial(material: Material, batch: Batch, given: RoundInput) -> None:
     """A step that changes nothing."""
-    loss_of(material, for_step(batch, 0, given.scheme, material.model.agents, given.options)).backward()
+    loss_of(material, for_step(batch, 0, given.scheme, material.model.agents, given.options)).total.backward()
     for parameter in given.parameters.values():
         parameter.grad = None
 

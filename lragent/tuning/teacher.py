@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lragent.errors import TaskFileError
 from lragent.runtime.schemes import EXACT
-from lragent.tuning.loss import kl_and_cross_entropy
+from lragent.tuning.loss import token_losses
 from lragent.tuning.material import Material
 
 MOST_APART = 1.0  # nats, mean difference of recorded log-probabilities from the teacher's; rounding gives some 0.05
@@ -34,7 +34,7 @@ def with_teacher(
         some = [material.examples[index] for index in picked]
         with torch.no_grad():
             hidden_RD = material.hidden(material.rows(EXACT, some)).cpu()
-        states.update(zip(picked, hidden_RD.split([example.scored_tokens for example in some]), strict=True))
+        states.update(zip(picked, hidden_RD.split([len(example.generated) for example in some]), strict=True))
         if progress is not None:
             progress(len(states))
     return replace(material, teacher=states)
@@ -49,14 +49,13 @@ def require_own_tokens(material: Material) -> None:
     recorded = [index for index in material.teacher if material.examples[index].logprobs][:CHECKED]
     apart: list[float] = []
     for index in recorded:
-        example = material.examples[index]
-        scored = material.scored(material.rows(EXACT, [example]), material.teacher[index].to(material.device), [index])
+        example = material.examples[index].without_appended()
+        states_RD = material.teacher_of(index, example).to(material.device)
+        scored = material.scored(material.rows(EXACT, [example]), states_RD, [index], [example])
         with torch.no_grad():
-            parts = [
-                kl_and_cross_entropy(material.model.logits, part)[1] for part in scored.chunks(material.vocab_size)
-            ]
+            _, cross_entropy_R = token_losses(material.model.logits, scored, material.vocab_size)
         recorded_R = torch.tensor(example.logprobs, dtype=torch.float64)
-        apart += (torch.cat(parts).cpu().double() + recorded_R).abs().tolist()
+        apart += (cross_entropy_R.cpu().double() + recorded_R).abs().tolist()
     mean = sum(apart) / len(apart) if apart else 0.0
     if mean > MOST_APART:
         raise TaskFileError(

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from lragent.errors import TuneError
-from lragent.tuning.batch_rows import per_token
+from lragent.tuning.batch_rows import token_weights
 from lragent.tuning.batches import Batch, for_step
 from lragent.tuning.checkpoint import RoundState, all_finite, save_checkpoint
-from lragent.tuning.loss import weighted_loss
+from lragent.tuning.loss import token_losses
 from lragent.tuning.material import Material
 from lragent.tuning.measure import measure, overall
 from lragent.tuning.optimizer import clip, set_rate
@@ -29,7 +29,7 @@ class TuneStep:
 
     Args:
         step, steps: done and planned.
-        loss: of the last step; None before the first.
+        loss: mean of a generated token in the last step; None before the first.
         held_out: newest value on the held-out trajectories; None before the first.
         seconds_left: estimate for the steps and the report that are left.
     """
@@ -68,16 +68,28 @@ class Round:
         save_checkpoint(self.checkpoint, state, self.facts)
 
 
-def loss_of(material: Material, batch: Batch) -> Tensor:
-    """Mean loss of a batch's tokens, with its graph."""
+@dataclass(frozen=True)
+class StepLoss:
+    """Loss of a batch.
+
+    Args:
+        total: with its graph; what the step makes smaller.
+        generated: the part of generated tokens, the mean loss of one; comparable with `held_out_loss`.
+    """
+
+    total: Tensor
+    generated: float
+
+
+def loss_of(material: Material, batch: Batch) -> StepLoss:
+    """The loss of a batch."""
     rows = material.rows(batch.scheme, batch.examples)
-    scored = material.scored(rows, material.hidden(rows), batch.indices)
-    weights = [per_token(batch.examples, [getattr(e, name) for e in batch.examples]) for name in _WEIGHTS]
-    kl_R, cross_entropy_R = (weight.to(material.device) / len(weight) for weight in weights)
-    return weighted_loss(material.model.logits, scored, kl_R, cross_entropy_R, material.vocab_size)
-
-
-_WEIGHTS = ("kl", "cross_entropy")  # of an `Example`
+    scored = material.scored(rows, material.hidden(rows), batch.indices, batch.examples)
+    kl_R, cross_entropy_R = token_losses(material.model.logits, scored, material.vocab_size)
+    weights = token_weights(batch.examples, material.device)
+    generated = (kl_R * weights.kl_R + cross_entropy_R * weights.cross_entropy_R).sum()
+    appended = (kl_R * weights.appended_kl_R).sum()
+    return StepLoss(generated + appended, float(generated.detach()))
 
 
 def train(this: Round, state: RoundState, on_step: Callable[[TuneStep], None] | None = None) -> None:
@@ -106,16 +118,16 @@ def train(this: Round, state: RoundState, on_step: Callable[[TuneStep], None] | 
     while not progress.ended:
         batch = for_step(this.batches[progress.step], progress.step, this.scheme, this.material.model.agents, options)
         loss = loss_of(this.material, batch)
-        _require_finite("loss", float(loss.detach()), this, state)
+        _require_finite("loss", float(loss.total.detach()), this, state)
         if time.monotonic() - saved >= options.checkpoint_seconds:
             this.save(state)
             saved = time.monotonic()
-        loss.backward()
+        loss.total.backward()
         _require_finite("gradient", clip(state.optimizer), this, state)
         set_rate(state.optimizer, this.peak_rate, progress.step, progress.steps)
         state.optimizer.step()
         state.optimizer.zero_grad()
-        progress.losses.append((progress.step, float(loss.detach())))
+        progress.losses.append((progress.step, loss.generated))
         progress.step += 1
         if this.held_out and (progress.step % every == 0 or progress.step == progress.steps):
             _evaluate(this, state)

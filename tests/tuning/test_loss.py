@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lragent.tuning import loss
-from lragent.tuning.loss import Scored, kl_and_cross_entropy, weighted_loss
+from lragent.tuning.loss import Scored, kl_and_cross_entropy, token_losses
 
 ROWS, HIDDEN, VOCAB = 23, 8, 50
 
@@ -28,7 +28,8 @@ def test_chunks_equal_the_whole(with_teacher: bool, monkeypatch: pytest.MonkeyPa
         return head(hidden)
 
     monkeypatch.setattr(loss, "CHUNK_NUMBERS", 4 * VOCAB)
-    found = weighted_loss(logits, Scored(student, teacher, agents, targets), kl_weights, ce_weights, VOCAB)
+    kl, cross_entropy = token_losses(logits, Scored(student, teacher, agents, targets), VOCAB)
+    found = (kl * kl_weights + cross_entropy * ce_weights).sum()
     found_gradients = torch.autograd.grad(found, (student, head.weight))
     assert largest == 4
 
