@@ -115,7 +115,10 @@ def measure_set(
 def computed_tokens(sequences: Iterable[TurnSequence], agents: Sequence[str]) -> Mapping[str, int]:
     """Tokens that the cheapest scheme and the exact one compute."""
     sequences = tuple(sequences)
-    return {name: len(rows_of(name, sequences, agents).token_ids_N) for name in ("full_shared", EXACT)}
+    return {
+        name: sum(len(rows_of(name, [sequence], agents).token_ids_N) for sequence in sequences)
+        for name in ("full_shared", EXACT)
+    }
 
 
 def curve(

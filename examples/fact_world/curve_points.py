@@ -168,7 +168,8 @@ def log_probabilities(teacher: AdapterSet, sequence: TurnSequence) -> Tensor:
     """Float32 `[R, V]` of the generated tokens under `non_shared`."""
     with torch.no_grad():
         rows = rows_of(EXACT, [sequence], teacher.model.agents)
-        return teacher.model(rows).float().log_softmax(-1)
+        logits_RV: Tensor = teacher.model(rows)
+        return logits_RV.float().log_softmax(-1)
 
 
 def _rows(

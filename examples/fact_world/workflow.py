@@ -52,14 +52,11 @@ def same_answer(left: str, right: str) -> bool:
     return left.strip().casefold() == right.strip().casefold()
 
 
-async def workflow(task: Task, t: Trajectory) -> dict[str, Any]:
-    """Answers one task; never raises because of an agent's text."""
+async def answer_task(task: Task, t: Trajectory) -> tuple[str, int]:
+    """The answer of `plan` and `action`, "" if there is none after `MAX_ROUNDS`, and the number of rounds."""
     world = world_of(task)
     t.append(fmt.opening(task["question"], task.get("notes", "")).text, parse_special=False)
-    answer = ""
-    rounds = 0
-    while rounds < MAX_ROUNDS:
-        rounds += 1
+    for rounds in range(1, MAX_ROUNDS + 1):
         await take_turn(t, PLAN)
         action = fmt.parse_action(await take_turn(t, ACTION))
         if action is None:
@@ -67,9 +64,14 @@ async def workflow(task: Task, t: Trajectory) -> dict[str, Any]:
             continue
         kind, argument = action
         if kind == "finish":
-            answer = argument
-            break
+            return argument, rounds
         t.append(fmt.observation(world.lookup(argument)).text, parse_special=False)
+    return "", MAX_ROUNDS
+
+
+async def workflow(task: Task, t: Trajectory) -> dict[str, Any]:
+    """Answers one task and reflects on the answer; never raises because of an agent's text."""
+    answer, rounds = await answer_task(task, t)
     verdict = fmt.parse_verdict(await take_turn(t, REFLECT))
     exact_match = same_answer(answer, task["answer"])
     return {

@@ -24,6 +24,7 @@ class RowsBuilder:
     target_agents: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     turn: int = 0
+    known: dict[tuple[int, int, int], int] = field(default_factory=dict)  # row before, token id, agent -> row
 
     def add(self, sequence: TurnSequence, positions: Iterable[int], agent: int) -> list[int]:
         """Adds rows of one agent and returns them."""
@@ -33,6 +34,28 @@ class RowsBuilder:
             self.positions.append(position)
             self.agents.append(agent)
         return list(range(first, len(self.tokens)))
+
+    def follow(self, sequence: TurnSequence, positions: Iterable[int], agent: int, rows: list[int]) -> list[int]:
+        """Extends the rows of the positions before by rows of one agent; returns those that are new.
+
+        Sequences that begin with the same tokens of the same agents have the same rows there: a row follows from the
+        row before it. So samples of one prompt, and forks, compute what they have in common once.
+        """
+        first = len(self.tokens)
+        for position in positions:
+            rows.append(self.row_after(rows[-1] if rows else -1, sequence, position, agent))
+        return list(range(first, len(self.tokens)))
+
+    def row_after(self, before: int, sequence: TurnSequence, position: int, agent: int) -> int:
+        """The row of a token that follows from another row; a new one if there is none yet.
+
+        Args:
+            before: the last row that it reads besides itself; -1 if there is none.
+        """
+        key = (before, sequence.token_ids[position], agent)
+        if key not in self.known:
+            self.known[key] = self.add(sequence, (position,), agent)[0]
+        return self.known[key]
 
     def read(self, agent: int, queries: list[int], base: list[int], low_rank: list[int]) -> None:
         """Adds a read; positions behind the last query's are cut off."""

@@ -8,7 +8,8 @@
 | `rebase_shared` | the writer's and adapter-free | adapter-free; its turn's own | as base; of its turns its own |
 | `neutral_shared` | adapter-free; acting where logits are wanted | adapter-free | adapter-free |
 
-The writer of a token is the agent that processes it first (`turn_sequence.ActingTurn`).
+Sequences that begin alike share rows under `non_shared`, `full_shared`, `base_lr_shared` and `neutral_shared`
+(`RowsBuilder.follow`). The writer of a token is the agent that processes it first (`turn_sequence.ActingTurn`).
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ def rows_of(scheme: str, sequences: Sequence[TurnSequence], agents: Sequence[str
 
 def _non_shared(builder: RowsBuilder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
     last = {acting.agent: acting for acting in turns}
-    rows = {agent: builder.add(sequence, range(acting.end), agent) for agent, acting in last.items()}
+    rows: dict[int, list[int]] = {agent: [] for agent in last}
     for agent, own in rows.items():
-        builder.read(agent, own, own, own)
+        new = builder.follow(sequence, range(last[agent].end), agent, own)
+        builder.read(agent, new, own, own)
     for acting in turns:
         builder.want(sequence, acting, [rows[acting.agent][position] for position in acting.wanted])
 
@@ -56,8 +58,7 @@ def _written_once(builder: RowsBuilder, sequence: TurnSequence, turns: list[Acti
     written: list[int] = []
     queries: dict[int, list[int]] = {}
     for acting in turns:
-        new = builder.add(sequence, range(acting.processed, acting.end), acting.agent)
-        written += new
+        new = builder.follow(sequence, range(acting.processed, acting.end), acting.agent, written)
         queries.setdefault(acting.agent, []).extend(new)
         builder.want(sequence, acting, written[acting.wanted.start : acting.wanted.stop])
     for agent, own in queries.items():
@@ -99,14 +100,16 @@ def _rebase(builder: RowsBuilder, sequence: TurnSequence, turns: list[ActingTurn
 
 
 def _neutral(builder: RowsBuilder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:
-    free = builder.add(sequence, range(turns[-1].end), 0)
-    builder.read(0, free, free, free)
+    free: list[int] = []
+    new = builder.follow(sequence, range(turns[-1].end), 0, free)
+    builder.read(0, new, free, free)
     for acting in turns:
         if acting.agent == 0:
             builder.want(sequence, acting, free[acting.wanted.start : acting.wanted.stop])
             continue
-        rows = builder.add(sequence, acting.wanted, acting.agent)
-        builder.read(acting.agent, rows, free, free)
+        first = len(builder.tokens)
+        rows = [builder.row_after(free[position], sequence, position, acting.agent) for position in acting.wanted]
+        builder.read(acting.agent, list(range(first, len(builder.tokens))), free, free)
         builder.want(sequence, acting, rows)
 
 
