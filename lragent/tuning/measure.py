@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lragent.program.agent import BASE
+from lragent.training.rows import Rows
 from lragent.training.token_figures import TokenFigures, token_figures
 from lragent.tuning.material import Material
 
@@ -42,6 +43,49 @@ def measure(material: Material, scheme: str, indices: Sequence[int], batch_token
     names = (BASE, *material.model.agents)
     tokens: list[Tensor] = []  # [R, 5]: agent id, KL, same most likely token, cross-entropy, target is most likely
     turns: list[Tensor] = []  # [turns, 2]: agent id, all targets are most likely
+    for _, rows, figures in _batches(material, scheme, indices, batch_tokens):
+        found_R5 = _columns(rows.target_agents_R, figures).cpu()
+        tokens.append(found_R5)
+        number_R = rows.turns_R.cpu().unique_consecutive(return_inverse=True)[1]
+        right = torch.ones(int(number_R[-1]) + 1, dtype=torch.float64)
+        right.scatter_reduce_(0, number_R, found_R5[:, 4], "amin")
+        agents = torch.zeros_like(right).scatter_(0, number_R, found_R5[:, 0])
+        turns.append(torch.stack([agents, right], 1))
+    all_R5, all_T2 = torch.cat(tokens), torch.cat(turns)
+    present = [int(agent) for agent in all_T2[:, 0].unique()]
+    return {names[agent]: _agreement(all_R5, all_T2, agent) for agent in present}
+
+
+@dataclass(frozen=True)
+class ExampleSums:
+    """Sums over the generated tokens of one example.
+
+    Args:
+        tokens: their number; kl, cross_entropy: in nats.
+    """
+
+    tokens: int
+    kl: float
+    cross_entropy: float
+
+
+def sums_by_example(
+    material: Material, scheme: str, indices: Sequence[int], batch_tokens: int
+) -> dict[int, ExampleSums]:
+    """Sums under a scheme, by index."""
+    found: dict[int, ExampleSums] = {}
+    for picked, _, figures in _batches(material, scheme, indices, batch_tokens):
+        counts = [len(material.examples[index].without_appended().generated) for index in picked]
+        kl_parts, cross_entropy_parts = figures.kl_R.split(counts), figures.cross_entropy_R.split(counts)
+        for index, count, kl, cross_entropy in zip(picked, counts, kl_parts, cross_entropy_parts, strict=True):
+            found[index] = ExampleSums(count, float(kl.double().sum()), float(cross_entropy.double().sum()))
+    return found
+
+
+def _batches(
+    material: Material, scheme: str, indices: Sequence[int], batch_tokens: int
+) -> Iterator[tuple[tuple[int, ...], Rows, TokenFigures]]:
+    """Indices of examples, their rows under a scheme, and figures of the generated tokens."""
     for picked in material.packed(indices, batch_tokens):
         examples = [material.examples[index].without_appended() for index in picked]
         rows = material.rows(scheme, examples)
@@ -52,16 +96,7 @@ def measure(material: Material, scheme: str, indices: Sequence[int], batch_token
         (figures,) = token_figures(
             material.model.logits, scored.teacher_RD, students_RD, scored.agents_R, scored.targets_R
         )
-        found_R5 = _columns(scored.agents_R, figures).cpu()
-        tokens.append(found_R5)
-        number_R = rows.turns_R.cpu().unique_consecutive(return_inverse=True)[1]
-        right = torch.ones(int(number_R[-1]) + 1, dtype=torch.float64)
-        right.scatter_reduce_(0, number_R, found_R5[:, 4], "amin")
-        agents = torch.zeros_like(right).scatter_(0, number_R, found_R5[:, 0])
-        turns.append(torch.stack([agents, right], 1))
-    all_R5, all_T2 = torch.cat(tokens), torch.cat(turns)
-    present = [int(agent) for agent in all_T2[:, 0].unique()]
-    return {names[agent]: _agreement(all_R5, all_T2, agent) for agent in present}
+        yield picked, rows, figures
 
 
 def overall(by_agent: dict[str, Agreement]) -> Agreement:

@@ -18,7 +18,7 @@ from lragent.tuning.batches import Batch, for_step
 from lragent.tuning.checkpoint import RoundState, all_finite, save_checkpoint
 from lragent.tuning.loss import token_losses
 from lragent.tuning.material import Material
-from lragent.tuning.measure import measure, overall
+from lragent.tuning.measure import sums_by_example
 from lragent.tuning.optimizer import clip, set_rate
 from lragent.tuning.options import TuneOptions
 
@@ -181,12 +181,12 @@ def is_worse(parts: Sequence[float], best: Sequence[float]) -> bool:
 
 def held_out_loss(material: Material, scheme: str, held_out: Sequence[int], batch_tokens: int) -> list[float]:
     """Each example's part of the mean loss of a token under the scheme; the sum is the loss. KL alone by default."""
-    found = [overall(measure(material, scheme, (index,), batch_tokens)) for index in held_out]
-    tokens = sum(row.tokens for row in found)
-    examples = [material.examples[index] for index in held_out]
+    found = sums_by_example(material, scheme, held_out, batch_tokens)
+    tokens = sum(sums.tokens for sums in found.values())
+    examples = material.examples
     return [
-        (example.kl * row.kl + example.cross_entropy * row.cross_entropy) * row.tokens / tokens
-        for example, row in zip(examples, found, strict=True)
+        (examples[index].kl * sums.kl + examples[index].cross_entropy * sums.cross_entropy) / tokens
+        for index, sums in found.items()
     ]
 
 

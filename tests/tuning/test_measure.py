@@ -12,7 +12,7 @@ from lragent.training.shared_model import SharedModel
 from lragent.training.turn_sequence import Turn, TurnSequence
 from lragent.tuning.examples import Example
 from lragent.tuning.material import Material
-from lragent.tuning.measure import measure, overall
+from lragent.tuning.measure import measure, overall, sums_by_example
 from lragent.tuning.teacher import with_teacher
 from tests.tuning.conftest import RolledOut
 
@@ -40,6 +40,12 @@ def test_before_the_first_step_the_report_is_the_drift(rolled_out_qv: RolledOut)
         assert (found[agent].tokens, found[agent].top1) == (tally.tokens, pytest.approx(tally.agreement))
         assert found[agent].kl == pytest.approx(tally.mean_kl, rel=1e-3, abs=1e-6)
     assert overall(found).kl == pytest.approx(drift.total.mean_kl, rel=1e-3) and drift.total.mean_kl > 0.01
+    sums = sums_by_example(material, SCHEME, (1, 0), 1000)
+    alone = {index: overall(measure(material, SCHEME, (index,), 1000)) for index in (1, 0)}
+    assert list(sums) == [1, 0] and [one.tokens for one in sums.values()] == [alone[1].tokens, alone[0].tokens]
+    for index, one in sums.items():
+        assert one.kl / one.tokens == pytest.approx(alone[index].kl, rel=1e-4)
+        assert one.cross_entropy / one.tokens == pytest.approx(alone[index].cross_entropy, rel=1e-4)
     assert {agent: row.turns for agent, row in found.items()} == {"plan": 2, "action": 2, "reflect": 2}
 
 
