@@ -48,7 +48,7 @@ def tune(
         DEFAULTS.minutes
     ),
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak of the cosine schedule. Default: by scheme and size.", show_default=False)
+        float | None, typer.Option(help="Peak of the cosine schedule. Default: by hidden size.", show_default=False)
     ] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = DEFAULTS.batch_tokens,
     held_out: Annotated[float, typer.Option(help="Share of the trajectories that no step sees.")] = DEFAULTS.held_out,

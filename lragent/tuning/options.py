@@ -1,4 +1,4 @@
-"""Options of `lragent tune`, and the defaults that depend on the scheme."""
+"""Options of `lragent tune`, and the default that depends on the model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from lragent.errors import RequestError
 Trained = Literal["both", "a", "b"]
 Arithmetic = Literal["auto", "float32", "bfloat16"]
 
-WIDTH = 576  # hidden size of the model for which these rates were found
-LEARNING_RATE = 4e-4
-LEARNING_RATE_OF_ACTING_ROWS = 1e-3  # of neutral_shared: gradients pass through few rows
+WIDTH = 576  # hidden size of the model for which the rate was found
+LEARNING_RATE = 1e-3
 # Options that may change when a run is resumed.
 RESUMED_WITH_OTHERS = ("learning_rate", "minutes", "checkpoint_seconds", "report_schemes")
 
@@ -25,7 +24,7 @@ class TuneOptions:
     Args:
         steps: most optimizer steps a round; fewer if they don't fit into `minutes`.
         minutes: time of a round in all, reports included.
-        learning_rate: peak of the cosine schedule; None: by scheme and hidden size (`peak_rate`).
+        learning_rate: peak of the cosine schedule; None: by hidden size (`peak_rate`).
         batch_tokens: tokens of whole trajectories that a step takes; a longer trajectory is a step of its own.
         held_out: share of the trajectories that no step sees; at least one unless it is 0.
         patience: evaluations in a row that are worse than the best one, beyond noise, after which a round ends; 0: it
@@ -65,7 +64,7 @@ class TuneOptions:
     cross_entropy: float | None = None
     weight_field: str | None = None
     non_shared_share: float = 0.0
-    permuted_writers: float = 0.25
+    permuted_writers: float = 0.05
     train: Trained = "both"
     tie_a: bool = True
     add_modules: tuple[str, ...] = ()
@@ -107,16 +106,13 @@ class TuneOptions:
             if not holds:
                 raise RequestError(message)
 
-    def peak_rate(self, scheme: str, width: int) -> float:
+    def peak_rate(self, width: int) -> float:
         """The learning rate after warm-up. By default it falls with the square root of the hidden size.
 
         Args:
             width: hidden size of the model.
         """
-        if self.learning_rate is not None:
-            return self.learning_rate
-        rate = LEARNING_RATE_OF_ACTING_ROWS if scheme == "neutral_shared" else LEARNING_RATE
-        return rate * math.sqrt(WIDTH / width)
+        return self.learning_rate or LEARNING_RATE * math.sqrt(WIDTH / width)
 
     def loss_weights(self, gold: bool) -> tuple[float, float]:
         """Weights of KL and cross-entropy for a trajectory that is gold, or that agents rolled out."""

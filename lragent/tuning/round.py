@@ -90,7 +90,7 @@ def run_round(
     require_memory(given.material, batches, given.scheme, given.sizes)
     material = _with_teacher(given, split, measured, show)
     require_own_tokens(material)
-    rate = options.peak_rate(given.scheme, given.sizes.hidden)
+    rate = options.peak_rate(given.sizes.hidden)
     optimizer = adamw(given.parameters.values(), rate)
     if saved is not None:
         before = figures_from_json(saved.facts["before"])

@@ -1,19 +1,18 @@
-"""Defaults that depend on the scheme and the model, and refusals."""
+"""Defaults that depend on the model, and refusals."""
 
 from __future__ import annotations
 
 import pytest
 
 from lragent.errors import RequestError
-from lragent.tuning.options import LEARNING_RATE, LEARNING_RATE_OF_ACTING_ROWS, WIDTH, TuneOptions
+from lragent.tuning.options import LEARNING_RATE, WIDTH, TuneOptions
 
 
 def test_the_learning_rate_falls_with_the_square_root_of_the_hidden_size() -> None:
     options = TuneOptions()
-    assert options.peak_rate("base_lr_shared", WIDTH) == LEARNING_RATE
-    assert options.peak_rate("base_lr_shared", 4 * WIDTH) == pytest.approx(LEARNING_RATE / 2)
-    assert options.peak_rate("neutral_shared", WIDTH // 4) == pytest.approx(2 * LEARNING_RATE_OF_ACTING_ROWS)
-    assert TuneOptions(learning_rate=0.5).peak_rate("base_lr_shared", 64) == 0.5
+    assert options.peak_rate(WIDTH) == LEARNING_RATE
+    assert options.peak_rate(4 * WIDTH) == pytest.approx(LEARNING_RATE / 2)
+    assert TuneOptions(learning_rate=0.5).peak_rate(64) == 0.5
 
 
 def test_names_of_modules_given_as_one_text_are_refused() -> None:
