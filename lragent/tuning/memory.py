@@ -48,6 +48,10 @@ class Sizes:
         masks = max(len(read.queries_n) * len(read.base_L) for read in rows.reads) * (FLOAT + 1)
         return int(SAFETY * (numbers * self.itemsize + masks + 5 * (CHUNK_NUMBERS + self.trained) * FLOAT))
 
+    def teacher_bytes(self, tokens: int) -> int:
+        """Bytes of the teacher's last hidden states of so many tokens."""
+        return tokens * self.hidden * self.itemsize
+
 
 def sizes_of(loaded: LoadedModel, trained: int) -> Sizes:
     """Sizes from a model's config and modules."""
@@ -62,15 +66,30 @@ def sizes_of(loaded: LoadedModel, trained: int) -> Sizes:
     return Sizes(layers, int(config.hidden_size), outputs // layers, trained, loaded.dtype.itemsize)
 
 
-def require_memory(material: Material, batches: Sequence[Batch], scheme: str, sizes: Sizes) -> None:
-    """Compares the largest step with the free memory, where the system tells it.
+def require_memory(
+    material: Material, compared: Sequence[int], batches: Sequence[Batch], scheme: str, sizes: Sizes
+) -> None:
+    """Compares the teacher's states and the largest step with the free memory, where the system tells it.
+
+    Args:
+        compared: indices of the examples that are compared with the teacher.
 
     Raises:
-        TuneError: it is too little; names the step, both sizes, and the tokens that would fit.
+        TuneError: it is too little; names what needs it, both sizes, and what would fit.
     """
+    host = free_bytes(torch.device("cpu"))
+    tokens = sum(len(material.examples[index].generated) for index in compared)
+    kept = sizes.teacher_bytes(tokens)
+    if host is not None and kept > host:
+        raise TuneError(
+            f"the agents' hidden states of {tokens} tokens need {kept / GIB:.1f} GiB, {host / GIB:.1f} GiB are free",
+            "Give fewer trajectories, or leave appended tokens out of the loss (--appended-kl 0).",
+        )
     free = free_bytes(material.device)
     if free is None:
         return
+    if material.device.type == "cpu":
+        free -= kept
     largest = max(batches, key=lambda batch: sum(example.tokens for example in batch.examples))
     tokens = sum(example.tokens for example in largest.examples)
     needed = sizes.step_bytes(material.rows(scheme, largest.examples))

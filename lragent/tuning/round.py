@@ -87,8 +87,9 @@ def run_round(
     split = split_examples(len(examples), options.held_out, options.seed)
     measured = split.held_out or split.train[:MOST_MEASURED]
     batches = list(islice(batches_of_steps(examples, split.train, options), options.steps))
-    require_memory(given.material, batches, given.scheme, given.sizes)
-    material = _with_teacher(given, split, measured, show)
+    compared = sorted({*measured, *(index for index in split.train if examples[index].kl)})
+    require_memory(given.material, compared, batches, given.scheme, given.sizes)
+    material = _with_teacher(given, compared, show)
     require_own_tokens(material)
     rate = options.peak_rate(given.sizes.hidden)
     optimizer = adamw(given.parameters.values(), rate)
@@ -166,10 +167,8 @@ def measured_under(material: Material, scheme: str, indices: Sequence[int], opti
     return {name: measure(material, name, indices, options.batch_tokens) for name in schemes}
 
 
-def _with_teacher(given: RoundInput, split: Split, measured: Sequence[int], show: Callable[[str], None]) -> Material:
-    """Teacher states of all examples that a loss or a report compares with them."""
-    examples = given.material.examples
-    compared = sorted({*measured, *(index for index in split.train if examples[index].kl)})
+def _with_teacher(given: RoundInput, compared: Sequence[int], show: Callable[[str], None]) -> Material:
+    """Teacher states of the examples that a loss or a report compares with them."""
 
     def progress(done: int) -> None:
         show(f"the agents' own distributions: {done} of {len(compared)} trajectories")

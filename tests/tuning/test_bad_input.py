@@ -113,11 +113,25 @@ def test_too_little_memory_says_what_would_fit(
 
 
 def test_more_rows_need_more_memory() -> None:
-    sequence = TurnSequence(tuple(range(40)), (Turn("plan", 10, 20), Turn("action", 30, 40)))
+    turns = (Turn("plan", 10, 20), Turn("action", 30, 40))
+    sequences = [TurnSequence(tuple(range(first, first + 40)), turns) for first in (0, 1)]
     sizes = memory.Sizes(layers=2, hidden=64, outputs=512, trained=100, itemsize=4)
-    one, two = (sizes.step_bytes(rows_of("base_lr_shared", [sequence] * n, ("plan", "action"))) for n in (1, 2))
+    one, two = (sizes.step_bytes(rows_of("base_lr_shared", sequences[:n], ("plan", "action"))) for n in (1, 2))
     assert one < two < 2 * one
-    assert two < sizes.step_bytes(rows_of("non_shared", [sequence] * 2, ("plan", "action")))
+    assert two < sizes.step_bytes(rows_of("non_shared", sequences, ("plan", "action")))
+    assert sizes.teacher_bytes(1000) == 1000 * 64 * 4
+
+
+def test_too_little_memory_for_the_teacher_says_what_to_leave_out(
+    rolled_out_qv: RolledOut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100 << 20)
+    monkeypatch.setattr(memory.Sizes, "teacher_bytes", lambda self, tokens: tokens << 20)
+    with pytest.raises(TuneError, match=r"states of \d+ tokens need \d\.\d GiB, 0\.1 GiB are free") as error:
+        lragent.tune(
+            rolled_out_qv.model_dir, rolled_out_qv.adapters, rolled_out_qv.results, tmp_path / "out", options=FEW
+        )
+    assert "--appended-kl 0" in error.value.hint
 
 
 def test_free_memory_is_that_of_the_system() -> None:
@@ -145,7 +159,14 @@ def test_arguments_are_checked_first(rolled_out_qv: RolledOut, tmp_path: Path) -
         lragent.tune(*given, sharing="all")
     with pytest.raises(RequestError, match="2 rounds"):
         lragent.tune(*given, rounds=2)
-    for wrong in ({"steps": 0}, {"held_out": 1.0}, {"kl": 0, "cross_entropy": 0}, {"train": "c"}, {"minutes": 0}):
+    for wrong in (
+        {"steps": 0},
+        {"appended_kl": -1.0},
+        {"held_out": 1.0},
+        {"kl": 0, "cross_entropy": 0},
+        {"train": "c"},
+        {"minutes": 0},
+    ):
         with pytest.raises(RequestError):
             TuneOptions(**wrong)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
