@@ -52,7 +52,7 @@ class TuneOptions:
         checkpoint_seconds: time between two checkpoints.
     """
 
-    steps: int = 200
+    steps: int = 500
     minutes: float = 30.0
     learning_rate: float | None = None
     batch_tokens: int = 1200
