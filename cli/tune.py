@@ -60,8 +60,11 @@ def tune(
         typer.Option(help="Weight of KL to the agents' own distribution. Default: 1, for gold 0.", show_default=False),
     ] = None,
     appended_kl: Annotated[
-        float, typer.Option(help="Weight of KL of appended tokens, beside that of generated ones.")
-    ] = DEFAULTS.appended_kl,
+        float | None,
+        typer.Option(
+            help="Weight of KL of appended tokens. Default: 0.1, for neutral_shared and gold 0.", show_default=False
+        ),
+    ] = None,
     cross_entropy: Annotated[
         float | None,
         typer.Option(help="Weight of the generated tokens' cross-entropy. Default: 0, for gold 1.", show_default=False),

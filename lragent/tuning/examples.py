@@ -64,8 +64,11 @@ class Example:
             end = turn.end
 
 
-def examples_of(sequences: Sequence[ReadSequence], options: TuneOptions) -> tuple[Example, ...]:
+def examples_of(sequences: Sequence[ReadSequence], options: TuneOptions, scheme: str) -> tuple[Example, ...]:
     """Gives each sequence its weights in the loss; those of weight 0 are left out.
+
+    Args:
+        scheme: the target scheme.
 
     Raises:
         TaskFileError: a weight is no number, or below 0; or nothing has a weight.
@@ -76,7 +79,7 @@ def examples_of(sequences: Sequence[ReadSequence], options: TuneOptions) -> tupl
         if cross_entropy:
             cross_entropy *= _line_weight(read, options.weight_field)
         if kl or cross_entropy:
-            appended_kl = options.appended_kl if kl else 0.0
+            appended_kl = options.appended_weight(scheme) if kl else 0.0
             examples.append(
                 Example(read.sequence, read.scored, kl, cross_entropy, read.logprobs, read.place, appended_kl)
             )

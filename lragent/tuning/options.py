@@ -1,4 +1,4 @@
-"""Options of `lragent tune`, and the default that depends on the model."""
+"""Options of `lragent tune`, and the defaults that depend on model and scheme."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ Arithmetic = Literal["auto", "float32", "bfloat16"]
 
 WIDTH = 576  # hidden size of the model for which the rate was found
 LEARNING_RATE = 1e-3
+APPENDED_KL = 0.1
 # Options that may change when a run is resumed.
 RESUMED_WITH_OTHERS = ("learning_rate", "minutes", "checkpoint_seconds", "report_schemes")
 
@@ -34,7 +35,7 @@ class TuneOptions:
             agents rolled out, 0 for gold.
         appended_kl: weight of the mean KL of appended tokens, each as predicted by the agent that processes it, beside
             that of generated ones. Nobody samples these predictions, but they show at many more tokens how a shared
-            cache changes an agent.
+            cache changes an agent. None: 0.1; 0 for `neutral_shared`, where each needs a row of its own.
         cross_entropy: weight of the cross-entropy of the generated tokens; None: 1 for gold, else 0.
         weight_field: entry of a line, such as "result.score", by which the cross-entropy of its tokens is multiplied;
             None: the line's reward if it has one, else 1.
@@ -60,7 +61,7 @@ class TuneOptions:
     patience: int = 3
     evaluations: int = 8
     kl: float | None = None
-    appended_kl: float = 0.1
+    appended_kl: float | None = None
     cross_entropy: float | None = None
     weight_field: str | None = None
     non_shared_share: float = 0.0
@@ -87,7 +88,7 @@ class TuneOptions:
             (self.patience >= 0, f"patience is {self.patience}, must not be negative"),
             (self.evaluations >= 1, f"evaluations is {self.evaluations}, must be at least 1"),
             (all(w >= 0 for w in weights), f"kl is {self.kl} and cross_entropy {self.cross_entropy}: below 0"),
-            (self.appended_kl >= 0, f"appended_kl is {self.appended_kl}, must not be negative"),
+            ((self.appended_kl or 0) >= 0, f"appended_kl is {self.appended_kl}, must not be negative"),
             (len(weights) < 2 or sum(weights) > 0, "kl and cross_entropy are 0: there is no loss"),
             (_is_share(self.non_shared_share), f"non_shared_share is {self.non_shared_share}, must be from 0 to 1"),
             (_is_share(self.permuted_writers), f"permuted_writers is {self.permuted_writers}, must be from 0 to 1"),
@@ -113,6 +114,12 @@ class TuneOptions:
             width: hidden size of the model.
         """
         return self.learning_rate or LEARNING_RATE * math.sqrt(WIDTH / width)
+
+    def appended_weight(self, scheme: str) -> float:
+        """The weight of appended tokens under a scheme."""
+        if self.appended_kl is not None:
+            return self.appended_kl
+        return 0.0 if scheme == "neutral_shared" else APPENDED_KL
 
     def loss_weights(self, gold: bool) -> tuple[float, float]:
         """Weights of KL and cross-entropy for a trajectory that is gold, or that agents rolled out."""

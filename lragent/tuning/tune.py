@@ -172,7 +172,9 @@ def _round_input(
     bfloat16 = use_bfloat16(request.options.arithmetic, loaded.dtype, device)
     trained = sum(parameter.numel() for parameter in prepared.parameters.values())
     given = RoundInput(
-        material=Material(prepared.model, loaded.vocab_size, examples_of(read, request.options), {}, bfloat16),
+        material=Material(
+            prepared.model, loaded.vocab_size, examples_of(read, request.options, request.sharing), {}, bfloat16
+        ),
         parameters=prepared.parameters,
         start=start,
         scheme=request.sharing,
