@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path(".reinforce"))
-    for name, default in (("--steps", 40), ("--tasks", 4), ("--samples", 4), ("--learning-rate", 1e-3)):
+    for name, default in (("--steps", 40), ("--tasks", 4), ("--samples", 8), ("--learning-rate", 1e-3)):
         parser.add_argument(name, type=type(default), default=default)
     options = parser.parse_args()
     artifact = options.work / "agents.lragent"
@@ -66,6 +66,7 @@ def main() -> None:
     model = lragent.SharedModel.of_model(load_directories(options.model, ADAPTERS))
     trained = [p for agents in model.pairs.values() if fmt.REFLECT in agents for p in agents[fmt.REFLECT]]
     optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, options.steps)
     pool = [{**task, "samples": options.samples} for task in make_tasks("train", options.steps * options.tasks)]
     means: list[float] = []
     for step in range(options.steps):
@@ -85,6 +86,7 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            schedule.step()
             engine.update_adapters({agent: model.adapter_weights(agent) for agent in model.agents})
         print(json.dumps({"step": step, "reward": means[-1], "samples": len(samples), "apart": apart}), flush=True)
     for name, part in (("first", means[:20]), ("last", means[-20:])):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from lragent.program.agent import BASE
 from lragent.runtime.schemes import EXACT
@@ -18,6 +19,10 @@ from lragent.tuning.options import TuneOptions
 
 # Schemes under which a token's K/V don't depend on the agent that processes it first.
 WITHOUT_WRITERS = (EXACT, "neutral_shared")
+
+
+MOST_HELD_OUT = 40
+HELD_OUT_BATCHES = 20  # their tokens, in batches of a step
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,26 @@ class Batch:
     scheme: str
 
 
-def split_examples(count: int, held_out: float, seed: int) -> Split:
-    """Holds out a share of the examples; at least one, and never all, unless the share is 0."""
-    order = _shuffled(range(count), f"held out {seed}")
-    number = min(max(1, round(held_out * count)), count - 1) if held_out > 0 else 0
+def split_examples(lengths: Sequence[int], options: TuneOptions) -> Split:
+    """Holds out a share of the examples; at least one, and never all, unless the share is 0.
+
+    Of very many or long examples fewer are held out (`MOST_HELD_OUT`): every evaluation runs them all.
+
+    Args:
+        lengths: tokens of each example.
+    """
+    count = len(lengths)
+    order = _shuffled(range(count), f"held out {options.seed}")
+    most = min(max(1, round(options.held_out * count)), count - 1, MOST_HELD_OUT) if options.held_out > 0 else 0
+    sums = accumulate(lengths[index] for index in order[:most])
+    fitting = sum(tokens <= HELD_OUT_BATCHES * options.batch_tokens for tokens in sums)
+    number = min(most, max(1, fitting))
     return Split(tuple(sorted(order[number:])), tuple(sorted(order[:number])))
+
+
+def learned_from(batches: Iterable[Batch]) -> tuple[int, ...]:
+    """Indices of the examples of batches, each once, in order."""
+    return tuple(sorted({index for batch in batches for index in batch.indices}))
 
 
 def pack(lengths: Sequence[int], order: Iterator[int], budget: int) -> Iterator[tuple[int, ...]]:

@@ -66,30 +66,15 @@ def sizes_of(loaded: LoadedModel, trained: int) -> Sizes:
     return Sizes(layers, int(config.hidden_size), outputs // layers, trained, loaded.dtype.itemsize)
 
 
-def require_memory(
-    material: Material, compared: Sequence[int], batches: Sequence[Batch], scheme: str, sizes: Sizes
-) -> None:
-    """Compares the teacher's states and the largest step with the free memory, where the system tells it.
-
-    Args:
-        compared: indices of the examples that are compared with the teacher.
+def require_memory(material: Material, batches: Sequence[Batch], scheme: str, sizes: Sizes) -> None:
+    """Compares the largest step with the free memory, where the system tells it.
 
     Raises:
-        TuneError: it is too little; names what needs it, both sizes, and what would fit.
+        TuneError: it is too little; names the step, both sizes, and the tokens that would fit.
     """
-    host = free_bytes(torch.device("cpu"))
-    tokens = sum(len(material.examples[index].generated) for index in compared)
-    kept = sizes.teacher_bytes(tokens)
-    if host is not None and kept > host:
-        raise TuneError(
-            f"the agents' hidden states of {tokens} tokens need {kept / GIB:.1f} GiB, {host / GIB:.1f} GiB are free",
-            "Give fewer trajectories, or leave appended tokens out of the loss (--appended-kl 0).",
-        )
     free = free_bytes(material.device)
     if free is None:
         return
-    if material.device.type == "cpu":
-        free -= kept
     largest = max(batches, key=lambda batch: sum(example.tokens for example in batch.examples))
     tokens = sum(example.tokens for example in largest.examples)
     needed = sizes.step_bytes(material.rows(scheme, largest.examples))
@@ -105,6 +90,25 @@ def require_memory(
         f"about {fitting} tokens would fit",
         remedy,
     )
+
+
+def require_teacher_memory(material: Material, compared: Sequence[int], sizes: Sizes) -> None:
+    """Compares the teacher's states with the free memory of the CPU, where the system tells it.
+
+    Args:
+        compared: indices of the examples that are compared with the teacher.
+
+    Raises:
+        TuneError: it is too little; names tokens and both sizes.
+    """
+    free = free_bytes(torch.device("cpu"))
+    tokens = sum(len(material.examples[index].generated) for index in compared)
+    needed = sizes.teacher_bytes(tokens)
+    if free is not None and needed > free:
+        raise TuneError(
+            f"the agents' hidden states of {tokens} tokens need {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free",
+            "Give fewer trajectories, or leave appended tokens out of the loss (--appended-kl 0).",
+        )
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -30,11 +31,17 @@ class Plan:
     seconds_allowed: float
 
 
+def batch_to_time(batches: Sequence[Batch]) -> Batch:
+    """The batch that `plan_round` times: the one with the fewest tokens."""
+    return min(batches, key=_tokens)
+
+
 def plan_round(
     options: TuneOptions,
     batches: Sequence[Batch],
     trial: Callable[[Batch], object],
     device: torch.device,
+    seconds_of_teacher: Sequence[float],
     seconds_of_report: float,
     seconds_used: float,
 ) -> Plan:
@@ -42,18 +49,22 @@ def plan_round(
 
     Args:
         trial: forward and backward of a batch.
+        seconds_of_teacher: for each batch, time of the teacher's forward of examples that no batch before has.
         seconds_of_report: time of a report; an evaluation takes at most as long.
         seconds_used: time of the round so far.
     """
-    first = min(batches, key=_tokens)
+    first = batch_to_time(batches)
     trial(first)  # the first call is slower than those that follow
     seconds = seconds_of(lambda: trial(first), device)
     a_step = seconds / _tokens(first) * sum(map(_tokens, batches)) / len(batches)
     left = options.minutes * 60 * MARGIN - seconds_used - 2 * seconds - seconds_of_report
     evaluations = (options.evaluations + 1) * seconds_of_report
-    steps = max(1, min(options.steps, int((left - evaluations) / max(a_step, 1e-9))))
+    ends = list(accumulate(a_step + seconds for seconds in seconds_of_teacher))
+    steps = max(1, sum(end <= left - evaluations for end in ends))
     with_evaluations = a_step + evaluations / steps
-    return Plan(steps, with_evaluations, max(with_evaluations * steps * OVERTIME, left))
+    return Plan(
+        steps, with_evaluations, max(with_evaluations * steps * OVERTIME, left - sum(seconds_of_teacher[:steps]))
+    )
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

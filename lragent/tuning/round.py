@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from lragent.errors import TuneError
 from lragent.rollouts.run_facts import differences
 from lragent.runtime.schemes import EXACT
-from lragent.tuning.batches import Batch, Split, batches_of_steps, for_step, split_examples
+from lragent.tuning.batches import Batch, batches_of_steps, for_step, learned_from, split_examples
 from lragent.tuning.checkpoint import Progress, RoundState, read_checkpoint
+from lragent.tuning.examples import Example
 from lragent.tuning.material import Material
 from lragent.tuning.measure import Agreement, measure
-from lragent.tuning.memory import Sizes, require_memory
+from lragent.tuning.memory import Sizes, require_memory, require_teacher_memory
 from lragent.tuning.optimizer import adamw
 from lragent.tuning.options import TuneOptions
-from lragent.tuning.plan import plan_round
+from lragent.tuning.plan import Plan, batch_to_time, plan_round
 from lragent.tuning.report import Figures, RoundReport, figures_from_json
 from lragent.tuning.teacher import require_own_tokens, with_teacher
 from lragent.tuning.train import Round, TuneStep, loss_of, train
@@ -57,13 +58,15 @@ class RoundResult:
 
     Args:
         material: with the teacher.
-        measured: indices of the examples that reports are about.
+        learned: indices of the examples that steps learned from; measured: of those that reports are about.
+        held_out: True if no step learned from those.
         before: figures of the parents.
     """
 
     material: Material
-    split: Split
+    learned: tuple[int, ...]
     measured: tuple[int, ...]
+    held_out: bool
     before: Figures
     report: RoundReport
 
@@ -84,37 +87,24 @@ def run_round(
     saved = read_checkpoint(given.checkpoint)
     if saved is not None:
         _require_same(given.checkpoint, saved.facts, given.facts)
-    split = split_examples(len(examples), options.held_out, options.seed)
+    split = split_examples([example.tokens for example in examples], options)
     measured = split.held_out or split.train[:MOST_MEASURED]
     batches = list(islice(batches_of_steps(examples, split.train, options), options.steps))
-    compared = sorted({*measured, *(index for index in split.train if examples[index].kl)})
-    require_memory(given.material, compared, batches, given.scheme, given.sizes)
-    material = _with_teacher(given, compared, show)
-    require_own_tokens(material)
+    require_memory(given.material, batches, given.scheme, given.sizes)
     rate = options.peak_rate(given.sizes.hidden)
     optimizer = adamw(given.parameters.values(), rate)
     if saved is not None:
+        material = _with_teacher(given.material, {*measured}, batches[: saved.progress.steps], given, show)
         before = figures_from_json(saved.facts["before"])
         facts, times = dict(saved.facts), saved.facts["times"]
         state = saved.put_into(given.parameters, optimizer)
     else:
-        show("measuring the adapters as given")
-        began = time.monotonic()
-        before = measured_under(material, given.scheme, measured, options)
-        seconds_of_report = time.monotonic() - began
+        begin = _begin(given, measured, batches, show, started)
+        material, before, plan = begin.material, begin.before, begin.plan
         for name, value in given.start.items():
             given.parameters[name].data.copy_(value)
-        show("timing a step")
-        plan = plan_round(
-            options,
-            batches,
-            lambda batch: _trial(material, batch, given),
-            material.device,
-            seconds_of_report,
-            time.monotonic() - started,
-        )
         state = RoundState(dict(given.parameters), optimizer, Progress(plan.steps, plan.seconds_allowed))
-        times = {"step": plan.seconds_a_step, "report": seconds_of_report}
+        times = {"step": plan.seconds_a_step, "report": begin.seconds_of_report}
         facts = {**given.facts, "before": _to_json(before), "times": times}
     this = Round(
         material,
@@ -131,7 +121,61 @@ def run_round(
     if saved is None:
         this.save(state)
     train(this, state, on_step)
-    return RoundResult(material, split, measured, before, _report(state.progress))
+    learned = learned_from(batches[: state.progress.steps])
+    return RoundResult(material, learned, measured, bool(split.held_out), before, _report(state.progress))
+
+
+@dataclass(frozen=True)
+class _Begin:
+    """A round before its first step.
+
+    Args:
+        material: with the teacher of all examples that the planned steps and reports need.
+        before: figures of the parents, and the time that they took.
+    """
+
+    material: Material
+    before: Figures
+    seconds_of_report: float
+    plan: Plan
+
+
+def _begin(
+    given: RoundInput, measured: Sequence[int], batches: Sequence[Batch], show: Callable[[str], None], started: float
+) -> _Begin:
+    """Measures the parents, times a step, and computes the teacher of as many steps as fit.
+
+    Args:
+        started: when the round began, in `time.monotonic`.
+    """
+    options, examples = given.options, given.material.examples
+    first = batch_to_time(batches)
+    began = time.monotonic()
+    material = _with_teacher(given.material, {*measured}, [first], given, show)
+    a_token = (time.monotonic() - began) / sum(examples[index].tokens for index in material.teacher)
+    require_own_tokens(material)
+    show("measuring the adapters as given")
+    began = time.monotonic()
+    before = measured_under(material, given.scheme, measured, options)
+    seconds_of_report = time.monotonic() - began
+    show("timing a step")
+    seen = set(material.teacher)
+    seconds_of_teacher = []
+    for batch in batches:
+        new = _compared(batch.indices, examples) - seen
+        seconds_of_teacher.append(a_token * sum(examples[index].tokens for index in new))
+        seen |= new
+    plan = plan_round(
+        options,
+        batches,
+        lambda batch: _trial(material, batch, given),
+        material.device,
+        seconds_of_teacher,
+        seconds_of_report,
+        time.monotonic() - started,
+    )
+    material = _with_teacher(material, set(), batches[: plan.steps], given, show)
+    return _Begin(material, before, seconds_of_report, plan)
 
 
 def ended_round(given: RoundInput) -> RoundReport | None:
@@ -167,14 +211,26 @@ def measured_under(material: Material, scheme: str, indices: Sequence[int], opti
     return {name: measure(material, name, indices, options.batch_tokens) for name in schemes}
 
 
-def _with_teacher(given: RoundInput, compared: Sequence[int], show: Callable[[str], None]) -> Material:
-    """Teacher states of the examples that a loss or a report compares with them."""
+def _with_teacher(
+    material: Material, measured: set[int], batches: Sequence[Batch], given: RoundInput, show: Callable[[str], None]
+) -> Material:
+    """Adds teacher states of the examples that reports and the loss of batches compare with them."""
+    wanted = measured | _compared(learned_from(batches), material.examples)
+    missing = sorted(wanted - set(material.teacher))
+    if not missing:
+        return material
+    require_teacher_memory(material, missing, given.sizes)
 
     def progress(done: int) -> None:
-        show(f"the agents' own distributions: {done} of {len(compared)} trajectories")
+        show(f"the agents' own distributions: {done} of {len(missing)} trajectories")
 
     progress(0)
-    return with_teacher(given.material, compared, given.options.batch_tokens, progress)
+    return with_teacher(material, missing, given.options.batch_tokens, progress)
+
+
+def _compared(indices: Iterable[int], examples: Sequence[Example]) -> set[int]:
+    """Those of the examples whose loss compares them with the teacher."""
+    return {index for index in indices if examples[index].kl}
 
 
 def _trial(material: Material, batch: Batch, given: RoundInput) -> None:

@@ -24,20 +24,22 @@ CHECKED = 8  # examples
 def with_teacher(
     material: Material, indices: Sequence[int], batch_tokens: int, progress: Callable[[int], None] | None = None
 ) -> Material:
-    """Computes the teacher's hidden states of examples with the model as it is.
+    """Adds the teacher's hidden states of examples, computed with the model as it is; those that are there stay.
 
     Args:
+        indices: of examples.
         progress: called with the number of examples that are done.
     """
     states: dict[int, Tensor] = {}
-    for picked in material.packed(indices, batch_tokens):
+    missing = [index for index in indices if index not in material.teacher]
+    for picked in material.packed(missing, batch_tokens):
         some = [material.examples[index] for index in picked]
         with torch.no_grad():
             hidden_RD = material.hidden(material.rows(EXACT, some)).cpu()
         states.update(zip(picked, hidden_RD.split([len(example.generated) for example in some]), strict=True))
         if progress is not None:
             progress(len(states))
-    return replace(material, teacher=states)
+    return replace(material, teacher={**material.teacher, **states})
 
 
 def require_own_tokens(material: Material) -> None:

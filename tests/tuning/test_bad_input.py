@@ -125,9 +125,9 @@ def test_more_rows_need_more_memory() -> None:
 def test_too_little_memory_for_the_teacher_says_what_to_leave_out(
     rolled_out_qv: RolledOut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 100 << 20)
-    monkeypatch.setattr(memory.Sizes, "teacher_bytes", lambda self, tokens: tokens << 20)
-    with pytest.raises(TuneError, match=r"states of \d+ tokens need \d\.\d GiB, 0\.1 GiB are free") as error:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 << 30)
+    monkeypatch.setattr(memory.Sizes, "teacher_bytes", lambda self, tokens: tokens << 30)
+    with pytest.raises(TuneError, match=r"states of \d+ tokens need \d+\.0 GiB, 2\.0 GiB are free") as error:
         lragent.tune(
             rolled_out_qv.model_dir, rolled_out_qv.adapters, rolled_out_qv.results, tmp_path / "out", options=FEW
         )

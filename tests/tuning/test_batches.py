@@ -12,7 +12,16 @@ import torch
 from lragent.training.schemes import SCHEME_ROWS
 from lragent.training.turn_sequence import Turn, TurnSequence
 from lragent.tuning.batch_rows import rows_of_examples, token_weights
-from lragent.tuning.batches import Batch, batches_of_steps, for_step, pack, split_examples, with_other_writers
+from lragent.tuning.batches import (
+    MOST_HELD_OUT,
+    Batch,
+    Split,
+    batches_of_steps,
+    for_step,
+    pack,
+    split_examples,
+    with_other_writers,
+)
 from lragent.tuning.examples import Example
 from lragent.tuning.options import TuneOptions
 
@@ -25,13 +34,24 @@ def example(tokens: int, appended_kl: float = 0.0) -> Example:
 
 
 def test_some_are_held_out_and_never_all() -> None:
-    split = split_examples(20, 0.1, seed=0)
+    def split_examples_of(count: int, held_out: float, seed: int = 0) -> Split:
+        return split_examples([50] * count, TuneOptions(held_out=held_out, seed=seed))
+
+    split = split_examples_of(20, 0.1)
     assert len(split.held_out) == 2 and sorted(split.train + split.held_out) == list(range(20))
-    assert split_examples(20, 0.1, seed=0) == split != split_examples(20, 0.1, seed=1)
-    assert split_examples(3, 0.01, seed=0).train != ()
-    assert len(split_examples(2, 0.9, seed=0).train) == 1
-    assert split_examples(1, 0.5, seed=0).held_out == ()
-    assert split_examples(5, 0.0, seed=0).held_out == ()
+    assert split_examples_of(20, 0.1) == split != split_examples_of(20, 0.1, seed=1)
+    assert split_examples_of(3, 0.01).train != ()
+    assert len(split_examples_of(2, 0.9).train) == 1
+    assert split_examples_of(1, 0.5).held_out == ()
+    assert split_examples_of(5, 0.0).held_out == ()
+
+
+def test_of_many_or_long_examples_few_are_held_out() -> None:
+    options = TuneOptions(batch_tokens=100)
+    assert len(split_examples([10] * 3000, options).held_out) == MOST_HELD_OUT
+    long = split_examples([450] * 300, options)  # 2,000 tokens at most
+    assert len(long.held_out) == 4 and len(long.train) == 296
+    assert len(split_examples([9000] * 30, options).held_out) == 1
 
 
 def test_whole_examples_are_packed_up_to_the_budget() -> None:

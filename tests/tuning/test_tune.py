@@ -52,6 +52,14 @@ def test_agents_come_nearer_to_their_own_distribution(tuned: TuneReport) -> None
     assert tuned.rounds[0].kept_step in dict(tuned.rounds[0].held_out)
 
 
+def test_only_trajectories_of_planned_steps_are_run(rolled_out_qv: RolledOut, tmp_path: Path) -> None:
+    stages: list[str] = []
+    options = replace(FEW, steps=1, batch_tokens=70, arithmetic="float32")
+    report = tune(rolled_out_qv, tmp_path / "out", options, progress=stages.append)
+    assert (report.trajectories, report.measured) == (1, 2)  # of 10
+    assert "the agents' own distributions: 3 of 3 trajectories" in stages
+
+
 @pytest.mark.parametrize("scheme", ["neutral_shared", "rebase_shared"])
 def test_other_schemes_can_be_tuned_for(rolled_out_qv: RolledOut, tmp_path: Path, scheme: str) -> None:
     options = replace(OPTIONS, steps=12, batch_tokens=150, non_shared_share=0.2, permuted_writers=0.5)
