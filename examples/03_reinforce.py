@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path(".reinforce"))
-    for name, default in (("--steps", 40), ("--tasks", 4), ("--samples", 8), ("--learning-rate", 1e-3)):
+    for name, default in (("--steps", 40), ("--tasks", 4), ("--samples", 8), ("--learning-rate", 4e-4)):
         parser.add_argument(name, type=type(default), default=default)
     options = parser.parse_args()
     artifact = options.work / "agents.lragent"
