@@ -50,26 +50,28 @@ def test_gold_has_tokens_and_spans_only(tmp_path: Path) -> None:
     gold = {"token_ids": [5, 6, 7, 8], "generated": [["plan", None, 1, 3]]}
     (read,), _ = read_scored_sequences([write(tmp_path / "gold.jsonl", gold)], ACCEPTED)
     assert read.gold and read.scored == (True,) and read.logprobs == ()
-    (example,) = examples_of([read], TuneOptions())
+    (example,) = examples_of([read], TuneOptions(), "base_lr_shared")
     assert (example.kl, example.cross_entropy) == (0, 1)
-    (example,) = examples_of([read], TuneOptions(kl=0.5))
+    (example,) = examples_of([read], TuneOptions(kl=0.5), "base_lr_shared")
     assert (example.kl, example.cross_entropy) == (0.5, 1)
 
 
 def test_the_reward_or_a_field_weighs_the_cross_entropy(tmp_path: Path) -> None:
     lines = (line(TWO, reward=0.5), line(TWO), line(TWO, reward=0.0))
     read, _ = read_scored_sequences([write(tmp_path / "r.jsonl", *lines)], ACCEPTED)
-    assert [e.cross_entropy for e in examples_of(read, TuneOptions(cross_entropy=2))] == [1, 2, 0]
-    assert [e.cross_entropy for e in examples_of(read, TuneOptions(cross_entropy=2, kl=0))] == [1, 2]
+    assert [e.cross_entropy for e in examples_of(read, TuneOptions(cross_entropy=2), "base_lr_shared")] == [1, 2, 0]
+    assert [e.cross_entropy for e in examples_of(read, TuneOptions(cross_entropy=2, kl=0), "base_lr_shared")] == [1, 2]
     field = TuneOptions(cross_entropy=1, weight_field="result.score")
     with pytest.raises(TaskFileError, match=r"line 1: result\.score is None, not a number"):
-        examples_of(read, field)
+        examples_of(read, field, "base_lr_shared")
     scored, _ = read_scored_sequences([write(tmp_path / "s.jsonl", line(TWO, result={"score": True}))], ACCEPTED)
-    assert examples_of(scored, field)[0].cross_entropy == 1
+    assert examples_of(scored, field, "base_lr_shared")[0].cross_entropy == 1
     negative, _ = read_scored_sequences([write(tmp_path / "n.jsonl", line(TWO, reward=-1))], ACCEPTED)
     with pytest.raises(TaskFileError, match="reward is -1"):
-        examples_of(negative, TuneOptions(cross_entropy=1))
-    assert examples_of(negative, TuneOptions())[0].cross_entropy == 0  # the default loss takes no reward
+        examples_of(negative, TuneOptions(cross_entropy=1), "base_lr_shared")
+    assert (
+        examples_of(negative, TuneOptions(), "base_lr_shared")[0].cross_entropy == 0
+    )  # the default loss takes no reward
 
 
 @pytest.mark.parametrize(
