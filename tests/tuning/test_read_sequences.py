@@ -69,9 +69,8 @@ def test_the_reward_or_a_field_weighs_the_cross_entropy(tmp_path: Path) -> None:
     negative, _ = read_scored_sequences([write(tmp_path / "n.jsonl", line(TWO, reward=-1))], ACCEPTED)
     with pytest.raises(TaskFileError, match="reward is -1"):
         examples_of(negative, TuneOptions(cross_entropy=1), "base_lr_shared")
-    assert (
-        examples_of(negative, TuneOptions(), "base_lr_shared")[0].cross_entropy == 0
-    )  # the default loss takes no reward
+    # The default loss takes no reward.
+    assert examples_of(negative, TuneOptions(), "base_lr_shared")[0].cross_entropy == 0
 
 
 @pytest.mark.parametrize(
