@@ -45,8 +45,9 @@ def samples_of(outcome: Any) -> list[tuple[Any, list[Any], float]]:
     The first trajectory is the one that the others forked from.
     """
     rewards, samples = outcome.result["rewards"], []
+    mean = statistics.mean(rewards)
     for record, reward in zip(outcome.trajectories[1:], rewards, strict=True):
-        sequence, advantage = sequence_of(record), reward - statistics.mean(rewards)
+        sequence, advantage = sequence_of(record), reward - mean
         if sequence is not None and advantage:
             samples.append((sequence, record.logprobs[sequence.turns[-1].start :], advantage))
     return samples

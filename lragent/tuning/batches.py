@@ -20,7 +20,6 @@ from lragent.tuning.options import TuneOptions
 # Schemes under which a token's K/V don't depend on the agent that processes it first.
 WITHOUT_WRITERS = (EXACT, "neutral_shared")
 
-
 MOST_HELD_OUT = 40
 HELD_OUT_BATCHES = 20  # their tokens, in batches of a step
 

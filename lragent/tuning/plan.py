@@ -59,12 +59,11 @@ def plan_round(
     a_step = seconds / _tokens(first) * sum(map(_tokens, batches)) / len(batches)
     left = options.minutes * 60 * MARGIN - seconds_used - 2 * seconds - seconds_of_report
     evaluations = (options.evaluations + 1) * seconds_of_report
-    ends = list(accumulate(a_step + seconds for seconds in seconds_of_teacher))
+    ends = list(accumulate(a_step + teacher for teacher in seconds_of_teacher))
     steps = max(1, sum(end <= left - evaluations for end in ends))
     with_evaluations = a_step + evaluations / steps
-    return Plan(
-        steps, with_evaluations, max(with_evaluations * steps * OVERTIME, left - sum(seconds_of_teacher[:steps]))
-    )
+    left -= sum(seconds_of_teacher[:steps])
+    return Plan(steps, with_evaluations, max(with_evaluations * steps * OVERTIME, left))
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

@@ -44,14 +44,6 @@ class ReadSequence:
     place: str
     line: Mapping[str, Any]
 
-    @property
-    def scored_turns(self) -> tuple[Turn, ...]:
-        return tuple(turn for turn, scored in zip(self.sequence.turns, self.scored, strict=True) if scored)
-
-    @property
-    def scored_tokens(self) -> int:
-        return sum(turn.end - turn.start for turn in self.scored_turns)
-
 
 @dataclass
 class Skipped:

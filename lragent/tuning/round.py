@@ -94,7 +94,8 @@ def run_round(
     rate = options.peak_rate(given.sizes.hidden)
     optimizer = adamw(given.parameters.values(), rate)
     if saved is not None:
-        material = _with_teacher(given.material, {*measured}, batches[: saved.progress.steps], given, show)
+        compared = _compared(learned_from(batches[: saved.progress.steps]), examples)
+        material = _with_teacher(given.material, {*measured, *compared}, given, show)
         before = figures_from_json(saved.facts["before"])
         facts, times = dict(saved.facts), saved.facts["times"]
         state = saved.put_into(given.parameters, optimizer)
@@ -151,7 +152,7 @@ def _begin(
     options, examples = given.options, given.material.examples
     first = batch_to_time(batches)
     began = time.monotonic()
-    material = _with_teacher(given.material, {*measured}, [first], given, show)
+    material = _with_teacher(given.material, {*measured, *_compared(first.indices, examples)}, given, show)
     a_token = (time.monotonic() - began) / sum(examples[index].tokens for index in material.teacher)
     require_own_tokens(material)
     show("measuring the adapters as given")
@@ -159,22 +160,16 @@ def _begin(
     before = measured_under(material, given.scheme, measured, options)
     seconds_of_report = time.monotonic() - began
     show("timing a step")
-    seen = set(material.teacher)
-    seconds_of_teacher = []
-    for batch in batches:
-        new = _compared(batch.indices, examples) - seen
-        seconds_of_teacher.append(a_token * sum(examples[index].tokens for index in new))
-        seen |= new
     plan = plan_round(
         options,
         batches,
         lambda batch: _trial(material, batch, given),
         material.device,
-        seconds_of_teacher,
+        [a_token * tokens for tokens in _tokens_without_teacher(material, batches)],
         seconds_of_report,
         time.monotonic() - started,
     )
-    material = _with_teacher(material, set(), batches[: plan.steps], given, show)
+    material = _with_teacher(material, _compared(learned_from(batches[: plan.steps]), examples), given, show)
     return _Begin(material, before, seconds_of_report, plan)
 
 
@@ -211,11 +206,8 @@ def measured_under(material: Material, scheme: str, indices: Sequence[int], opti
     return {name: measure(material, name, indices, options.batch_tokens) for name in schemes}
 
 
-def _with_teacher(
-    material: Material, measured: set[int], batches: Sequence[Batch], given: RoundInput, show: Callable[[str], None]
-) -> Material:
-    """Adds teacher states of the examples that reports and the loss of batches compare with them."""
-    wanted = measured | _compared(learned_from(batches), material.examples)
+def _with_teacher(material: Material, wanted: set[int], given: RoundInput, show: Callable[[str], None]) -> Material:
+    """Adds teacher states of those of the wanted examples that have none yet."""
     missing = sorted(wanted - set(material.teacher))
     if not missing:
         return material
@@ -226,6 +218,16 @@ def _with_teacher(
 
     progress(0)
     return with_teacher(material, missing, given.options.batch_tokens, progress)
+
+
+def _tokens_without_teacher(material: Material, batches: Sequence[Batch]) -> list[int]:
+    """For each batch, tokens of the examples that need a teacher and have none, nor are in a batch before."""
+    seen, counts = set(material.teacher), []
+    for batch in batches:
+        new = _compared(batch.indices, material.examples) - seen
+        counts.append(sum(material.examples[index].tokens for index in new))
+        seen |= new
+    return counts
 
 
 def _compared(indices: Iterable[int], examples: Sequence[Example]) -> set[int]:

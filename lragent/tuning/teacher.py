@@ -24,15 +24,13 @@ CHECKED = 8  # examples
 def with_teacher(
     material: Material, indices: Sequence[int], batch_tokens: int, progress: Callable[[int], None] | None = None
 ) -> Material:
-    """Adds the teacher's hidden states of examples, computed with the model as it is; those that are there stay.
+    """Adds the teacher's hidden states of examples, computed with the model as it is.
 
     Args:
-        indices: of examples.
         progress: called with the number of examples that are done.
     """
     states: dict[int, Tensor] = {}
-    missing = [index for index in indices if index not in material.teacher]
-    for picked in material.packed(missing, batch_tokens):
+    for picked in material.packed(indices, batch_tokens):
         some = [material.examples[index] for index in picked]
         with torch.no_grad():
             hidden_RD = material.hidden(material.rows(EXACT, some)).cpu()

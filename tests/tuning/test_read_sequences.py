@@ -22,7 +22,8 @@ def test_a_result_line_is_a_sequence(tmp_path: Path) -> None:
     (read,), skipped = read_scored_sequences([write(tmp_path / "r.jsonl", line(TWO))], ACCEPTED)
     assert read.sequence.turns == (Turn("plan", 2, 5), Turn("action", 8, 11))
     assert read.sequence.token_ids == tuple(range(11))  # nothing behind the last turn
-    assert (read.scored, read.gold, read.scored_tokens) == ((True, True), False, 6)
+    tokens = sum(turn.end - turn.start for turn in read.sequence.turns)
+    assert (read.scored, read.gold, tokens) == ((True, True), False, 6)
     assert read.logprobs == (-2, -3, -4, -8, -9, -10)
     assert skipped.sentences() == ()
 
