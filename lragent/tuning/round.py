@@ -17,7 +17,6 @@ from lragent.rollouts.run_facts import differences
 from lragent.runtime.schemes import EXACT
 from lragent.tuning.batches import Batch, batches_of_steps, for_step, learned_from, split_examples
 from lragent.tuning.checkpoint import Progress, RoundState, read_checkpoint
-from lragent.tuning.examples import Example
 from lragent.tuning.material import Material
 from lragent.tuning.measure import Agreement, measure
 from lragent.tuning.memory import Sizes, require_memory, require_teacher_memory
@@ -94,8 +93,8 @@ def run_round(
     rate = options.peak_rate(given.sizes.hidden)
     optimizer = adamw(given.parameters.values(), rate)
     if saved is not None:
-        compared = _compared(learned_from(batches[: saved.progress.steps]), examples)
-        material = _with_teacher(given.material, {*measured, *compared}, given, show)
+        wanted = {*measured, *_compared(batches[: saved.progress.steps])}
+        material = _with_teacher(given.material, wanted, given, show)
         before = figures_from_json(saved.facts["before"])
         facts, times = dict(saved.facts), saved.facts["times"]
         state = saved.put_into(given.parameters, optimizer)
@@ -149,11 +148,11 @@ def _begin(
     Args:
         started: when the round began, in `time.monotonic`.
     """
-    options, examples = given.options, given.material.examples
+    options = given.options
     first = batch_to_time(batches)
     began = time.monotonic()
-    material = _with_teacher(given.material, {*measured, *_compared(first.indices, examples)}, given, show)
-    a_token = (time.monotonic() - began) / sum(examples[index].tokens for index in material.teacher)
+    material = _with_teacher(given.material, {*measured, *_compared([first])}, given, show)
+    a_token = (time.monotonic() - began) / sum(material.examples[index].tokens for index in material.teacher)
     require_own_tokens(material)
     show("measuring the adapters as given")
     began = time.monotonic()
@@ -169,7 +168,7 @@ def _begin(
         seconds_of_report,
         time.monotonic() - started,
     )
-    material = _with_teacher(material, _compared(learned_from(batches[: plan.steps]), examples), given, show)
+    material = _with_teacher(material, _compared(batches[: plan.steps]), given, show)
     return _Begin(material, before, seconds_of_report, plan)
 
 
@@ -224,15 +223,18 @@ def _tokens_without_teacher(material: Material, batches: Sequence[Batch]) -> lis
     """For each batch, tokens of the examples that need a teacher and have none, nor are in a batch before."""
     seen, counts = set(material.teacher), []
     for batch in batches:
-        new = _compared(batch.indices, material.examples) - seen
+        new = _compared([batch]) - seen
         counts.append(sum(material.examples[index].tokens for index in new))
         seen |= new
     return counts
 
 
-def _compared(indices: Iterable[int], examples: Sequence[Example]) -> set[int]:
-    """Those of the examples whose loss compares them with the teacher."""
-    return {index for index in indices if examples[index].kl}
+def _compared(batches: Iterable[Batch]) -> set[int]:
+    """Examples of the batches that compare some example with the teacher.
+
+    A forward has the teacher's states of all its examples or of none. Gold beside results has them, at weight 0.
+    """
+    return {index for batch in batches if any(example.kl for example in batch.examples) for index in batch.indices}
 
 
 def _trial(material: Material, batch: Batch, given: RoundInput) -> None:

@@ -52,6 +52,17 @@ def test_agents_come_nearer_to_their_own_distribution(tuned: TuneReport) -> None
     assert tuned.rounds[0].kept_step in dict(tuned.rounds[0].held_out)
 
 
+def test_gold_beside_results_leaves_them_their_kl(rolled_out_qv: RolledOut, tmp_path: Path) -> None:
+    """Gold is not compared with a teacher; results in the same batch are."""
+    mixed = tmp_path / "gold.jsonl"
+    mixed.write_text('{"token_ids": [1, 2, 3, 4, 5, 6, 7, 8], "generated": [["plan", null, 3, 8]]}\n' * 6)
+    options = replace(FEW, steps=1, batch_tokens=2000, cross_entropy=1e-9, held_out=0.0)
+    files = [rolled_out_qv.results, mixed]
+    report = lragent.tune(rolled_out_qv.model_dir, rolled_out_qv.adapters, files, tmp_path / "out", options=options)
+    ((_, loss),) = report.rounds[0].losses
+    assert loss > 1e-4
+
+
 def test_only_trajectories_of_planned_steps_are_run(rolled_out_qv: RolledOut, tmp_path: Path) -> None:
     stages: list[str] = []
     options = replace(FEW, steps=1, batch_tokens=70, arithmetic="float32")
