@@ -13,7 +13,7 @@ that a layer can be recomputed in the backward pass; the last cut stands before 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -55,10 +55,16 @@ Observer = Callable[[LayerStreams], None]
 
 @dataclass(frozen=True)
 class RowsInput:
-    """The rows of a forward, and a function that is called with the streams of each attention op."""
+    """The rows of a forward.
+
+    Args:
+        observe: called with the streams of each attention op.
+        before: by attention op, streams of rows that ran before these. Reads count those rows first.
+    """
 
     rows: Rows
     observe: Observer | None = None
+    before: tuple[LayerStreams, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,9 +126,30 @@ def attend(
 ) -> Tensor:
     """`rows_attention` as graph nodes call it: the fields of `LowRank` and `KeyRule` in order."""
     k, v = (None if low_rank is None else LowRank(*low_rank) for low_rank in (low_rank_k, low_rank_v))
+    streams = LayerStreams(layer, key, value, k, v)
     if given.observe is not None:
-        given.observe(LayerStreams(layer, key, value, k, v))
-    return rows_attention(query, key, value, k, v, KeyRule(*rule), given.rows)
+        given.observe(streams)
+    if given.before:
+        streams = _behind(given.before[layer], streams)
+    k, v = streams.low_rank_k, streams.low_rank_v
+    return rows_attention(query, streams.key_NHDk, streams.value_NHDv, k, v, KeyRule(*rule), given.rows)
+
+
+def _behind(before: LayerStreams, streams: LayerStreams) -> LayerStreams:
+    """Streams of an attention op, of the rows before and these."""
+
+    def low_rank(first: LowRank | None, then: LowRank | None) -> LowRank | None:
+        if first is None or then is None:
+            return then
+        return replace(then, lr_NR=torch.cat((first.lr_NR, then.lr_NR)))
+
+    return LayerStreams(
+        streams.layer,
+        torch.cat((before.key_NHDk, streams.key_NHDk)),
+        torch.cat((before.value_NHDv, streams.value_NHDv)),
+        low_rank(before.low_rank_k, streams.low_rank_k),
+        low_rank(before.low_rank_v, streams.low_rank_v),
+    )
 
 
 def _attach_rows(graph: fx.GraphModule, schema: CacheSchema) -> None:

@@ -48,6 +48,7 @@ class Rows:
         targets_R: the generated token ids.
         target_agents_R: id of the agent that generated each.
         turns_R: number of the turn of each, counted over all sequences.
+        parts: the same rows, split (`adapter_free.py`); None where they can't be.
     """
 
     token_ids_N: Tensor
@@ -59,6 +60,7 @@ class Rows:
     targets_R: Tensor
     target_agents_R: Tensor
     turns_R: Tensor
+    parts: Parts | None = None
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on a device."""
@@ -67,4 +69,18 @@ class Rows:
             Read(read.agent, read.queries_n.to(device), read.base_L.to(device), read.low_rank_L.to(device))
             for read in self.reads
         )
-        return replace(self, **moved, reads=reads)
+        parts = None if self.parts is None else Parts(self.parts.free.to(device), self.parts.others.to(device))
+        return replace(self, **moved, reads=reads, parts=parts)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows in two parts.
+
+    Args:
+        free: adapter-free rows that read adapter-free rows alone; no logits are wanted.
+        others: the other rows. `base_L` and `low_rank_L` of their reads count the free rows first, then these.
+    """
+
+    free: Rows
+    others: Rows

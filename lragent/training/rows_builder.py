@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from lragent.training.adapter_free import parts_of
 from lragent.training.rows import Read, Rows
 from lragent.training.turn_sequence import ActingTurn, TurnSequence
 
@@ -78,7 +79,7 @@ class RowsBuilder:
         def tensor(values: Sequence[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64)
 
-        return Rows(
+        rows = Rows(
             token_ids_N=tensor(self.tokens),
             positions_N=tensor(self.positions),
             agent_ids_N=tensor(self.agents),
@@ -89,3 +90,4 @@ class RowsBuilder:
             target_agents_R=tensor(self.target_agents),
             turns_R=tensor(self.turns),
         )
+        return replace(rows, parts=parts_of(rows))

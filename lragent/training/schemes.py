@@ -103,14 +103,17 @@ def _neutral(builder: RowsBuilder, sequence: TurnSequence, turns: list[ActingTur
     free: list[int] = []
     new = builder.follow(sequence, range(turns[-1].end), 0, free)
     builder.read(0, new, free, free)
+    queries: dict[int, list[int]] = {}
     for acting in turns:
         if acting.agent == 0:
             builder.want(sequence, acting, free[acting.wanted.start : acting.wanted.stop])
             continue
         first = len(builder.tokens)
         rows = [builder.row_after(free[position], sequence, position, acting.agent) for position in acting.wanted]
-        builder.read(acting.agent, list(range(first, len(builder.tokens))), free, free)
+        queries.setdefault(acting.agent, []).extend(range(first, len(builder.tokens)))
         builder.want(sequence, acting, rows)
+    for agent, own in queries.items():
+        builder.read(agent, own, free, free)
 
 
 _WHOLE = frozenset(("non_shared", "full_shared"))

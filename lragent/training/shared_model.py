@@ -22,7 +22,16 @@ from lragent.passes.adapters.constants import constants_of
 from lragent.program.adapter_map import AdapterMap
 from lragent.program.cache_schema import CacheSchema
 from lragent.training.adapter_parameters import AdapterParameters
-from lragent.training.lower_to_rows import ROW_INPUTS, ROWS, Observer, RowGraph, RowsInput, Segment, lower_to_rows
+from lragent.training.lower_to_rows import (
+    ROW_INPUTS,
+    ROWS,
+    LayerStreams,
+    Observer,
+    RowGraph,
+    RowsInput,
+    Segment,
+    lower_to_rows,
+)
 from lragent.training.rows import Rows
 
 if TYPE_CHECKING:
@@ -60,6 +69,8 @@ class SharedModel(nn.Module):
         inputs = tuple(name for name in self._constants() if name in held)
         self._rows: RowGraph = lower_to_rows(graph, schema, inputs)
         self._last_use = _last_use(self._rows.layers)
+        cached = {stream.module for stream in schema.low_rank}
+        self._cached_a = {entry.a for entry in self._map.routed if entry.stream.module in cached}
         self._device = next((tensor.device for tensor in graph.buffers()), torch.device("cpu"))
         of_head = (entry for entry in self._map.routed if {entry.a, entry.b} & {*self._rows.head.takes})
         self._head_map = AdapterMap(tuple(of_head), ())
@@ -99,20 +110,29 @@ class SharedModel(nn.Module):
             observe: called with the streams of each attention op, in order; again when a layer is recomputed.
         """
         self._place(rows.token_ids_N.device)
-        values: dict[str, Any] = {
-            "token_ids": rows.token_ids_N,
-            "positions": rows.positions_N,
-            "agent_ids": rows.agent_ids_N,
-            "logits_rows": rows.logits_rows_R,
-            ROWS: RowsInput(rows, observe),
-            **self._constants(),
-        }
+        constants = self._constants()
+        given = RowsInput(rows, observe)
+        if rows.parts is not None and observe is None and torch.is_grad_enabled():
+            given = RowsInput(rows.parts.others, before=self._streams_of_free(rows.parts.free, constants))
+        values = _inputs(given) | constants
         for number, layer in enumerate(self._rows.layers):
             values.update(self._run(layer, values))
-            for name in self._last_use[number]:
-                values.pop(name, None)
+            self._drop_used(number, values)
         hidden: Tensor = values[self._rows.hidden][0]
         return hidden
+
+    def _streams_of_free(self, rows: Rows, constants: Mapping[str, Tensor]) -> tuple[LayerStreams, ...]:
+        """Streams of adapter-free rows by attention op; gradients reach the A of low-rank streams, and nothing else."""
+        streams: list[LayerStreams] = []
+        values = _inputs(RowsInput(rows, streams.append))
+        values |= {name: value if name in self._cached_a else value.detach() for name, value in constants.items()}
+        for number, layer in enumerate(self._rows.layers[:-1]):  # the last one has no attention
+            gives = layer.call(*(values[name] for name in layer.takes))
+            values.update(zip(layer.gives, gives, strict=True))
+            # The layer ends with attention. Q may depend on A, but not on the way that leads to a stream.
+            values[layer.gives[-1]] = values[layer.gives[-1]].detach()
+            self._drop_used(number, values)
+        return tuple(streams)
 
     def logits(self, hidden_RD: Tensor, agent_ids_R: Tensor) -> Tensor:
         """Logits of hidden states, float32 `[R, vocab]`. If `[R, vocab]` is too large, call it for some rows at a time.
@@ -143,6 +163,11 @@ class SharedModel(nn.Module):
             raise InternalError("a model without parameters has no adapter weights")
         return self.adapters.of_agent(agent)
 
+    def _drop_used(self, number: int, values: dict[str, Any]) -> None:
+        """Drops the values that no layer takes after the one with this number."""
+        for name in self._last_use[number]:
+            values.pop(name, None)
+
     def _run(self, layer: Segment, values: dict[str, Any]) -> dict[str, Any]:
         takes = [values[name] for name in layer.takes]
         if self.checkpointing and torch.is_grad_enabled():
@@ -167,6 +192,18 @@ class SharedModel(nn.Module):
             return {}
         modules = {entry.stream.module for entry in some.routed}.union(*(entry.modules for entry in some.attention))
         return constants_of(some, self.agents, self.adapters.adapters(modules))
+
+
+def _inputs(given: RowsInput) -> dict[str, Any]:
+    """The graph's inputs but its constants."""
+    rows = given.rows
+    return {
+        "token_ids": rows.token_ids_N,
+        "positions": rows.positions_N,
+        "agent_ids": rows.agent_ids_N,
+        "logits_rows": rows.logits_rows_R,
+        ROWS: given,
+    }
 
 
 def _last_use(layers: tuple[Segment, ...]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Estimates the memory of a step before the first one, and says what would fit."""
+"""Estimates the memory of a step before the first one: what would fit, and whether layers must be recomputed."""
 
 from __future__ import annotations
 
@@ -48,6 +48,16 @@ class Sizes:
         masks = max(len(read.queries_n) * len(read.base_L) for read in rows.reads) * (FLOAT + 1)
         return int(SAFETY * (numbers * self.itemsize + masks + 5 * (CHUNK_NUMBERS + self.trained) * FLOAT))
 
+    def activation_bytes(self, rows: Rows) -> int:
+        """Estimated bytes of what the backward pass needs of all layers, if none is computed again.
+
+        Adapter-free rows that run apart keep the inputs of their streams only.
+        """
+        with_gradient = rows if rows.parts is None else rows.parts.others
+        numbers = len(with_gradient.token_ids_N) * KEPT_IN_A_LAYER * self.outputs + len(rows.token_ids_N) * self.hidden
+        masks = sum(len(read.queries_n) * len(read.base_L) for read in with_gradient.reads)
+        return int(SAFETY * self.layers * (numbers + masks) * self.itemsize)
+
     def teacher_bytes(self, tokens: int) -> int:
         """Bytes of the teacher's last hidden states of so many tokens."""
         return tokens * self.hidden * self.itemsize
@@ -66,20 +76,25 @@ def sizes_of(loaded: LoadedModel, trained: int) -> Sizes:
     return Sizes(layers, int(config.hidden_size), outputs // layers, trained, loaded.dtype.itemsize)
 
 
-def require_memory(material: Material, batches: Sequence[Batch], scheme: str, sizes: Sizes) -> None:
+def recomputes_layers(material: Material, batches: Sequence[Batch], scheme: str, sizes: Sizes) -> bool:
     """Compares the largest step with the free memory, where the system tells it.
+
+    Returns:
+        True if the backward pass must compute layers again, since their activations would take more than half of the
+        free memory.
 
     Raises:
         TuneError: it is too little; names the step, both sizes, and the tokens that would fit.
     """
     free = free_bytes(material.device)
     if free is None:
-        return
+        return True
     largest = max(batches, key=lambda batch: sum(example.tokens for example in batch.examples))
     tokens = sum(example.tokens for example in largest.examples)
-    needed = sizes.step_bytes(material.rows(scheme, largest.examples))
+    rows = material.rows(scheme, largest.examples)
+    needed = sizes.step_bytes(rows)
     if needed <= free:
-        return
+        return needed + sizes.activation_bytes(rows) > free / 2
     fitting = int(tokens * free / needed)
     longest = max(largest.examples, key=lambda example: example.tokens)
     remedy = f"Use --batch-tokens {max(fitting, 1)}."

@@ -19,7 +19,7 @@ from lragent.tuning.batches import Batch, batches_of_steps, for_step, learned_fr
 from lragent.tuning.checkpoint import Progress, RoundState, read_checkpoint
 from lragent.tuning.material import Material
 from lragent.tuning.measure import Agreement, measure
-from lragent.tuning.memory import Sizes, require_memory, require_teacher_memory
+from lragent.tuning.memory import Sizes, recomputes_layers, require_teacher_memory
 from lragent.tuning.optimizer import adamw
 from lragent.tuning.options import TuneOptions
 from lragent.tuning.plan import Plan, batch_to_time, plan_round
@@ -89,7 +89,8 @@ def run_round(
     split = split_examples([example.tokens for example in examples], options)
     measured = split.held_out or split.train[:MOST_MEASURED]
     batches = list(islice(batches_of_steps(examples, split.train, options), options.steps))
-    require_memory(given.material, batches, given.scheme, given.sizes)
+    heaviest = EXACT if options.non_shared_share else given.scheme
+    given.material.model.checkpointing = recomputes_layers(given.material, batches, heaviest, given.sizes)
     rate = options.peak_rate(given.sizes.hidden)
     optimizer = adamw(given.parameters.values(), rate)
     if saved is not None:

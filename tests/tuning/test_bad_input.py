@@ -15,7 +15,9 @@ import lragent
 from lragent.errors import RequestError, SplitRefused, TaskFileError, TuneError
 from lragent.training.schemes import rows_of
 from lragent.training.turn_sequence import Turn, TurnSequence
-from lragent.tuning import memory
+from lragent.tuning import memory, train
+from lragent.tuning.batches import Batch
+from lragent.tuning.material import Material
 from lragent.tuning.options import TuneOptions
 from tests.models.variants import write_variants
 from tests.tuning.conftest import RolledOut
@@ -120,6 +122,34 @@ def test_more_rows_need_more_memory() -> None:
     assert one < two < 2 * one
     assert two < sizes.step_bytes(rows_of("non_shared", sequences, ("plan", "action")))
     assert sizes.teacher_bytes(1000) == 1000 * 64 * 4
+
+
+def test_neutral_shared_keeps_activations_of_acting_rows_alone() -> None:
+    sequences = [TurnSequence(tuple(range(40)), (Turn("plan", 30, 40),))]
+    sizes = memory.Sizes(layers=2, hidden=64, outputs=512, trained=100, itemsize=4)
+    neutral, shared = (
+        sizes.activation_bytes(rows_of(scheme, sequences, ("plan",))) for scheme in ("neutral_shared", "base_lr_shared")
+    )
+    assert 0.25 < neutral / shared < 0.4
+
+
+@pytest.mark.parametrize(("free", "recomputed"), [(1 << 40, False), (100 << 20, True)])
+def test_layers_are_recomputed_where_activations_do_not_fit(
+    rolled_out_qv: RolledOut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, recomputed: bool
+) -> None:
+    seen: list[bool] = []
+    step = train.loss_of
+
+    def watched(material: Material, batch: Batch) -> train.StepLoss:
+        seen.append(material.model.checkpointing)
+        return step(material, batch)
+
+    monkeypatch.setattr(train, "loss_of", watched)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    monkeypatch.setattr(memory.Sizes, "step_bytes", lambda self, rows: 60 << 20)
+    lragent.tune(rolled_out_qv.model_dir, rolled_out_qv.adapters, rolled_out_qv.results, tmp_path / "out", options=FEW)
+    assert seen
+    assert set(seen) == {recomputed}
 
 
 def test_too_little_memory_for_the_teacher_says_what_to_leave_out(
