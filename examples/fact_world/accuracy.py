@@ -30,6 +30,7 @@ WORKFLOW = f"{HERE / 'workflow.py'}:workflow"
 TRAIN_TASKS = 90
 CONCURRENCY = 8
 KV_MEMORY = "4GiB"
+UNLIMITED = 600.0  # minutes
 TUNING_NAMED = {tuning.name: tuning for tuning in TUNINGS}
 
 
@@ -61,6 +62,11 @@ class Study:
         return out / role
 
     def _tune(self, tuning: Tuning, out: Path) -> None:
+        options = TuneOptions(add_modules=tuning.add_modules, dtype=self.dtype)
+        if tuning.steps_of:
+            self.adapters(tuning.steps_of)
+            report = json.loads((self.work / "tuned" / tuning.steps_of / "tune_report.json").read_text())
+            options = replace(options, steps=report["rounds"][0]["steps"], minutes=UNLIMITED)
         print(f"tuning {tuning.name}", flush=True)
         lragent.tune(
             self.model,
@@ -68,7 +74,7 @@ class Study:
             self.gold() if tuning.gold else self.trajectories(tuning.parent),
             out,
             sharing=tuning.sharing,
-            options=TuneOptions(add_modules=tuning.add_modules, dtype=self.dtype),
+            options=options,
             existing="resume" if out.exists() else "refuse",
             threads=self.threads,
         )

@@ -16,6 +16,8 @@ class Tuning:
         sharing: the scheme that it tunes for; `non_shared` is the control.
         gold: True for cross-entropy on gold, False for KL to the agents' own distribution.
         add_modules: modules that get new adapters.
+        steps_of: name of another tuning, whose number of steps it takes however long they last; "": as many as fit into
+            the default time.
     """
 
     name: str
@@ -23,6 +25,7 @@ class Tuning:
     gold: bool
     add_modules: tuple[str, ...] = ()
     parent: str = SHIPPED
+    steps_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ TUNINGS = (
     Tuning("ce-neutral", "neutral_shared", gold=True),
     Tuning("kl-neutral-all", "neutral_shared", gold=False, add_modules=("all-linear",)),
     Tuning("kl-full", "full_shared", gold=False),
-    Tuning("ce-control", "non_shared", gold=True),
+    Tuning("ce-control", "non_shared", gold=True, steps_of="ce-base_lr"),
     Tuning("ordinary-kl-base_lr", "base_lr_shared", gold=False, parent=ORDINARY),
     Tuning("ordinary-ce-base_lr", "base_lr_shared", gold=True, parent=ORDINARY),
     Tuning("ordinary-kl-neutral", "neutral_shared", gold=False, parent=ORDINARY),
