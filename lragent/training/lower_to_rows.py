@@ -108,6 +108,8 @@ def lower_to_rows(graph: fx.GraphModule, schema: CacheSchema, inputs: tuple[str,
     _attach_rows(graph, schema)
     for name in inputs:
         _make_input(graph, name)
+    for node in graph.graph.find_nodes(op="call_function", target=aten.copy.default):
+        node.target = copied  # it has no derivative
     graph.graph.eliminate_dead_code()
     selected = _selected(graph)
     segments = tuple(_segment(graph, part) for part in _parts(graph, selected))
@@ -133,6 +135,11 @@ def attend(
         streams = _behind(given.before[layer], streams)
     k, v = streams.low_rank_k, streams.low_rank_v
     return rows_attention(query, streams.key_NHDk, streams.value_NHDv, k, v, KeyRule(*rule), given.rows)
+
+
+def copied(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """`aten.copy` with a derivative: the source in shape and dtype of another tensor."""
+    return source.to(into.dtype).expand_as(into)
 
 
 def _behind(before: LayerStreams, streams: LayerStreams) -> LayerStreams:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from lragent.training.adapter_free import parts_of
 from lragent.training.rows import Rows
 from lragent.training.schemes import rows_of
 from lragent.training.turn_sequence import TurnSequence
@@ -27,4 +28,5 @@ def scored_rows(
     flags = torch.tensor([flag for turns in scored for flag in turns])
     kept_R = flags[rows.turns_R]
     names = ("logits_rows_R", "targets_R", "target_agents_R", "turns_R")
-    return dataclasses.replace(rows, **{name: getattr(rows, name)[kept_R] for name in names})
+    kept = dataclasses.replace(rows, **{name: getattr(rows, name)[kept_R] for name in names})
+    return dataclasses.replace(kept, parts=parts_of(kept))

@@ -7,6 +7,7 @@ are the agents' A and B. Legend: N = rows, R = rows whose logits are wanted, D =
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,7 +70,7 @@ class SharedModel(nn.Module):
         inputs = tuple(name for name in self._constants() if name in held)
         self._rows: RowGraph = lower_to_rows(graph, schema, inputs)
         self._last_use = _last_use(self._rows.layers)
-        cached = {stream.module for stream in schema.low_rank}
+        cached = {module for constant in self._map.attention for module in constant.modules}
         self._cached_a = {entry.a for entry in self._map.routed if entry.stream.module in cached}
         self._device = next((tensor.device for tensor in graph.buffers()), torch.device("cpu"))
         of_head = (entry for entry in self._map.routed if {entry.a, entry.b} & {*self._rows.head.takes})
@@ -124,12 +125,17 @@ class SharedModel(nn.Module):
     def _streams_of_free(self, rows: Rows, constants: Mapping[str, Tensor]) -> tuple[LayerStreams, ...]:
         """Streams of adapter-free rows by attention op; gradients reach the A of low-rank streams, and nothing else."""
         streams: list[LayerStreams] = []
-        values = _inputs(RowsInput(rows, streams.append))
+
+        def observe(found: LayerStreams) -> None:
+            streams.append(replace(found, key_NHDk=found.key_NHDk.detach(), value_NHDv=found.value_NHDv.detach()))
+
+        values = _inputs(RowsInput(rows, observe))
         values |= {name: value if name in self._cached_a else value.detach() for name, value in constants.items()}
         for number, layer in enumerate(self._rows.layers[:-1]):  # the last one has no attention
             gives = layer.call(*(values[name] for name in layer.takes))
             values.update(zip(layer.gives, gives, strict=True))
-            # The layer ends with attention. Q may depend on A, but not on the way that leads to a stream.
+            # The layer ends with attention. Where adapters are computed with the B of no agent, which is zero, values
+            # depend on A without a gradient.
             values[layer.gives[-1]] = values[layer.gives[-1]].detach()
             self._drop_used(number, values)
         return tuple(streams)

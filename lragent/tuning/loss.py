@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lragent.errors import InternalError
 from lragent.training.token_figures import Logits, kl_divergence
 
 CHUNK_NUMBERS = 1 << 24  # logits of a chunk: 64 MiB in float32
@@ -34,6 +35,11 @@ class Scored:
     teacher_RD: Tensor | None
     agents_R: Tensor
     targets_R: Tensor
+
+    def __post_init__(self) -> None:
+        counts = [len(rows) for rows in vars(self).values() if rows is not None]
+        if len(set(counts)) > 1:
+            raise InternalError(f"entries of a loss belong to different tokens: {counts}")
 
     def chunks(self, vocab_size: int) -> Iterator[Scored]:
         """The same tokens in chunks of at most `CHUNK_NUMBERS` logits."""
