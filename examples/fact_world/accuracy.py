@@ -23,6 +23,7 @@ from examples.fact_world.padding import padded
 from examples.fact_world.train import ordinary_recipe, train
 from examples.fact_world.training_data import tokenizer_of
 from examples.fact_world.world import DEFAULT_SEED, make_tasks
+from lragent.rollouts.kept_results import read_results
 from lragent.tuning.options import TuneOptions
 
 HERE = Path(__file__).parent
@@ -66,7 +67,7 @@ class Study:
         if tuning.steps_of:
             self.adapters(tuning.steps_of)
             report = json.loads((self.work / "tuned" / tuning.steps_of / "tune_report.json").read_text())
-            options = replace(options, steps=report["rounds"][0]["steps"], minutes=UNLIMITED)
+            options = replace(options, steps=report["rounds"][0]["planned"], minutes=UNLIMITED)
         print(f"tuning {tuning.name}", flush=True)
         lragent.tune(
             self.model,
@@ -106,7 +107,7 @@ class Study:
                 tokenize = tokenizer_of(self.model)
                 made = [padded(task, PADDED_TOKENS, tokenize) for task in made]
             tasks.write_text("".join(f"{json.dumps(task)}\n" for task in made), encoding="utf-8")
-        if out.exists() and sum(1 for _ in out.open(encoding="utf-8")) == row.tasks:
+        if out.exists() and sum(1 for _ in read_results(out)) == row.tasks:
             return out
         engine = lragent.load(self.artifact(row.adapters), row.sharing, KV_MEMORY, threads=self.threads)
         print(f"rolling out {name}", flush=True)
@@ -133,7 +134,7 @@ class Study:
 
 def exact_matches(results: Path) -> dict[str, bool]:
     """Task id -> True if its answer is right; an error is not."""
-    lines = (json.loads(line) for line in results.open(encoding="utf-8"))
+    lines = read_results(results)
     return {line["id"]: line["error"] is None and bool(line["result"]["exact_match"]) for line in lines}
 
 

@@ -18,8 +18,8 @@ def wilson(right: int, tasks: int) -> tuple[float, float]:
 def paired_difference(left: Sequence[bool], right: Sequence[bool]) -> tuple[float, float, float]:
     """The difference of two shares of the same tasks, left less right, and its interval.
 
-    Newcombe's method for paired samples (1998, method 10), built on Wilson's intervals; it also holds where all tasks
-    agree.
+    Newcombe's method for paired samples (1998, method 10), built on Wilson's intervals, with a continuity correction of
+    the correlation; it also holds where all tasks agree.
     """
     tasks = len(left)
     if tasks != len(right) or not tasks:
@@ -31,7 +31,9 @@ def paired_difference(left: Sequence[bool], right: Sequence[bool]) -> tuple[floa
     p_left, p_right = sum(left) / tasks, sum(right) / tasks
     (low_left, high_left), (low_right, high_right) = wilson(sum(left), tasks), wilson(sum(right), tasks)
     margins = (both + only_left) * (both + only_right) * (neither + only_left) * (neither + only_right)
-    product = both * neither - only_left * only_right
+    product: float = both * neither - only_left * only_right
+    if product > 0:
+        product = max(product - tasks / 2, 0.0)
     phi = 0.0 if margins == 0 else product / math.sqrt(margins)
     down_left, up_left = p_left - low_left, high_left - p_left
     down_right, up_right = p_right - low_right, high_right - p_right

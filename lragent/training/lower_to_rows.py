@@ -90,12 +90,15 @@ class RowGraph:
         head: takes hidden states of wanted rows; gives logits `[R, vocab]`.
         hidden: name of the hidden states of the wanted rows, `[1, R, D]`, which the last layer gives.
         inputs: names of constants that are passed as inputs instead of being read from the graph.
+        holds_scores: True if some attention keeps its scores `[heads, n, L]` in memory: one with sinks or a soft cap,
+            or with keys of another size than values, which PyTorch's fused kernels for the CPU don't take.
     """
 
     layers: tuple[Segment, ...]
     head: Segment
     hidden: str
     inputs: tuple[str, ...]
+    holds_scores: bool
 
 
 def lower_to_rows(graph: fx.GraphModule, schema: CacheSchema, inputs: tuple[str, ...]) -> RowGraph:
@@ -105,6 +108,10 @@ def lower_to_rows(graph: fx.GraphModule, schema: CacheSchema, inputs: tuple[str,
         graph: takes the inputs of `lragent.program.step`; not lowered to an attention implementation.
         inputs: names of constants that become inputs, so that gradients reach them.
     """
+    capped = any(
+        argument(node, "sinks_Hq") is not None or argument(node, "softcap")
+        for node in calls(graph, ops.flash_lora_attention)
+    )
     _attach_rows(graph, schema)
     for name in inputs:
         _make_input(graph, name)
@@ -113,7 +120,8 @@ def lower_to_rows(graph: fx.GraphModule, schema: CacheSchema, inputs: tuple[str,
     graph.graph.eliminate_dead_code()
     selected = _selected(graph)
     segments = tuple(_segment(graph, part) for part in _parts(graph, selected))
-    return RowGraph(segments[:-1], segments[-1], selected.name, inputs)
+    unequal = any(layer.k_dim != layer.v_dim for layer in schema.base)
+    return RowGraph(segments[:-1], segments[-1], selected.name, inputs, capped or unequal)
 
 
 def attend(

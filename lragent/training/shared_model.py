@@ -61,7 +61,7 @@ class SharedModel(nn.Module):
         checkpointing: bool = True,
     ) -> None:
         super().__init__()
-        self.agents = schema.agents
+        self.agents, self.schema = schema.agents, schema
         self.checkpointing = checkpointing
         self.adapters = trainable[0] if trainable else None
         self._map = trainable[1] if trainable else AdapterMap((), ())
@@ -157,6 +157,11 @@ class SharedModel(nn.Module):
         (logits,) = head.call(*(values[name] for name in head.takes))
         assert isinstance(logits, Tensor)
         return logits
+
+    @property
+    def holds_scores(self) -> bool:
+        """True if some attention keeps its scores `[heads, n, L]` in memory."""
+        return self._rows.holds_scores
 
     @property
     def pairs(self) -> Mapping[str, Mapping[str, tuple[nn.Parameter, nn.Parameter]]]:

@@ -18,6 +18,8 @@ from lragent.loading.adapter_config import CONFIG
 from lragent.loading.adapter_files import WEIGHTS
 from lragent.loading.hub import ADAPTER_FILES
 
+UNFINISHED = ".unfinished-"  # in the name of a directory that a killed run was writing
+
 
 def write_adapter(
     like: Path,
@@ -37,7 +39,7 @@ def write_adapter(
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished-", dir=out.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}{UNFINISHED}", dir=out.parent))
         try:
             for pattern in ADAPTER_FILES.known:
                 for file in like.glob(pattern):

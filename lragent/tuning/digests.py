@@ -1,8 +1,9 @@
-"""Digests of adapters in every dtype that a run may have had."""
+"""Digests: of adapters in every dtype that a run may have had, and of the base model."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from lragent.loading.model import LoadedModel
 
 Weights = TypeVar("Weights", LoraWeights, ReplacedRows)
 
+PROBED = 64  # numbers of a tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,6 +30,16 @@ def digests_by_agent(loaded: LoadedModel) -> dict[str, frozenset[str]]:
             rows = {module: _cast(w[name], dtype) for module, w in loaded.rows.items() if name in w}
             found[name].add(digest(lora, rows))
     return {name: frozenset(values) for name, values in found.items()}
+
+
+def base_digest(loaded: LoadedModel) -> str:
+    """A digest of the base model: names and shapes of its tensors, and some numbers of each."""
+    found = hashlib.sha256()
+    for name, tensor in loaded.model.state_dict().items():
+        step = max(1, tensor.numel() // PROBED)
+        probed = tensor.detach().flatten()[::step].to(torch.float32)
+        found.update(f"{name} {tuple(tensor.shape)}".encode() + probed.cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _cast(weights: Weights, dtype: torch.dtype) -> Weights:

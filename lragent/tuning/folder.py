@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from lragent.errors import RequestError, TuneError
 from lragent.files.locks import directory_lock
 from lragent.files.user_path import user_path
+from lragent.tuning.adapter_directory import UNFINISHED
 from lragent.tuning.report import REPORT
 
 Existing = Literal["refuse", "resume", "overwrite"]
@@ -49,6 +50,12 @@ class TuneFolder:
         return self.work / f"round-{number}.jsonl"
 
 
+def _clear(folder: TuneFolder) -> None:
+    """Removes what a run left. Its work goes last, so that a folder which was cleared in part is still one of a run."""
+    for entry in sorted(folder.out.iterdir(), key=lambda entry: entry == folder.work):
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
 @contextmanager
 def open_folder(out: Path, existing: Existing, parents: Mapping[str, str | Path]) -> Iterator[TuneFolder]:
     """Makes or opens the folder and locks it.
@@ -75,12 +82,14 @@ def open_folder(out: Path, existing: Existing, parents: Mapping[str, str | Path]
     if used and existing == "refuse":
         raise TuneError(f"{out} exists", "Go on with it (--resume), or replace it (--overwrite).")
     try:
-        if used and existing == "overwrite":
-            shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         with directory_lock(out, wait=False) as alone:
             if not alone:
                 raise TuneError(f"another run is tuning into {out}", "Wait for it, or choose another --out.")
+            for left in out.glob(f".*{UNFINISHED}*"):
+                shutil.rmtree(left)
+            if existing == "overwrite":
+                _clear(folder)
             folder.work.mkdir(exist_ok=True)
             yield folder
     except OSError as error:

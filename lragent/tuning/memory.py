@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from lragent.loading.adapter_hook import Hook
 from lragent.loading.model import LoadedModel
 from lragent.loading.peft_layers import in_out
 from lragent.training.rows import Rows
+from lragent.training.shared_model import SharedModel
 from lragent.tuning.batches import Batch
 from lragent.tuning.loss import CHUNK_NUMBERS
 from lragent.tuning.material import Material
@@ -20,6 +21,8 @@ from lragent.tuning.material import Material
 GIB = 1 << 30
 FLOAT = 4  # bytes
 KEPT_IN_A_LAYER = 4.0  # numbers kept in the backward pass of a layer for each output of its linear modules
+SCORES = 4  # tensors of the size of attention scores that a backward pass keeps: scores, capped, weights, gradient
+EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k")
 # The demo's model, 1,158 rows, took 0.85 GiB beyond its weights, where the sum of the parts is 0.5.
 SAFETY = 2.0
 
@@ -31,6 +34,9 @@ class Sizes:
     Args:
         layers, hidden: number of layers, and width of what a checkpoint of a layer keeps.
         outputs: outputs of all linear modules of a layer.
+        key_value: numbers of K and V of a token in a layer.
+        experts: weights of the experts that a token of a layer selects; they are gathered for each token.
+        pair_bytes: bytes that attention keeps for a query and a position.
         trained: numbers that are trained.
         itemsize: bytes of a number of an activation.
     """
@@ -38,33 +44,45 @@ class Sizes:
     layers: int
     hidden: int
     outputs: int
+    key_value: int
+    experts: int
+    pair_bytes: int
     trained: int
     itemsize: int
 
     def step_bytes(self, rows: Rows) -> int:
-        """Estimated bytes of a step over rows: activations, a layer that is computed again, masks, logits, AdamW."""
-        count = len(rows.token_ids_N)
-        numbers = count * (self.layers * self.hidden + KEPT_IN_A_LAYER * self.outputs)
-        masks = max(len(read.queries_n) * len(read.base_L) for read in rows.reads) * (FLOAT + 1)
-        return int(SAFETY * (numbers * self.itemsize + masks + 5 * (CHUNK_NUMBERS + self.trained) * FLOAT))
+        """Estimated bytes of a step over rows: states between layers, a layer that is computed again, logits, AdamW."""
+        between = len(rows.token_ids_N) * self.hidden + self._streams_of_free(rows)
+        others = 5 * (CHUNK_NUMBERS + self.trained) * FLOAT
+        return int(SAFETY * (self.layers * between * self.itemsize + self._layer_bytes(rows) + others))
 
     def activation_bytes(self, rows: Rows) -> int:
         """Estimated bytes of what the backward pass needs of all layers, if none is computed again.
 
-        Adapter-free rows that run apart keep the inputs of their streams only.
+        Adapter-free rows that run apart keep their streams and the inputs of those only.
         """
-        with_gradient = rows if rows.parts is None else rows.parts.others
-        numbers = len(with_gradient.token_ids_N) * KEPT_IN_A_LAYER * self.outputs + len(rows.token_ids_N) * self.hidden
-        masks = sum(len(read.queries_n) * len(read.base_L) for read in with_gradient.reads)
-        return int(SAFETY * self.layers * (numbers + masks) * self.itemsize)
+        between = len(rows.token_ids_N) * self.hidden + self._streams_of_free(rows)
+        return int(SAFETY * self.layers * (between * self.itemsize + self._layer_bytes(rows)))
+
+    def _layer_bytes(self, rows: Rows) -> float:
+        """Bytes that the backward pass of one layer needs."""
+        others = rows if rows.parts is None else rows.parts.others
+        numbers = len(others.token_ids_N) * (KEPT_IN_A_LAYER * self.outputs + self.experts)
+        numbers += sum(len(read.base_L) for read in others.reads) * self.key_value
+        pairs = sum(len(read.queries_n) * len(read.base_L) for read in others.reads)
+        return numbers * self.itemsize + pairs * self.pair_bytes
+
+    def _streams_of_free(self, rows: Rows) -> int:
+        """Numbers of K and V in a layer that adapter-free rows leave for the others."""
+        return 0 if rows.parts is None else len(rows.parts.free.token_ids_N) * self.key_value
 
     def teacher_bytes(self, tokens: int) -> int:
         """Bytes of the teacher's last hidden states of so many tokens."""
         return tokens * self.hidden * self.itemsize
 
 
-def sizes_of(loaded: LoadedModel, trained: int) -> Sizes:
-    """Sizes from a model's config and modules."""
+def sizes_of(loaded: LoadedModel, model: SharedModel, trained: int) -> Sizes:
+    """Sizes from a model's config, modules, and graph."""
     config = loaded.model.config.get_text_config()
     layers = max(1, int(config.num_hidden_layers))
     head = loaded.model.get_output_embeddings()
@@ -73,11 +91,39 @@ def sizes_of(loaded: LoadedModel, trained: int) -> Sizes:
         size = in_out(module)
         if size is not None and module is not head and not isinstance(module, (torch.nn.Embedding, Hook)):
             outputs += size[1]
-    return Sizes(layers, int(config.hidden_size), outputs // layers, trained, loaded.dtype.itemsize)
+    heads = int(config.num_attention_heads)
+    return Sizes(
+        layers=layers,
+        hidden=int(config.hidden_size),
+        outputs=outputs // layers,
+        key_value=model.schema.base_numbers_per_token() // max(1, len(model.schema.base)),
+        experts=_selected_experts(loaded),
+        pair_bytes=SCORES * heads * FLOAT if model.holds_scores else FLOAT + 1,
+        trained=trained,
+        itemsize=loaded.dtype.itemsize,
+    )
 
 
-def recomputes_layers(material: Material, batches: Sequence[Batch], scheme: str, sizes: Sizes) -> bool:
+def _selected_experts(loaded: LoadedModel) -> int:
+    """Weights of the experts that a token selects in the largest layer; 0 without fused experts."""
+    config = loaded.model.config.get_text_config()
+    chosen = next((int(n) for name in EXPERTS_A_TOKEN if (n := getattr(config, name, None))), None)
+    largest = 0
+    for module in loaded.model.modules():
+        fused = [weight for weight in module.parameters(recurse=False) if weight.dim() == 3]
+        if fused:
+            count = fused[0].shape[0] if chosen is None else chosen
+            largest = max(largest, count * sum(weight[0].numel() for weight in fused))
+    return largest
+
+
+def recomputes_layers(
+    material: Material, batches: Sequence[Batch], compared: Collection[int], scheme: str, sizes: Sizes
+) -> bool:
     """Compares the largest step with the free memory, where the system tells it.
+
+    Args:
+        compared: indices of the examples whose teacher's states may be kept.
 
     Returns:
         True if the backward pass must compute layers again, since their activations would take more than half of the
@@ -89,12 +135,17 @@ def recomputes_layers(material: Material, batches: Sequence[Batch], scheme: str,
     free = free_bytes(material.device)
     if free is None:
         return True
-    largest = max(batches, key=lambda batch: sum(example.tokens for example in batch.examples))
+    fullest = max(batches, key=lambda batch: sum(example.tokens for example in batch.examples))
+    longest_one = max(batches, key=lambda batch: max(example.tokens for example in batch.examples))
+    rows, largest = max(
+        ((material.rows(scheme, batch.examples), batch) for batch in (fullest, longest_one)),
+        key=lambda pair: sizes.step_bytes(pair[0]),
+    )
     tokens = sum(example.tokens for example in largest.examples)
-    rows = material.rows(scheme, largest.examples)
     needed = sizes.step_bytes(rows)
     if needed <= free:
-        return needed + sizes.activation_bytes(rows) > free / 2
+        states = sizes.teacher_bytes(sum(len(material.examples[index].generated) for index in compared))
+        return needed + sizes.activation_bytes(rows) + states > free / 2
     fitting = int(tokens * free / needed)
     longest = max(largest.examples, key=lambda example: example.tokens)
     remedy = f"Use --batch-tokens {max(fitting, 1)}."

@@ -90,12 +90,14 @@ def run_round(
     measured = split.held_out or split.train[:MOST_MEASURED]
     batches = list(islice(batches_of_steps(examples, split.train, options), options.steps))
     heaviest = EXACT if options.non_shared_share else given.scheme
-    given.material.model.checkpointing = recomputes_layers(given.material, batches, heaviest, given.sizes)
+    kept_states = {*measured, *_compared(batches)}
+    given.material.model.checkpointing = recomputes_layers(given.material, batches, kept_states, heaviest, given.sizes)
     rate = options.peak_rate(given.sizes.hidden)
     optimizer = adamw(given.parameters.values(), rate)
     if saved is not None:
-        wanted = {*measured, *_compared(batches[: saved.progress.steps])}
-        material = _with_teacher(given.material, wanted, given, show)
+        # Other packs of examples would round their states otherwise: they are those of a run from the beginning.
+        material = _with_teacher(given.material, {*measured, *_compared([batch_to_time(batches)])}, given, show)
+        material = _with_teacher(material, _compared(batches[: saved.progress.steps]), given, show)
         before = figures_from_json(saved.facts["before"])
         facts, times = dict(saved.facts), saved.facts["times"]
         state = saved.put_into(given.parameters, optimizer)

@@ -14,13 +14,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from lragent.artifact.directory import open_artifact
-from lragent.errors import RequestError
+from lragent.errors import RequestError, TuneError
 from lragent.files.checked_file import sha256_of
 from lragent.loading.stages import Stages
 from lragent.loading.tuned_metadata import Tuned
 from lragent.program.dtypes import dtype_name
+from lragent.rollouts.run_facts import differences
 from lragent.runtime.schemes import EXACT
 from lragent.training.schemes import SCHEME_ROWS
+from lragent.tuning.digests import base_digest
 from lragent.tuning.examples import examples_of
 from lragent.tuning.folder import Existing, TuneFolder, open_folder
 from lragent.tuning.material import Material, use_bfloat16
@@ -94,8 +96,26 @@ def tune(
         if report is None:
             report = _tune(request, folder, show, on_step)
             write_report(report)
+        else:
+            _require_same_request(report, request)
         shutil.rmtree(folder.work, ignore_errors=True)
     return report
+
+
+def _require_same_request(ended: TuneReport, request: TuneRequest) -> None:
+    """Raises TuneError if a run that has ended is another one than that which is asked for; names all that differs."""
+    before: dict[str, Any] = {"sharing": ended.sharing, "agents": sorted(ended.agents)}
+    now: dict[str, Any] = {"sharing": request.sharing, "agents": sorted(request.adapters)}
+    if ended.given is not None:
+        fixed = ended.given.options.keys() - set(RESUMED_WITH_OTHERS)
+        before["options"] = {name: ended.given.options[name] for name in fixed}
+        options = options_as_json(request.options)
+        now["options"] = {name: options[name] for name in fixed if name in options}
+    found = differences(before, now)
+    if found:
+        raise TuneError(
+            f"{request.out} is of another run: {'; '.join(found.values())}", "Choose another --out, or use --overwrite."
+        )
 
 
 def _tune(
@@ -179,7 +199,7 @@ def _round_input(
         start=start,
         scheme=request.sharing,
         options=request.options,
-        sizes=sizes_of(loaded, trained),
+        sizes=sizes_of(loaded, prepared.model, trained),
         checkpoint=folder.checkpoint(number),
         facts=_facts(request, prepared, files, number),
     )
@@ -193,6 +213,7 @@ def _facts(request: TuneRequest, prepared: Prepared, files: Sequence[Path], numb
         "round": number,
         "sharing": request.sharing,
         "options": {name: value for name, value in options.items() if name not in RESUMED_WITH_OTHERS},
+        "model": base_digest(prepared.loaded),
         "adapters": dict(prepared.digest_of),
         "trajectories": [sha256_of(file) for file in files],
         "dtype": dtype_name(prepared.loaded.dtype),

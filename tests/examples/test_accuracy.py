@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -25,7 +26,21 @@ def test_equal_results_have_a_narrow_interval_around_zero() -> None:
     left = [True] * 30 + [False] * 10
     difference, low, high = paired_difference(left, left)
     assert difference == 0
-    assert -0.05 < low <= 0 <= high < 0.05
+    (share_low, share_high), share = wilson(30, 40), 0.75
+    unrelated = math.hypot(share - share_low, share_high - share)
+    assert -unrelated / 2 < low <= 0 <= high < unrelated / 2
+
+
+def test_paired_difference_of_a_table_by_hand() -> None:
+    """100 tasks: 50 right in both, 15 on the left alone, 5 on the right alone."""
+    left = [True] * 65 + [False] * 35
+    right = [True] * 50 + [False] * 15 + [True] * 5 + [False] * 30
+    phi = 1375 / math.sqrt(65 * 35 * 55 * 45)
+    (low_left, high_left), (low_right, high_right) = wilson(65, 100), wilson(55, 100)
+    below = math.hypot(0.65 - low_left, high_right - 0.55) ** 2 - 2 * phi * (0.65 - low_left) * (high_right - 0.55)
+    above = math.hypot(high_left - 0.65, 0.55 - low_right) ** 2 - 2 * phi * (high_left - 0.65) * (0.55 - low_right)
+    expected = (0.1, 0.1 - math.sqrt(below), 0.1 + math.sqrt(above))
+    assert paired_difference(left, right) == pytest.approx(expected)
 
 
 def test_paired_difference_covers_the_truth() -> None:

@@ -13,12 +13,15 @@ from safetensors.torch import load_file, save_file
 
 import lragent
 from lragent.errors import RequestError, SplitRefused, TaskFileError, TuneError
+from lragent.loading.model import load_directories
 from lragent.training.schemes import rows_of
+from lragent.training.shared_model import SharedModel
 from lragent.training.turn_sequence import Turn, TurnSequence
 from lragent.tuning import memory, train
 from lragent.tuning.batches import Batch
 from lragent.tuning.material import Material
 from lragent.tuning.options import TuneOptions
+from tests.models import write_model
 from tests.models.variants import write_variants
 from tests.tuning.conftest import RolledOut
 
@@ -114,21 +117,43 @@ def test_too_little_memory_says_what_would_fit(
     assert remedy in error.value.hint
 
 
+SIZES = memory.Sizes(layers=2, hidden=64, outputs=512, key_value=64, experts=0, pair_bytes=5, trained=100, itemsize=4)
+
+
 def test_more_rows_need_more_memory() -> None:
     turns = (Turn("plan", 10, 20), Turn("action", 30, 40))
     sequences = [TurnSequence(tuple(range(first, first + 40)), turns) for first in (0, 1)]
-    sizes = memory.Sizes(layers=2, hidden=64, outputs=512, trained=100, itemsize=4)
-    one, two = (sizes.step_bytes(rows_of("base_lr_shared", sequences[:n], ("plan", "action"))) for n in (1, 2))
+    one, two = (SIZES.step_bytes(rows_of("base_lr_shared", sequences[:n], ("plan", "action"))) for n in (1, 2))
     assert one < two < 2 * one
-    assert two < sizes.step_bytes(rows_of("non_shared", sequences, ("plan", "action")))
-    assert sizes.teacher_bytes(1000) == 1000 * 64 * 4
+    assert two < SIZES.step_bytes(rows_of("non_shared", sequences, ("plan", "action")))
+    assert SIZES.teacher_bytes(1000) == 1000 * 64 * 4
+
+
+def test_kept_scores_and_gathered_experts_count() -> None:
+    sequences = [TurnSequence(tuple(range(40)), (Turn("plan", 30, 40),))]
+    rows = rows_of("base_lr_shared", sequences, ("plan",))
+    for more in (replace(SIZES, pair_bytes=4 * 8 * 4), replace(SIZES, experts=4096)):
+        assert more.step_bytes(rows) > SIZES.step_bytes(rows)
+        assert more.activation_bytes(rows) > SIZES.activation_bytes(rows)
+
+
+@pytest.mark.parametrize(("kind", "holds_scores"), [("llama", False), ("mixtral", False), ("gpt_oss", True)])
+def test_sizes_of_models(kind: str, holds_scores: bool, tmp_path: Path) -> None:
+    written = write_model(tmp_path, kind, "qv", False, {"plan": 4}, layers=2)
+    loaded = load_directories(written.model_dir, written.adapters, "float32")
+    sizes = memory.sizes_of(loaded, SharedModel.of_model(loaded), trained=100)
+    config = loaded.model.config
+    an_expert = sum(weight[0].numel() for weight in loaded.model.model.layers[0].mlp.parameters() if weight.dim() == 3)
+    assert (an_expert > 0) is (kind != "llama")
+    assert sizes.experts == an_expert * getattr(config, "num_experts_per_tok", 0)
+    assert sizes.key_value == 2 * config.num_key_value_heads * loaded.model.model.layers[0].self_attn.head_dim
+    assert (sizes.pair_bytes > 5) is holds_scores
 
 
 def test_neutral_shared_keeps_activations_of_acting_rows_alone() -> None:
     sequences = [TurnSequence(tuple(range(40)), (Turn("plan", 30, 40),))]
-    sizes = memory.Sizes(layers=2, hidden=64, outputs=512, trained=100, itemsize=4)
     neutral, shared = (
-        sizes.activation_bytes(rows_of(scheme, sequences, ("plan",))) for scheme in ("neutral_shared", "base_lr_shared")
+        SIZES.activation_bytes(rows_of(scheme, sequences, ("plan",))) for scheme in ("neutral_shared", "base_lr_shared")
     )
     assert 0.25 < neutral / shared < 0.4
 

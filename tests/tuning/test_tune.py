@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lragent
 from lragent.errors import TuneError
+from lragent.files.locks import directory_lock
 from lragent.loading.model import load_directories
 from lragent.training.schemes import rows_of
 from lragent.training.shared_model import SharedModel
@@ -182,6 +183,34 @@ def test_a_run_is_not_resumed_with_other_options_or_trajectories(
     fewer.write_text("".join(rolled_out_qv.results.read_text().splitlines(keepends=True)[:6]))
     with pytest.raises(TuneError, match="is of another run: trajectories was"):
         tune(replace(rolled_out_qv, results=fewer), tmp_path / "out", FEW, existing="resume")
+
+
+def test_a_run_that_has_ended_is_not_taken_for_another(rolled_out_qv: RolledOut, whole: TuneReport) -> None:
+    with pytest.raises(TuneError, match="is of another run: options steps was 4 and is 5"):
+        tune(rolled_out_qv, whole.out, replace(FEW, steps=5), existing="resume")
+    assert tune(rolled_out_qv, whole.out, replace(FEW, minutes=99), existing="resume") == whole
+
+
+def test_a_run_is_not_resumed_with_another_base_model(
+    rolled_out_qv: RolledOut, killed: KilledRuns, tmp_path: Path
+) -> None:
+    shutil.copytree(killed.after(0), tmp_path / "out")
+    other = shutil.copytree(rolled_out_qv.model_dir, tmp_path / "model")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TuneError, match="is of another run: model was"):
+        tune(replace(rolled_out_qv, model_dir=other), tmp_path / "out", FEW, existing="resume")
+
+
+def test_a_folder_in_use_is_not_overwritten(rolled_out_qv: RolledOut, killed: KilledRuns, tmp_path: Path) -> None:
+    out = shutil.copytree(killed.after(1), tmp_path / "out")
+    files = sorted(out.rglob("*"))
+    with directory_lock(out), pytest.raises(TuneError, match="another run is tuning into"):
+        tune(rolled_out_qv, out, FEW, existing="overwrite")
+    assert sorted(out.rglob("*")) == files
+    (out / ".plan.unfinished-1").mkdir()
+    tune(rolled_out_qv, out, FEW, existing="overwrite")
+    assert sorted(entry.name for entry in out.iterdir()) == [*sorted(rolled_out_qv.adapters), "tune_report.json"]
 
 
 def test_a_shared_a_stays_shared_unless_it_is_untied(
