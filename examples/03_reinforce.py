@@ -1,4 +1,4 @@
-"""REINFORCE under a shared cache: the engine rolls out, `SharedModel` has the gradients.
+"""REINFORCE under a shared cache: the engine rolls out, `SharedModel` has the gradients. Trained adapters are saved.
 
     python -m examples.03_reinforce --model MODEL_DIR --work DIR
 
@@ -44,13 +44,11 @@ def samples_of(outcome: Any) -> list[tuple[Any, list[Any], float]]:
 
     The first trajectory is the one that the others forked from.
     """
-    rewards, samples = outcome.result["rewards"], []
+    rewards = outcome.result["rewards"]
     mean = statistics.mean(rewards)
-    for record, reward in zip(outcome.trajectories[1:], rewards, strict=True):
-        sequence, advantage = sequence_of(record), reward - mean
-        if sequence is not None and advantage:
-            samples.append((sequence, record.logprobs[sequence.turns[-1].start :], advantage))
-    return samples
+    pairs = zip(outcome.trajectories[1:], rewards, strict=True)
+    found = [(sequence_of(record), record.logprobs, reward - mean) for record, reward in pairs if reward != mean]
+    return [(sequence, logprobs[sequence.turns[-1].start :], a) for sequence, logprobs, a in found if sequence]
 
 
 def main() -> None:
@@ -64,7 +62,8 @@ def main() -> None:
     if not artifact.exists():
         lragent.convert(options.model, ADAPTERS, artifact, layouts=("split",))
     engine = lragent.load(artifact, sharing=SHARING)
-    model = lragent.SharedModel.of_model(load_directories(options.model, ADAPTERS))
+    loaded = load_directories(options.model, ADAPTERS)
+    model = lragent.SharedModel.of_model(loaded)
     trained = [p for agents in model.pairs.values() if fmt.REFLECT in agents for p in agents[fmt.REFLECT]]
     optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, options.steps)
@@ -72,7 +71,7 @@ def main() -> None:
     means: list[float] = []
     for step in range(options.steps):
         tasks = pool[step * options.tasks :][: options.tasks]
-        outcomes: list[Any] = [found for found in engine.run(reflections, tasks, seed=step) if found.error is None]
+        outcomes: list[Any] = [one for one in engine.run(reflections, tasks, seed=step) if one.error is None]
         means.append(statistics.mean(reward for outcome in outcomes for reward in outcome.result["rewards"]))
         samples = [sample for outcome in outcomes for sample in samples_of(outcome)]
         apart = 0.0
@@ -90,6 +89,7 @@ def main() -> None:
             schedule.step()
             engine.update_adapters({agent: model.adapter_weights(agent) for agent in model.agents})
         print(json.dumps({"step": step, "reward": means[-1], "samples": len(samples), "apart": apart}), flush=True)
+    lragent.save_adapters(loaded, model, options.work / "adapters", SHARING, options.steps)
     for name, part in (("first", means[:20]), ("last", means[-20:])):
         half = 1.96 * statistics.stdev(part) / len(part) ** 0.5 if len(part) > 1 else float("nan")
         print(f"mean reward of the {name} {len(part)} steps: {statistics.mean(part):.2f} +- {half:.2f}")

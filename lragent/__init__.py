@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lragent.training.turn_sequence import TurnSequence
     from lragent.tuning.options import TuneOptions
     from lragent.tuning.report import TuneReport
+    from lragent.tuning.save_adapters import save_adapters
 
 # Spin iterations of an idle OpenMP thread before it sleeps: about 0.3 ms. A step has about a hundred parallel regions
 # in quick succession; threads that sleep between them (OMP_WAIT_POLICY=PASSIVE) double the time of a small step. GNU
@@ -53,6 +54,7 @@ __all__ = [
     "optimize",
     "rollout",
     "rows_of",
+    "save_adapters",
     "tune",
     "update",
     "verify",
@@ -75,6 +77,7 @@ _HOMES = {
     "TurnSequence": "lragent.training.turn_sequence",
     "Verification": "lragent.reports.verification",
     "rows_of": "lragent.training.schemes",
+    "save_adapters": "lragent.tuning.save_adapters",
 }
 
 

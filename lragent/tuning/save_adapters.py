@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lragent.errors import InternalError
+from lragent.errors import InternalError, RequestError
 from lragent.loading.adapter_files import lora_places, read_weights
+from lragent.loading.model import LoadedModel
 from lragent.loading.tuned_metadata import Tuned, metadata_of
+from lragent.program.dtypes import dtype_name
+from lragent.training.schemes import SCHEME_ROWS
 from lragent.training.shared_model import SharedModel
 from lragent.tuning.adapter_directory import write_adapter
 
@@ -54,6 +58,55 @@ def round_as_saved(model: SharedModel, parents: Mapping[str, Parent]) -> None:
         for key, place in parent.places.items():
             if place in matrices:
                 matrices[place].copy_(matrices[place].to(parent.tensors[key].dtype))
+
+
+def save_adapters(
+    loaded: LoadedModel, model: SharedModel, out: str | Path, sharing: str, steps: int = 0
+) -> dict[str, Path]:
+    """Writes the agents of a model that was trained, one PEFT directory each: `out/AGENT`.
+
+    Keys, dtypes and configs are those of the adapters that were loaded. The metadata name the scheme, which
+    `sharing="auto"` takes.
+
+    Args:
+        loaded: the model and the adapter directories that `model` was made from.
+        sharing: the scheme of the rows that it was trained with.
+        steps: optimizer steps, for the metadata.
+
+    Returns:
+        Directories by agent.
+
+    Raises:
+        RequestError: the scheme is unknown, or the adapters are not from directories.
+        TuneError: a directory can't be written.
+    """
+    if sharing not in SCHEME_ROWS:
+        raise RequestError(f"unknown sharing scheme {sharing!r}", f"Choose one of: {', '.join(SCHEME_ROWS)}.")
+    if set(loaded.adapter_folders) != set(model.agents):
+        raise RequestError("the model's adapters are not from directories", "Load it with `load_directories`.")
+    parents = {agent: read_parent(agent, folder, loaded.model) for agent, folder in loaded.adapter_folders.items()}
+    digests = {agent.name: agent.digest for agent in loaded.agents}
+    write_parents(parents, model, Path(out), sharing, digests, dtype_name(loaded.dtype), steps)
+    return {agent: Path(out) / agent for agent in parents}
+
+
+def write_parents(
+    parents: Mapping[str, Parent],
+    model: SharedModel,
+    out: Path,
+    sharing: str,
+    digests: Mapping[str, str],
+    dtype: str,
+    steps: int,
+) -> None:
+    """Writes one directory an agent; `digests`, `dtype` and `steps` are for the metadata (`Tuned`).
+
+    Raises:
+        TuneError: a directory can't be written.
+    """
+    for agent, parent in parents.items():
+        tuned = Tuned(sharing, agent, digests, dtype, steps, version("lragent"))
+        save_adapter(parent, trained_matrices(model, agent), out / agent, tuned)
 
 
 def trained_matrices(model: SharedModel, agent: str) -> dict[tuple[str, int], Tensor]:

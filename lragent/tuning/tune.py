@@ -17,7 +17,6 @@ from lragent.artifact.directory import open_artifact
 from lragent.errors import RequestError, TuneError
 from lragent.files.checked_file import sha256_of
 from lragent.loading.stages import Stages
-from lragent.loading.tuned_metadata import Tuned
 from lragent.program.dtypes import dtype_name
 from lragent.rollouts.run_facts import differences
 from lragent.runtime.schemes import EXACT
@@ -40,7 +39,7 @@ from lragent.tuning.report import (
     write_report,
 )
 from lragent.tuning.round import RoundInput, RoundResult, ended_round, measured_under, run_round
-from lragent.tuning.save_adapters import round_as_saved, save_adapter, trained_matrices
+from lragent.tuning.save_adapters import round_as_saved, write_parents
 from lragent.tuning.source_runs import SourceRun, source_runs
 from lragent.tuning.train import TuneStep
 
@@ -231,16 +230,15 @@ def _given(request: TuneRequest) -> Given:
 
 def _save(request: TuneRequest, prepared: Prepared, reports: Sequence[RoundReport], out: Path) -> None:
     """Writes one directory an agent."""
-    for agent, parent in prepared.parents.items():
-        tuned = Tuned(
-            sharing=request.sharing,
-            agent=agent,
-            parents=prepared.digest_of,
-            dtype=dtype_name(prepared.loaded.dtype),
-            steps=sum(report.kept_step for report in reports),
-            version=version("lragent"),
-        )
-        save_adapter(parent, trained_matrices(prepared.model, agent), out / agent, tuned)
+    write_parents(
+        prepared.parents,
+        prepared.model,
+        out,
+        request.sharing,
+        prepared.digest_of,
+        dtype_name(prepared.loaded.dtype),
+        steps=sum(report.kept_step for report in reports),
+    )
 
 
 def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
