@@ -91,7 +91,8 @@ def sizes_of(loaded: LoadedModel, model: SharedModel, trained: int) -> Sizes:
         size = in_out(module)
         if size is not None and module is not head and not isinstance(module, (torch.nn.Embedding, Hook)):
             outputs += size[1]
-    heads = int(config.num_attention_heads)
+    kv_heads = max((layer.kv_heads for layer in model.schema.base), default=1)
+    heads = _largest(getattr(config, "num_attention_heads", None)) or kv_heads
     return Sizes(
         layers=layers,
         hidden=int(config.hidden_size),
@@ -107,14 +108,20 @@ def sizes_of(loaded: LoadedModel, model: SharedModel, trained: int) -> Sizes:
 def _selected_experts(loaded: LoadedModel) -> int:
     """Weights of the experts that a token selects in the largest layer; 0 without fused experts."""
     config = loaded.model.config.get_text_config()
-    chosen = next((int(n) for name in EXPERTS_A_TOKEN if (n := getattr(config, name, None))), None)
+    chosen = next((n for name in EXPERTS_A_TOKEN if (n := _largest(getattr(config, name, None)))), 0)
     largest = 0
     for module in loaded.model.modules():
         fused = [weight for weight in module.parameters(recurse=False) if weight.dim() == 3]
         if fused:
-            count = fused[0].shape[0] if chosen is None else chosen
+            count = chosen or fused[0].shape[0]
             largest = max(largest, count * sum(weight[0].numel() for weight in fused))
     return largest
+
+
+def _largest(value: object) -> int:
+    """An entry of a config that is one number, or one by layer; 0 if it is neither."""
+    numbers = value if isinstance(value, Sequence) else (value,)
+    return max((number for number in numbers if isinstance(number, int)), default=0)
 
 
 def recomputes_layers(

@@ -150,6 +150,16 @@ def test_sizes_of_models(kind: str, holds_scores: bool, tmp_path: Path) -> None:
     assert (sizes.pair_bytes > 5) is holds_scores
 
 
+@pytest.mark.parametrize("heads", [4, [2, 4], None])
+def test_sizes_of_configs_with_heads_by_layer_or_of_another_name(heads: object, tmp_path: Path) -> None:
+    written = write_model(tmp_path, "gpt_oss", "qv", False, {"plan": 4}, layers=2)
+    loaded = load_directories(written.model_dir, written.adapters, "float32")
+    model = SharedModel.of_model(loaded)
+    vars(loaded.model.config)["num_attention_heads"] = heads  # setting it checks its type
+    counted = 4 if heads else max(layer.kv_heads for layer in model.schema.base)
+    assert memory.sizes_of(loaded, model, trained=100).pair_bytes == memory.SCORES * counted * 4
+
+
 def test_neutral_shared_keeps_activations_of_acting_rows_alone() -> None:
     sequences = [TurnSequence(tuple(range(40)), (Turn("plan", 30, 40),))]
     neutral, shared = (
