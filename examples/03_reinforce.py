@@ -23,7 +23,6 @@ from examples.fact_world.workflow import answer_task, same_answer
 from examples.fact_world.world import make_tasks
 from lragent.loading.model import load_directories
 from lragent.rollouts.turn_sequences import sequence_of
-from lragent.training.scored_rows import scored_rows
 
 SHARING = "base_lr_shared"
 ADAPTERS = {role: Path(__file__).parent / "fact_world" / "adapters" / role for role in fmt.ROLES}
@@ -78,7 +77,7 @@ def main() -> None:
         if samples:
             sequences, rolled, advantages = zip(*samples, strict=True)
             scored = [[False] * (len(sequence.turns) - 1) + [True] for sequence in sequences]
-            rows = scored_rows(SHARING, sequences, scored, model.agents)
+            rows = lragent.rows_of(SHARING, sequences, model.agents, scored)
             logprobs_R = model(rows).log_softmax(-1).gather(1, rows.targets_R[:, None])[:, 0]
             apart = float((logprobs_R.detach() - torch.tensor([p for part in rolled for p in part])).abs().mean())
             advantages_R = torch.tensor([a for a, part in zip(advantages, rolled, strict=True) for _ in part])

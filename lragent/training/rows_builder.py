@@ -73,11 +73,20 @@ class RowsBuilder:
         self.turns += [self.turn] * len(generated)
         self.turn += 1
 
-    def rows(self, whole: bool) -> Rows:
-        """The rows collected so far; see `Rows.whole`."""
+    def rows(self, whole: bool, kept: Sequence[bool] | None = None) -> Rows:
+        """The rows collected so far.
+
+        Args:
+            whole: see `Rows.whole`.
+            kept: by number of a turn, True if its tokens are wanted; None: those of all turns.
+        """
+        wanted = [at for at, turn in enumerate(self.turns) if kept is None or kept[turn]]
 
         def tensor(values: Sequence[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64)
+
+        def of_wanted(values: Sequence[int]) -> torch.Tensor:
+            return tensor([values[at] for at in wanted])
 
         rows = Rows(
             token_ids_N=tensor(self.tokens),
@@ -85,9 +94,9 @@ class RowsBuilder:
             agent_ids_N=tensor(self.agents),
             reads=tuple(Read(agent, *map(tensor, rows)) for agent, *rows in self.reads),
             whole=whole,
-            logits_rows_R=tensor(self.logits),
-            targets_R=tensor(self.targets),
-            target_agents_R=tensor(self.target_agents),
-            turns_R=tensor(self.turns),
+            logits_rows_R=of_wanted(self.logits),
+            targets_R=of_wanted(self.targets),
+            target_agents_R=of_wanted(self.target_agents),
+            turns_R=of_wanted(self.turns),
         )
         return replace(rows, parts=parts_of(rows))

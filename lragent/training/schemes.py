@@ -17,23 +17,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from lragent.errors import RequestError
+from lragent.runtime.schemes import scheme_named
 from lragent.training.rows import Rows
 from lragent.training.rows_builder import RowsBuilder
 from lragent.training.turn_sequence import ActingTurn, TurnSequence, acting_turns
 
 
-def rows_of(scheme: str, sequences: Sequence[TurnSequence], agents: Sequence[str]) -> Rows:
+def rows_of(
+    scheme: str,
+    sequences: Sequence[TurnSequence],
+    agents: Sequence[str],
+    scored: Sequence[Sequence[bool]] | None = None,
+) -> Rows:
     """The rows of sequences under a scheme.
 
     Args:
         scheme: one of `SCHEME_ROWS`.
         agents: names in order; agent id = index + 1.
+        scored: by sequence and turn, True if the turn's tokens are wanted; None: those of all turns.
 
     Raises:
         RequestError: the scheme is unknown, no sequence has a turn, or a turn is not valid.
     """
-    if scheme not in SCHEME_ROWS:
-        raise RequestError(f"unknown sharing scheme {scheme!r}", f"Choose one of: {', '.join(SCHEME_ROWS)}.")
+    scheme_named(scheme)
     builder = RowsBuilder()
     for sequence in sequences:
         turns = list(acting_turns(sequence, tuple(agents)))
@@ -41,7 +47,8 @@ def rows_of(scheme: str, sequences: Sequence[TurnSequence], agents: Sequence[str
             SCHEME_ROWS[scheme](builder, sequence, turns)
     if not builder.logits:
         raise RequestError("no sequence has a turn", "Give trajectories in which agents generated tokens.")
-    return builder.rows(whole=scheme in _WHOLE)
+    kept = None if scored is None else [flag for turns in scored for flag in turns]
+    return builder.rows(whole=scheme in _WHOLE, kept=kept)
 
 
 def _non_shared(builder: RowsBuilder, sequence: TurnSequence, turns: list[ActingTurn]) -> None:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from lragent.training.rows import Rows
-from lragent.training.scored_rows import scored_rows
+from lragent.training.schemes import rows_of
 from lragent.tuning.examples import Example
 
 
 def rows_of_examples(scheme: str, examples: Sequence[Example], agents: Sequence[str]) -> Rows:
     """Rows under a scheme; the entries named `_R` are those of the tokens in the loss."""
     sequences = [example.predicted for example in examples]
-    return scored_rows(scheme, sequences, [example.scored for example in examples], agents)
+    return rows_of(scheme, sequences, agents, [example.scored for example in examples])
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def run_round(
     options, examples = given.options, given.material.examples
     saved = read_checkpoint(given.checkpoint)
     if saved is not None:
-        _require_same(given.checkpoint, saved.facts, given.facts)
+        require_same(given.checkpoint, saved.facts, given.facts)
     split = split_examples([example.tokens for example in examples], options)
     measured = split.held_out or split.train[:MOST_MEASURED]
     batches = list(islice(batches_of_steps(examples, split.train, options), options.steps))
@@ -184,7 +184,7 @@ def ended_round(given: RoundInput) -> RoundReport | None:
     saved = read_checkpoint(given.checkpoint)
     if saved is None or not saved.progress.ended:
         return None
-    _require_same(given.checkpoint, saved.facts, given.facts)
+    require_same(given.checkpoint, saved.facts, given.facts)
     state = saved.put_into(given.parameters, adamw(given.parameters.values(), 1.0))
     state.use_kept()
     return _report(state.progress)
@@ -251,8 +251,8 @@ def _to_json(figures: Mapping[str, Mapping[str, Agreement]]) -> dict[str, Any]:
     return {scheme: {agent: dataclasses.asdict(row) for agent, row in rows.items()} for scheme, rows in figures.items()}
 
 
-def _require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises TuneError if a checkpoint is of another run; names all that differs, with both values."""
+def require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises TuneError if a checkpoint or a folder is of another run; names all that differs, with both values."""
     found = differences({name: before.get(name) for name in now}, now)
     if found:
         raise TuneError(

@@ -15,7 +15,7 @@ from lragent.loading.adapter_files import lora_places, read_weights
 from lragent.loading.model import LoadedModel
 from lragent.loading.tuned_metadata import Tuned, metadata_of
 from lragent.program.dtypes import dtype_name
-from lragent.training.schemes import SCHEME_ROWS
+from lragent.runtime.schemes import scheme_named
 from lragent.training.shared_model import SharedModel
 from lragent.tuning.adapter_directory import write_adapter
 
@@ -80,8 +80,7 @@ def save_adapters(
         RequestError: the scheme is unknown, or the adapters are not from directories.
         TuneError: a directory can't be written.
     """
-    if sharing not in SCHEME_ROWS:
-        raise RequestError(f"unknown sharing scheme {sharing!r}", f"Choose one of: {', '.join(SCHEME_ROWS)}.")
+    scheme_named(sharing)
     if set(loaded.adapter_folders) != set(model.agents):
         raise RequestError("the model's adapters are not from directories", "Load it with `load_directories`.")
     parents = {agent: read_parent(agent, folder, loaded.model) for agent, folder in loaded.adapter_folders.items()}

@@ -14,13 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lragent.artifact.directory import open_artifact
-from lragent.errors import RequestError, TuneError
+from lragent.errors import RequestError
 from lragent.files.checked_file import sha256_of
 from lragent.loading.stages import Stages
 from lragent.program.dtypes import dtype_name
-from lragent.rollouts.run_facts import differences
-from lragent.runtime.schemes import EXACT
-from lragent.training.schemes import SCHEME_ROWS
+from lragent.runtime.schemes import EXACT, scheme_named
 from lragent.tuning.digests import base_digest
 from lragent.tuning.examples import examples_of
 from lragent.tuning.folder import Existing, TuneFolder, open_folder
@@ -38,7 +36,7 @@ from lragent.tuning.report import (
     too_few_trajectories,
     write_report,
 )
-from lragent.tuning.round import RoundInput, RoundResult, ended_round, measured_under, run_round
+from lragent.tuning.round import RoundInput, RoundResult, ended_round, measured_under, require_same, run_round
 from lragent.tuning.save_adapters import round_as_saved, write_parents
 from lragent.tuning.source_runs import SourceRun, source_runs
 from lragent.tuning.train import TuneStep
@@ -83,9 +81,7 @@ def tune(
         on_step: called before the first step of a round and after each.
     """
     show = show or (lambda stage: None)
-    if request.sharing not in SCHEME_ROWS:
-        known = ", ".join(SCHEME_ROWS)
-        raise RequestError(f"unknown sharing scheme {request.sharing!r}", f"Choose one of: {known}.")
+    scheme_named(request.sharing)
     if request.rounds < 1 or (request.rounds > 1 and request.roll_out is None):
         raise RequestError(f"{request.rounds} rounds", "A second round needs a workflow and tasks to roll out.")
     if not request.trajectories or not request.adapters:
@@ -110,11 +106,7 @@ def _require_same_request(ended: TuneReport, request: TuneRequest) -> None:
         before["options"] = {name: ended.given.options[name] for name in fixed}
         options = options_as_json(request.options)
         now["options"] = {name: options[name] for name in fixed if name in options}
-    found = differences(before, now)
-    if found:
-        raise TuneError(
-            f"{request.out} is of another run: {'; '.join(found.values())}", "Choose another --out, or use --overwrite."
-        )
+    require_same(request.out, before, now)
 
 
 def _tune(

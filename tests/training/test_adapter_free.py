@@ -9,7 +9,6 @@ from lragent.loading.model import load_live
 from lragent.training.lower_to_rows import LayerStreams
 from lragent.training.rows import Rows
 from lragent.training.schemes import SCHEME_ROWS, rows_of
-from lragent.training.scored_rows import scored_rows
 from lragent.training.shared_model import SharedModel
 from lragent.training.turn_sequence import Turn, TurnSequence
 from tests.coverage.tiny_model import adapted_model
@@ -46,7 +45,7 @@ def test_keys_of_two_projections(kind: str, scheme: str) -> None:
 def test_turns_that_are_not_scored(scheme: str, shared_models: SharedModels) -> None:
     _, model = shared_models.get("llama")
     scored = [number % 2 == 1 for number in range(len(SEQUENCE.turns))]
-    rows = scored_rows(scheme, [SEQUENCE], [scored], model.agents)
+    rows = rows_of(scheme, [SEQUENCE], model.agents, [scored])
     assert 0 < len(rows.targets_R) < sum(turn.end - turn.start for turn in SEQUENCE.turns)
     assert_equal_at_once(model, rows)
 
